@@ -1,0 +1,128 @@
+"""The serving settings and their defaults: the only place that states a default."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from damoyolo.errors import ConfigError
+from damoyolo.structures import DetectionOptions
+
+PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # names as Pillow gives them
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """What the `handler:` section of model-config.yaml may say.
+
+    variant: name of a published DAMO-YOLO variant.
+    class_names: one name a class, in the order of the network's channels.
+    input_size_hw: height and width of the network input in pixels, multiples of 32; None takes the
+        variant's own.
+    precision: arithmetic of the network; "auto" takes the fastest that keeps accuracy on the device.
+    score_threshold, iou_threshold, max_detections: what a request gets that does not say otherwise.
+    max_detections_limit: the most that a request may ask for.
+    max_candidates: the best so many candidates of a picture enter NMS, a bound on its work.
+    max_image_bytes: largest encoded picture. max_image_pixels: largest width times height.
+    max_instances: most pictures in one JSON request.
+    image_formats: accepted picture formats, named as Pillow names them.
+    decode_threads: pictures decoded at the same time in a worker; 0 takes one a core.
+    compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
+    warmup_batch_sizes: batch sizes run once before a worker reports ready.
+    jpeg_quality: of drawn pictures, 1..95.
+    """
+
+    variant: str = "S"
+    class_names: tuple[str, ...] = ()
+    input_size_hw: tuple[int, int] | None = None
+    precision: str = "auto"
+    score_threshold: float = 0.25
+    iou_threshold: float = 0.45
+    max_detections: int = 300
+    max_detections_limit: int = 1000
+    max_candidates: int = 16384
+    max_image_bytes: int = 32 * 1024 * 1024
+    max_image_pixels: int = 64_000_000
+    max_instances: int = 16
+    image_formats: tuple[str, ...] = IMAGE_FORMATS
+    decode_threads: int = 0
+    compute_threads: int = 0
+    warmup_batch_sizes: tuple[int, ...] = (1,)
+    jpeg_quality: int = 90
+
+    def __post_init__(self) -> None:
+        _require_choice("precision", self.precision, PRECISIONS)
+        for name in self.image_formats:
+            _require_choice("image_formats", name, IMAGE_FORMATS)
+        for name in ("score_threshold", "iou_threshold"):
+            _require_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("max_detections_limit", "max_candidates", "max_image_bytes", "max_image_pixels", "max_instances"):
+            _require_range(name, getattr(self, name), 1, 2**31 - 1)
+        _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
+        _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
+        for name in ("decode_threads", "compute_threads"):
+            _require_range(name, getattr(self, name), 0, 1024)
+        for size in self.warmup_batch_sizes:
+            _require_range("warmup_batch_sizes", size, 1, 1024)
+        if self.input_size_hw is not None and any(side < 32 or side % 32 for side in self.input_size_hw):
+            raise ConfigError(
+                f"input_size_hw is {list(self.input_size_hw)}; both sides must be positive multiples of 32"
+            )
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ConfigError("class_names holds a name twice; every class needs a name of its own")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> ServingConfig:
+        """Build from plain YAML or JSON values; lists become tuples.
+
+        Raises:
+            ConfigError: unknown key, wrong type or value out of range; names the key.
+        """
+        hints = get_type_hints(cls)
+        unknown = sorted(set(map(str, settings)) - set(hints))
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
+        return cls(**{name: _coerce(name, value, hints[name]) for name, value in settings.items()})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The settings as plain values that YAML can hold; `from_mapping` gives the same config back."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    def default_options(self) -> DetectionOptions:
+        """What a request gets that asks for nothing special."""
+        return DetectionOptions(self.score_threshold, self.iou_threshold, self.max_detections)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of the field `name`, without guessing: "8" is no number and 1 no text."""
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if get_origin(hint) is not tuple and options:  # X | None
+        return None if value is None else _coerce(name, value, options[0])
+    if get_origin(hint) is tuple:
+        item_hints = get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} is {value!r}; a list is needed")
+        if item_hints[-1] is not Ellipsis and len(value) != len(item_hints):
+            raise ConfigError(f"{name} has {len(value)} entries; {len(item_hints)} are needed")
+        return tuple(_coerce(name, item, item_hints[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{name} holds {value!r}; a value of type {hint.__name__} is needed")
+    return value
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; accepted are {', '.join(choices)}")
+
+
+def _require_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise ConfigError(f"{name} is {value}; accepted is {low} to {high}")

@@ -1,0 +1,83 @@
+"""The errors of the package; each message says what was found, what is accepted, and what changes it."""
+
+from __future__ import annotations
+
+
+class DamoYoloError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ConfigError(DamoYoloError, ValueError):
+    """A serving setting is unknown, of the wrong type, or out of range."""
+
+
+class CheckpointError(DamoYoloError):
+    """A checkpoint cannot be read or does not fit the network asked for."""
+
+
+class RequestError(DamoYoloError):
+    """One request cannot be answered; costs that request alone.
+
+    `status` is the HTTP status code, `reason` its phrase (ASCII, one line) and `kind` the machine-readable
+    name that goes into the `type` field of the error body.
+    """
+
+    status = 400
+    reason = "Bad Request"
+    kind = "BadRequest"
+
+
+class InvalidOptionError(RequestError):
+    """A per-request option is unknown, malformed or out of range."""
+
+    kind = "InvalidOption"
+
+
+class MissingImageError(RequestError):
+    """The request carries no picture where one is looked for."""
+
+    kind = "MissingImage"
+
+
+class ImageTooLargeError(RequestError):
+    """The picture has more bytes or pixels than the server accepts."""
+
+    status = 413
+    reason = "Payload Too Large"
+    kind = "ImageTooLarge"
+
+
+class UnsupportedImageError(RequestError):
+    """The bytes are not a picture of an accepted format."""
+
+    status = 415
+    reason = "Unsupported Media Type"
+    kind = "UnsupportedImage"
+
+
+class CorruptImageError(RequestError):
+    """The header names an accepted format, but the pixels cannot be decoded."""
+
+    status = 422
+    reason = "Unprocessable Content"
+    kind = "CorruptImage"
+
+
+class InternalError(RequestError):
+    """The server failed at this request for a reason that is not the client's."""
+
+    status = 500
+    reason = "Internal Server Error"
+    kind = "InternalError"
+
+
+class DeviceMemoryError(RequestError):
+    """The device has too little free memory even for this one request."""
+
+    status = 507
+    reason = "Insufficient Storage"
+    kind = "OutOfMemory"
+
+
+class DeviceLostError(DamoYoloError):
+    """The device context is broken for good; only a new process can serve again."""

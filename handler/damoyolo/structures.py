@@ -1,0 +1,59 @@
+"""The values that pass from stage to stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """What one request asks of the postprocessing.
+
+    score_threshold: candidates need a score strictly above it, 0..1.
+    iou_threshold: a box is dropped if its IoU with a better kept one is strictly above it, 0..1.
+    max_detections: the best so many are returned.
+    class_ids: only these classes take part; None for all.
+    class_agnostic: boxes of different classes suppress each other too.
+    """
+
+    score_threshold: float
+    iou_threshold: float
+    max_detections: int
+    class_ids: tuple[int, ...] | None = None
+    class_agnostic: bool = False
+
+
+class RawPredictions(NamedTuple):
+    """What the network says, one tensor a level (strides 8, 16, 32), before sigmoid and softmax.
+
+    class_logits: (B, K, h, w) each.
+    distance_logits: (B, 4 * (R + 1), h, w) each; channel = side * (R + 1) + bin, sides left, top, right,
+        bottom; already multiplied by the level's learned scale.
+    """
+
+    class_logits: tuple[Tensor, ...]
+    distance_logits: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of one picture on the host, scores descending.
+
+    boxes_xyxy: (N, 4) float32, x1, y1, x2, y2 in pixels of the original picture as a viewer shows it.
+    scores: (N,) float32, 0..1.
+    class_ids: (N,) int64, index into the class names.
+    image_size_hw: height and width of that picture in pixels.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    class_ids: NDArray[np.int64]
+    image_size_hw: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.scores)

@@ -1,0 +1,50 @@
+"""Serving settings: defaults, refusals, round trip."""
+
+from __future__ import annotations
+
+import pytest
+
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ConfigError
+
+
+def test_the_mapping_of_a_config_gives_the_same_config_back() -> None:
+    config = ServingConfig.from_mapping(
+        {"class_names": ["a", "b"], "input_size_hw": [320, 640], "score_threshold": 1, "precision": "bf16"}
+    )
+    assert config.input_size_hw == (320, 640)
+    assert config.score_threshold == 1.0
+    assert ServingConfig.from_mapping(config.to_mapping()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "mentions"),
+    [
+        ({"treshold": 0.5}, "score_threshold"),
+        ({"score_threshold": "0.5"}, "float"),
+        ({"score_threshold": 1.5}, "0.0 to 1.0"),
+        ({"score_threshold": float("nan")}, "0.0 to 1.0"),
+        ({"max_detections": True}, "int"),
+        ({"max_detections": 5000}, "1 to 1000"),
+        ({"max_detections": 10, "max_detections_limit": 5}, "1 to 5"),
+        ({"class_names": "person"}, "list"),
+        ({"class_names": ["a", 1]}, "str"),
+        ({"class_names": ["a", "a"]}, "twice"),
+        ({"input_size_hw": [640]}, "2 are needed"),
+        ({"input_size_hw": [640, 650]}, "multiples of 32"),
+        ({"precision": "int4"}, "fp16"),
+        ({"image_formats": ["SVG"]}, "JPEG"),
+        ({"warmup_batch_sizes": [0]}, "1 to 1024"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_is_accepted(settings: dict[str, object], mentions: str) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))) as raised:
+        ServingConfig.from_mapping(settings)
+    assert mentions in str(raised.value)
+
+
+def test_a_request_without_options_gets_the_settings() -> None:
+    options = ServingConfig(score_threshold=0.3, iou_threshold=0.6, max_detections=7).default_options()
+    assert (options.score_threshold, options.iou_threshold, options.max_detections) == (0.3, 0.6, 7)
+    assert options.class_ids is None
+    assert not options.class_agnostic
