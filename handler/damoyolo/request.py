@@ -1,0 +1,350 @@
+"""A row of TorchServe -> the encoded pictures and the options of one request.
+
+A row is a mapping from field names to a bytearray, a str, or what a JSON document became. The picture comes
+
+- as the raw body (field `body`) of any content type,
+- as one multipart field `data`, `body` or `image`,
+- as base64 in JSON, `{"image": "..."}`, with or without `data:...;base64,` before it, or
+- as several of them, `{"instances": [{"b64": "..."}, ...]}`, answered by `{"predictions": [...]}`.
+
+Options have one name everywhere (`OPTION_NAMES`). Of several places, the first that has one wins:
+
+1. a field of the JSON document, with JSON's own types (null counts as absent),
+2. a form field or query parameter beside the picture, as text,
+3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
+4. the server's default; for `format`, the Accept header before it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from damoyolo.config import ServingConfig
+from damoyolo.errors import InvalidOptionError, MissingImageError, RequestError
+from damoyolo.preprocess import EncodedImage, require_image_bytes
+from damoyolo.response import CONTENT_TYPES, OutputFormat
+from damoyolo.structures import DetectionOptions
+
+OPTION_NAMES = ("score_threshold", "iou_threshold", "max_detections", "classes", "class_agnostic", "format")
+
+_PICTURE_FIELDS = ("body", "data", "image")
+_TOLERATED_FIELDS = ("model_name",)  # /invocations carries it and TorchServe passes it on
+_HEADER_PREFIX = "x-detect-"
+_OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
+_FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
+_TRUTH_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
+_ACCEPTED_FORMS = (
+    "send the encoded picture as the request body, as multipart field data, body or image, or as base64 in "
+    'JSON: {"image": "..."} or {"instances": [{"b64": "..."}]}'
+)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What one request asks for.
+
+    images: the encoded pictures, at least one, each not empty.
+    options: what the postprocessing needs to know, the same for all of them.
+    output_format: of the answer; a drawn picture only where there is one picture.
+    batched: the answer is `{"predictions": [...]}`, also for one picture, unless it is drawn.
+    """
+
+    images: tuple[EncodedImage, ...]
+    options: DetectionOptions
+    output_format: OutputFormat
+    batched: bool
+
+
+class RequestParser:
+    """Turns rows into requests for a network with the classes, limits and defaults of `config`."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self._defaults = config.default_options()
+        self._id_of_class = {name: class_id for class_id, name in enumerate(config.class_names)}
+
+    def parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest:
+        """Find pictures and options.
+
+        Args:
+            row: field name -> content. headers: request headers, names in any spelling; values that are no
+                text are ignored (TorchServe keeps the headers of multipart fields among them).
+
+        Raises:
+            MissingImageError: no picture where one is looked for.
+            InvalidOptionError: an option is unknown, malformed or out of range.
+            ImageTooLargeError: a picture has more bytes than `config.max_image_bytes`.
+            RequestError: broken JSON or base64, or more pictures than accepted.
+        """
+        texts = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+        content = self._picture_field(row, texts)
+        values = _header_options(texts) | _form_options(row)
+        document = _json_document(content)
+        images: tuple[EncodedImage, ...]
+        if document is None:
+            picture = _as_picture(content)
+            require_image_bytes(len(picture), self.config)
+            images, batched = (picture,), False
+        else:
+            values |= _document_options(document)
+            images, batched = self._document_pictures(document)
+
+        output_format = _output_format(values.pop("format", None), texts.get("accept", ""))
+        if output_format != "json" and len(images) > 1:
+            raise InvalidOptionError(
+                f"format is {output_format} for {len(images)} pictures; "
+                "a drawn picture is the answer to one picture only, ask for format json"
+            )
+        return ImageRequest(images, self._options(values), output_format, batched)
+
+    def _picture_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> Any:
+        found = [name for name in _PICTURE_FIELDS if name in row]
+        if len(found) > 1:
+            raise RequestError(
+                f"the request has the picture fields {' and '.join(found)}; exactly one of them is accepted"
+            )
+        if not found or (not isinstance(row[found[0]], Mapping) and not row[found[0]]):
+            hint = ""
+            if "form-urlencoded" in header_texts.get("content-type", ""):
+                hint = " (it calls itself a form: with curl use -T, or -H 'Content-Type: image/jpeg')"
+            raise MissingImageError(f"the request holds no picture{hint}; {_ACCEPTED_FORMS}")
+        return row[found[0]]
+
+    def _document_pictures(self, document: Mapping[str, Any]) -> tuple[tuple[EncodedImage, ...], bool]:
+        if "image" in document and "instances" in document:
+            raise RequestError(
+                "the JSON document has both image and instances; exactly one of them is accepted"
+            )
+        if "image" in document:
+            return (self._from_base64(document["image"], "image"),), False
+        instances = document.get("instances")
+        if instances is None or instances == []:
+            raise MissingImageError(f"the JSON document holds no picture; {_ACCEPTED_FORMS}")
+        if not isinstance(instances, list) or not all(
+            isinstance(instance, Mapping) and set(instance) == {"b64"} for instance in instances
+        ):
+            raise RequestError('instances must be a list of objects {"b64": "..."} with nothing else in them')
+        if len(instances) > self.config.max_instances:
+            raise RequestError(
+                f"instances holds {len(instances)} pictures; "
+                f"at most {self.config.max_instances} are accepted (server setting max_instances)"
+            )
+        return tuple(
+            self._from_base64(instance["b64"], f"instances[{position}].b64")
+            for position, instance in enumerate(instances)
+        ), True
+
+    def _from_base64(self, value: Any, place: str) -> bytes:
+        """Decode strictly: the alphabet with + and /, with padding; white space and line breaks may occur."""
+        if not isinstance(value, str):
+            raise RequestError(f"{place} is {_quoted(value)}; a text with the picture in base64 is needed")
+        start = 0
+        if value[:5].lower() == "data:":
+            start = value.find(",") + 1
+            if not value[: max(start - 1, 0)].lower().endswith(";base64"):
+                raise RequestError(
+                    f"{place} is {_quoted(value)}; of data URLs only data:...;base64,... is accepted"
+                )
+        try:
+            text = value[start:].encode("ascii").translate(None, b" \t\r\n")
+            if not text:
+                raise MissingImageError(f"{place} is empty; a text with the picture in base64 is needed")
+            require_image_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), self.config)
+            return base64.b64decode(text, validate=True)
+        except (UnicodeEncodeError, binascii.Error) as error:
+            raise RequestError(
+                f"{place} is {_quoted(value)}; base64 is needed: A-Z a-z 0-9 + / and = at the end"
+            ) from error
+
+    def _options(self, values: Mapping[str, Any]) -> DetectionOptions:
+        changes: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in ("score_threshold", "iou_threshold"):
+                changes[name] = _number_0_to_1(name, value)
+            elif name == "max_detections":
+                changes[name] = self._max_detections(value)
+            elif name == "class_agnostic":
+                changes[name] = _truth(name, value)
+            else:
+                changes["class_ids"] = self._class_ids(value)
+        return dataclasses.replace(self._defaults, **changes)
+
+    def _max_detections(self, value: Any) -> int:
+        limit = self.config.max_detections_limit
+        number = _number_of_text(value, int) if isinstance(value, _Text) else value
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= limit:
+            raise InvalidOptionError(
+                f"max_detections is {_quoted(value)}; a whole number from 1 to {limit} is accepted "
+                "(server setting max_detections_limit)"
+            )
+        return number
+
+    def _class_ids(self, value: Any) -> tuple[int, ...]:
+        entries = [entry.strip() for entry in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(entries, list) or not entries or entries == [""]:
+            raise InvalidOptionError(
+                f"classes is {_quoted(value)}; class names or ids are accepted, separated by commas or as a "
+                "JSON list; leave it out for all classes"
+            )
+        return tuple(sorted({self._class_id(entry) for entry in entries}))
+
+    def _class_id(self, entry: Any) -> int:
+        """A name, or an id as number or as text; a class that is named like a number goes by its name."""
+        last_id = len(self._id_of_class) - 1
+        if isinstance(entry, str) and entry in self._id_of_class:
+            return self._id_of_class[entry]
+        class_id = _number_of_text(entry, int) if isinstance(entry, str) else entry
+        if isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id <= last_id:
+            return class_id
+        names = list(self._id_of_class)
+        known = ", ".join(map(_quoted, names[:8])) + (", ..." if len(names) > 8 else "")
+        raise InvalidOptionError(
+            f"classes names {_quoted(entry)}; accepted are ids from 0 to {last_id} and class names: {known}"
+        )
+
+
+class _Text(str):
+    """An option that came as text because its channel has no types, unlike a JSON string."""
+
+    __slots__ = ()
+
+
+def _header_options(header_texts: Mapping[str, str]) -> dict[str, Any]:
+    found = {name: value for name, value in header_texts.items() if name.startswith(_HEADER_PREFIX)}
+    for name in found:
+        if name not in _OPTION_OF_HEADER:
+            raise InvalidOptionError(
+                f"unknown header {_quoted(name)}; known are {', '.join(sorted(_OPTION_OF_HEADER))}"
+            )
+    return {_OPTION_OF_HEADER[name]: _Text(value.strip()) for name, value in found.items()}
+
+
+def _form_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in row.items() if name not in _PICTURE_FIELDS + _TOLERATED_FIELDS}
+    _refuse_unknown(fields, "field")
+    return {name: _form_text(name, value) for name, value in fields.items()}
+
+
+def _form_text(name: str, value: Any) -> Any:
+    """The text of a form field; what arrives parsed, as a part with JSON's content type does, stays."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            value = bytes(value).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidOptionError(f"{name} is {_quoted(value)}; a text in UTF-8 is accepted") from error
+    return _Text(value.strip()) if isinstance(value, str) else value
+
+
+def _document_options(document: Mapping[str, Any]) -> dict[str, Any]:
+    options = {name: value for name, value in document.items() if name not in ("image", "instances")}
+    _refuse_unknown(options, "field of the JSON document,")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_unknown(fields: Mapping[str, Any], what: str) -> None:
+    for name in fields:
+        if name not in OPTION_NAMES:
+            raise InvalidOptionError(
+                f"unknown {what} {_quoted(name)}; known options are {', '.join(OPTION_NAMES)}"
+            )
+
+
+def _json_document(content: Any) -> Mapping[str, Any] | None:
+    """The JSON object that the content is, or None if it is a picture.
+
+    TorchServe parses JSON only where the content type is exactly application/json; otherwise the first
+    character tells, for no picture format begins with a brace.
+    """
+    if isinstance(content, str | bytes | bytearray | memoryview):
+        opening = content[:64].encode() if isinstance(content, str) else bytes(content[:64])
+        if not opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            return None
+        try:
+            content = json.loads(bytes(content) if isinstance(content, memoryview) else content)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"the request begins like JSON but is not: {_quoted(str(error))}; {_ACCEPTED_FORMS}"
+            ) from error
+    if not isinstance(content, Mapping):
+        raise RequestError(f"the JSON document is {_quoted(content)}; an object is needed: {_ACCEPTED_FORMS}")
+    return content
+
+
+def _as_picture(content: Any) -> EncodedImage:
+    if isinstance(content, str):
+        raise RequestError(
+            "the request carries text where a picture is looked for; send the picture's bytes with content "
+            'type image/jpeg or application/octet-stream, or its base64 in JSON: {"image": "..."}'
+        )
+    picture: EncodedImage = content
+    return picture
+
+
+def _number_of_text(text: str, number_type: type[int] | type[float]) -> int | float | None:
+    try:
+        return number_type(text)
+    except ValueError:
+        return None
+
+
+def _number_0_to_1(name: str, value: Any) -> float:
+    number = _number_of_text(value, float) if isinstance(value, _Text) else value
+    # The comparison also refuses NaN.
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 1:
+        raise InvalidOptionError(f"{name} is {_quoted(value)}; a number from 0 to 1 is accepted")
+    return float(number)
+
+
+def _truth(name: str, value: Any) -> bool:
+    truth = _TRUTH_OF_TEXT.get(value.lower()) if isinstance(value, _Text) else value
+    if not isinstance(truth, bool):
+        raise InvalidOptionError(f"{name} is {_quoted(value)}; true or false is accepted")
+    return truth
+
+
+def _output_format(value: Any, accept: str) -> OutputFormat:
+    if value is None:
+        return _format_of_accept(accept)
+    for name in CONTENT_TYPES:
+        if isinstance(value, str) and value.lower() == name:
+            return name
+    raise InvalidOptionError(f"format is {_quoted(value)}; accepted are {', '.join(CONTENT_TYPES)}")
+
+
+def _format_of_accept(accept: str) -> OutputFormat:
+    """jpeg or png where the header prefers it to everything that is no picture; json otherwise.
+
+    So browsers, which list image/png beside text/html, and `*/*` get JSON.
+    """
+    best_format: OutputFormat = "json"
+    best_quality = other_quality = 0.0
+    for entry in accept.lower().split(","):
+        media_type, *parameters = (part.strip() for part in entry.split(";"))
+        quality = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                quality = _number_of_text(parameter[2:], float) or 0.0
+        if not 0 < quality <= 1:  # also NaN
+            continue
+        output_format = _FORMAT_OF_CONTENT_TYPE.get(media_type, "json")
+        if output_format != "json" and quality > best_quality:
+            best_format, best_quality = output_format, quality
+        elif not media_type.startswith("image/"):
+            other_quality = max(other_quality, quality)
+    return best_format if best_quality > other_quality else "json"
+
+
+def _quoted(value: Any) -> str:
+    """What a client sent, to be shown in a message: ASCII, escaped, at most 60 characters."""
+    if isinstance(value, list | Mapping):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        value = str(value[:60]) if isinstance(value, str) else bytes(value[:60])
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."

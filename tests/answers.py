@@ -1,0 +1,63 @@
+"""Comparing detections of two sources, and pictures as files."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from damoyolo.structures import Detections
+
+# A server answers to four decimals of a score and hundredths of a pixel.
+SCORE_TOLERANCE = 2e-4
+BOX_TOLERANCE_PX = 0.02
+
+
+def encode(picture: Image.Image, picture_format: str = "JPEG", **options: Any) -> bytes:
+    """A picture as a file's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, picture_format, **options)
+    return buffer.getvalue()
+
+
+def assert_same_detections(
+    answer: dict[str, Any],
+    expected: Detections,
+    score_tolerance: float = SCORE_TOLERANCE,
+    box_tolerance_px: float = BOX_TOLERANCE_PX,
+    score_threshold: float = 0.25,
+) -> None:
+    """A server's answer holds the detections `expected`, whatever the order among nearly equal scores.
+
+    Only a detection whose score lies within the tolerance of the threshold may be there in one alone.
+    """
+    height, width = expected.image_size_hw
+    assert (answer["width"], answer["height"]) == (width, height)
+    boxes: NDArray[np.float32] = expected.boxes_xyxy.clip(0, [width, height, width, height])
+    unmatched = set(range(len(expected)))
+    for found in answer["detections"]:
+        match = min(
+            (index for index in unmatched if expected.class_ids[index] == found["class_id"]),
+            key=lambda index: float(np.abs(boxes[index] - found["bbox"]).max()),
+            default=None,
+        )
+        if match is None:
+            assert found["score"] <= score_threshold + score_tolerance, f"{found} was not expected"
+            continue
+        assert abs(float(expected.scores[match]) - found["score"]) <= score_tolerance, found
+        assert float(np.abs(boxes[match] - found["bbox"]).max()) <= box_tolerance_px, found
+        unmatched.remove(match)
+    missing = [index for index in unmatched if expected.scores[index] > score_threshold + score_tolerance]
+    assert not missing, f"missing: {[(expected.class_ids[i], expected.scores[i]) for i in missing]}"
+
+
+def iou(box_a: list[float], box_b: list[float]) -> float:
+    """Intersection over union of two xyxy boxes."""
+    width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
+    height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (box_a, box_b)]
+    return shared / (sum(areas) - shared)

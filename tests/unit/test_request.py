@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
+from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser
+from damoyolo.structures import DetectionOptions
+
+PICTURE = b"\xff\xd8\xff\xe0" + bytes(range(256))
+PICTURE_BASE64 = base64.b64encode(PICTURE).decode()
+CONFIG = ServingConfig(class_names=("cell", "traffic light", "7", "salt, pepper", "größe"))
+DEFAULTS = CONFIG.default_options()
+
+
+def parse(
+    row: dict[str, Any], headers: dict[str, Any] | None = None, config: ServingConfig = CONFIG
+) -> ImageRequest:
+    return RequestParser(config).parse(row, headers or {})
+
+
+def refusal(row: dict[str, Any], headers: dict[str, Any] | None = None) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        parse(row, headers)
+    assert str(caught.value).isascii()
+    assert len(str(caught.value)) < 450
+    return caught.value
+
+
+# The channels an option can come through, as TorchServe hands them over.
+def by_form(name: str, text: str, _: Any) -> ImageRequest:
+    return parse({"data": bytearray(PICTURE), name: bytearray(text.encode())})
+
+
+def by_query(name: str, text: str, _: Any) -> ImageRequest:
+    return parse({"body": bytearray(PICTURE), name: text})
+
+
+def by_header(name: str, text: str, _: Any) -> ImageRequest:
+    spelling = "-".join(part.capitalize() for part in ("x-detect-" + name.replace("_", "-")).split("-"))
+    return parse({"body": bytearray(PICTURE)}, {spelling: text})
+
+
+def by_json(name: str, _: str, value: Any) -> ImageRequest:
+    return parse({"body": {"image": PICTURE_BASE64, name: value}})
+
+
+def by_json_bytes(name: str, _: str, value: Any) -> ImageRequest:
+    return parse({"body": bytearray(json.dumps({"image": PICTURE_BASE64, name: value}).encode())})
+
+
+CHANNELS = [by_form, by_query, by_header, by_json, by_json_bytes]
+Channel = Callable[[str, str, Any], ImageRequest]
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("field", ["body", "data", "image"])
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
+def test_a_raw_body_or_a_multipart_field_is_the_picture(field: str, wrap: Callable[[bytes], Any]) -> None:
+    assert parse({field: wrap(PICTURE)}) == ImageRequest((PICTURE,), DEFAULTS, "json", batched=False)
+
+
+JSON_FORMS: list[Callable[[Any], dict[str, Any]]] = [
+    lambda document: {"body": document},
+    lambda document: {"body": bytearray(json.dumps(document).encode())},
+    lambda document: {"body": bytearray(b"\xef\xbb\xbf \r\n" + json.dumps(document).encode())},
+    lambda document: {"body": memoryview(json.dumps(document).encode())},
+    lambda document: {"body": "\n" + json.dumps(document)},
+    lambda document: {"data": document},
+]
+
+
+@pytest.mark.parametrize("row_of", JSON_FORMS)
+def test_json_with_base64_is_read_parsed_or_not(row_of: Callable[[Any], dict[str, Any]]) -> None:
+    assert parse(row_of({"image": PICTURE_BASE64})) == ImageRequest((PICTURE,), DEFAULTS, "json", False)
+
+
+@pytest.mark.parametrize("row_of", JSON_FORMS)
+def test_instances_keep_their_order_and_ask_for_predictions(row_of: Callable[[Any], dict[str, Any]]) -> None:
+    pictures = [bytes([i]) * 5 for i in range(4)]
+    document = {"instances": [{"b64": base64.b64encode(picture).decode()} for picture in pictures]}
+    assert parse(row_of(document)) == ImageRequest(tuple(pictures), DEFAULTS, "json", batched=True)
+
+
+def test_a_single_instance_still_asks_for_predictions() -> None:
+    assert parse({"body": {"instances": [{"b64": PICTURE_BASE64}]}}).batched
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"data:image/jpeg;base64,{PICTURE_BASE64}",
+        f"DATA:;BASE64,{PICTURE_BASE64}",
+        base64.encodebytes(PICTURE).decode(),
+        PICTURE_BASE64.replace("/", "/ ").replace("8", "8\r\n\t"),
+    ],
+)
+def test_data_urls_and_wrapped_base64_are_read(text: str) -> None:
+    assert parse({"body": {"image": text}}).images == (PICTURE,)
+    assert parse({"body": {"instances": [{"b64": text}]}}).images == (PICTURE,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no base64!",
+        PICTURE_BASE64[:-1],
+        PICTURE_BASE64 + "=",
+        "____" + PICTURE_BASE64,
+        "größe" * 30,
+        "data:image/jpeg," + PICTURE_BASE64,
+        "data:image/jpeg;base64" + PICTURE_BASE64,
+        "data:",
+        17,
+        True,
+        [PICTURE_BASE64],
+        {"b64": PICTURE_BASE64},
+    ],
+)
+def test_what_is_no_base64_is_refused(text: Any) -> None:
+    assert "image is " in str(refusal({"body": {"image": text}}))
+    error = refusal({"body": {"instances": [{"b64": PICTURE_BASE64}, {"b64": text}]}})
+    assert error.status == 400
+    assert "instances[1].b64" in str(error)
+    assert "base64" in str(error)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"body": bytearray()},
+        {"body": b""},
+        {"body": ""},
+        {"body": None},
+        {"body": []},
+        {"body": {}},
+        {"body": bytearray(b"{}")},
+        {"data": bytearray()},
+        {"score_threshold": bytearray(b"0.5")},
+        {"unheard of": bytearray(b"0.5")},
+        {"body": {"score_threshold": 0.5}},
+        {"body": {"instances": []}},
+        {"body": {"instances": None}},
+    ],
+)
+def test_a_request_without_a_picture_is_told_every_accepted_form(row: dict[str, Any]) -> None:
+    error = refusal(row)
+    assert type(error) is MissingImageError
+    assert error.status == 400
+    for form in ("request body", "multipart", "data, body or image", '{"image"', '{"instances"'):
+        assert form in str(error)
+
+
+@pytest.mark.parametrize("document", [{"image": ""}, {"image": " \n"}, {"image": "data:image/png;base64,"}])
+def test_an_empty_text_is_a_missing_picture(document: dict[str, str]) -> None:
+    error = refusal({"body": document})
+    assert type(error) is MissingImageError
+    assert "image is empty" in str(error)
+
+
+def test_a_picture_sent_as_a_form_is_told_how_to_send_it() -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert "-T" in str(refusal({"\xff\xd8garbage": bytearray()}, headers))
+    assert "curl" not in str(refusal({}, {}))
+
+
+def test_two_picture_fields_are_refused() -> None:
+    error = refusal({"data": bytearray(PICTURE), "image": bytearray(PICTURE)})
+    assert "data and image" in str(error)
+    assert "exactly one" in str(error)
+    assert "exactly one" in str(
+        refusal({"body": {"image": PICTURE_BASE64, "instances": [{"b64": PICTURE_BASE64}]}})
+    )
+
+
+@pytest.mark.parametrize("document", [5, "text", [1], True])
+def test_json_that_is_no_object_is_refused(document: Any) -> None:
+    error = refusal({"body": document})
+    assert error.status == 400
+    assert '{"image"' in str(error)
+
+
+@pytest.mark.parametrize(
+    "instances",
+    [5, "text", {"b64": PICTURE_BASE64}, [PICTURE_BASE64], [{}], [{"b64": PICTURE_BASE64, "x": 1}]],
+)
+def test_instances_of_another_form_are_refused(instances: Any) -> None:
+    assert '{"b64": "..."}' in str(refusal({"body": {"instances": instances}}))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b'{"image": "abc', b"{\xff}", b'{"image": ' + b"[" * 100_000, b'{"a": 1' + b"0" * 9999 + b"x}"],
+)
+def test_broken_json_is_refused_with_the_place(body: bytes) -> None:
+    error = refusal({"body": bytearray(body)})
+    assert error.status == 400
+    assert "not" in str(error)
+    assert "JSON" in str(error)
+
+
+def test_text_that_is_no_json_is_refused() -> None:
+    error = refusal({"body": PICTURE_BASE64})
+    assert error.status == 400
+    assert '{"image": "..."}' in str(error)
+
+
+def test_more_instances_than_the_server_accepts_are_refused() -> None:
+    config = ServingConfig(max_instances=3)
+    document = {"instances": [{"b64": PICTURE_BASE64}] * 3}
+    assert len(parse({"body": document}, config=config).images) == 3
+    document["instances"] *= 2
+    with pytest.raises(RequestError, match=r"6 pictures; at most 3.*max_instances"):
+        parse({"body": document}, config=config)
+
+
+@pytest.mark.parametrize(
+    "row_of",
+    [
+        lambda picture: {"data": bytearray(picture)},
+        lambda picture: {"body": {"image": base64.b64encode(picture).decode()}},
+        lambda picture: {"body": {"image": base64.encodebytes(picture).decode()}},
+        lambda picture: {"body": {"instances": [{"b64": base64.b64encode(picture).decode()}]}},
+    ],
+)
+@pytest.mark.parametrize("limit", [99, 100, 101])
+def test_the_limit_on_bytes_holds_to_the_byte_in_every_form(
+    row_of: Callable[[bytes], dict[str, Any]], limit: int
+) -> None:
+    config = ServingConfig(max_image_bytes=limit)
+    assert parse(row_of(bytes(limit)), config=config).images == (bytes(limit),)
+    with pytest.raises(ImageTooLargeError, match=rf"{limit + 1} bytes.*max_image_bytes"):
+        parse(row_of(bytes(limit + 1)), config=config)
+
+
+def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("base64.b64decode", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(ImageTooLargeError):
+        parse({"body": {"image": PICTURE_BASE64}}, config=ServingConfig(max_image_bytes=50))
+
+
+# ----------------------------------------------------------------------------------------------- options
+
+
+def test_without_options_the_server_settings_count() -> None:
+    config = ServingConfig(score_threshold=0.1, iou_threshold=0.2, max_detections=3)
+    assert parse({"body": PICTURE}, config=config).options == DetectionOptions(0.1, 0.2, 3, None, False)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize(
+    ("name", "text", "value", "field", "expected"),
+    [
+        ("score_threshold", "0.5", 0.5, "score_threshold", 0.5),
+        ("score_threshold", " 0 ", 0, "score_threshold", 0.0),
+        ("iou_threshold", "1", 1, "iou_threshold", 1.0),
+        ("iou_threshold", "6e-1", 0.6, "iou_threshold", 0.6),
+        ("max_detections", "1", 1, "max_detections", 1),
+        ("max_detections", "1000", 1000, "max_detections", 1000),
+        ("classes", "cell", "cell", "class_ids", (0,)),
+        ("classes", "traffic light , 0", ["traffic light", 0], "class_ids", (0, 1)),
+        ("classes", "3,1,3", [3, 1, 3], "class_ids", (1, 3)),
+        ("classes", "3,1", "3,1", "class_ids", (1, 3)),
+        ("classes", "7", ["7"], "class_ids", (2,)),
+        ("class_agnostic", "true", True, "class_agnostic", True),
+        ("class_agnostic", "False", False, "class_agnostic", False),
+        ("class_agnostic", "1", True, "class_agnostic", True),
+    ],
+)
+def test_every_option_comes_through_every_channel(
+    channel: Channel, name: str, text: str, value: Any, field: str, expected: Any
+) -> None:
+    options = channel(name, text, value).options
+    assert getattr(options, field) == expected
+    assert type(getattr(options, field)) is type(expected)
+    for other in {"score_threshold", "iou_threshold", "max_detections", "class_ids", "class_agnostic"} - {
+        field
+    }:
+        assert getattr(options, other) == getattr(DEFAULTS, other)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize("output_format", ["json", "jpeg", "png"])
+def test_the_output_format_comes_through_every_channel(channel: Channel, output_format: str) -> None:
+    assert channel("format", output_format, output_format).output_format == output_format
+    assert channel("format", output_format.upper(), output_format.upper()).output_format == output_format
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize(
+    ("name", "text", "value", "accepted"),
+    [
+        ("score_threshold", "1.01", 1.01, "from 0 to 1"),
+        ("score_threshold", "-0.1", -0.1, "from 0 to 1"),
+        ("score_threshold", "nan", float("nan"), "from 0 to 1"),
+        ("score_threshold", "inf", float("inf"), "from 0 to 1"),
+        ("score_threshold", "half", "0.5", "from 0 to 1"),
+        ("iou_threshold", "", True, "from 0 to 1"),
+        ("iou_threshold", "0,5", [0.5], "from 0 to 1"),
+        ("max_detections", "0", 0, "from 1 to 1000"),
+        ("max_detections", "1001", 1001, "max_detections_limit"),
+        ("max_detections", "2.5", 2.5, "whole number"),
+        ("max_detections", "many", "5", "whole number"),
+        ("max_detections", "9" * 5000, True, "whole number"),
+        ("classes", "dog", ["dog"], "'cell', 'traffic light'"),
+        ("classes", "5", [5], "ids from 0 to 4"),
+        ("classes", "-1", [-1], "ids from 0 to 4"),
+        ("classes", "0,", ["cell", ""], "ids from 0 to 4"),
+        ("classes", "0,1.0", [1.0], "ids from 0 to 4"),
+        ("classes", "x" * 5000, ["x" * 5000], "ids from 0 to 4"),
+        ("classes", "\x07", [[0]], "ids from 0 to 4"),
+        ("classes", "größer", [True], "ids from 0 to 4"),
+        ("classes", "", [], "leave it out"),
+        ("classes", " ", {"cell": 1}, "leave it out"),
+        ("class_agnostic", "maybe", 1, "true or false"),
+        ("class_agnostic", "", "true", "true or false"),
+        ("format", "gif", "gif", "json, jpeg, png"),
+        ("format", "", 3, "json, jpeg, png"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_accepted(
+    channel: Channel, name: str, text: str, value: Any, accepted: str
+) -> None:
+    with pytest.raises(InvalidOptionError) as caught:
+        channel(name, text, value)
+    message = str(caught.value)
+    assert caught.value.status == 400
+    assert message.startswith(name)
+    assert accepted in message
+    assert message.isascii()
+    assert message.isprintable()
+    assert len(message) < 300
+
+
+def test_a_class_name_with_a_comma_goes_by_json_list() -> None:
+    assert parse({"body": {"image": PICTURE_BASE64, "classes": ["salt, pepper"]}}).options.class_ids == (3,)
+
+
+def test_a_class_name_beyond_ascii_goes_by_json_and_form() -> None:
+    assert by_form("classes", "größe", None).options.class_ids == (4,)
+    assert by_json("classes", "", ["größe"]).options.class_ids == (4,)
+
+
+def test_of_many_classes_only_a_few_are_named() -> None:
+    config = ServingConfig(class_names=tuple(f"class {i}" for i in range(500)))
+    with pytest.raises(InvalidOptionError, match=r"0 to 499.*'class 0', .*'class 7', \.\.\.$"):
+        parse({"body": PICTURE, "classes": "dog"}, config=config)
+
+
+def test_null_in_json_counts_as_absent() -> None:
+    document = dict.fromkeys(OPTION_NAMES) | {"image": PICTURE_BASE64}
+    assert parse({"body": document}) == ImageRequest((PICTURE,), DEFAULTS, "json", batched=False)
+
+
+def test_options_apply_to_all_instances() -> None:
+    request = parse({"body": {"instances": [{"b64": PICTURE_BASE64}] * 2, "max_detections": 7}})
+    assert len(request.images) == 2
+    assert request.options.max_detections == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["conf", "Score_Threshold", "score-threshold", "data2", "x" * 9999, "\xff\xd8\x00"]
+)
+def test_an_unknown_field_is_refused_with_the_known_ones(name: str) -> None:
+    for row in (
+        {"data": bytearray(PICTURE), name: bytearray(b"0.5")},
+        {"body": {"image": PICTURE_BASE64, name: 0.5}},
+    ):
+        error = refusal(row)
+        assert type(error) is InvalidOptionError
+        assert ascii(name)[:40] in str(error)
+        assert ", ".join(OPTION_NAMES) in str(error)
+
+
+@pytest.mark.parametrize("name", ["X-Detect-Conf", "x-detect-", "X-Detect-Score_Threshold"])
+def test_an_unknown_detect_header_is_refused_with_the_known_ones(name: str) -> None:
+    error = refusal({"body": PICTURE}, {name: "0.5"})
+    assert type(error) is InvalidOptionError
+    assert name.lower() in str(error)
+    assert "x-detect-score-threshold" in str(error)
+
+
+def test_other_headers_and_the_model_name_are_no_options() -> None:
+    headers = {
+        "User-Agent": "x",
+        "X-Request-Id": "1",
+        "body": {"content-type": "image/jpeg"},
+        "X-Detect-Format": {},
+    }
+    assert parse({"body": PICTURE, "model_name": bytearray(b"damoyolo")}, headers).options == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    "spelling", ["X-Detect-Max-Detections", "x-detect-max-detections", "X-DETECT-MAX-DETECTIONS"]
+)
+def test_header_names_count_in_any_spelling(spelling: str) -> None:
+    assert parse({"body": PICTURE}, {spelling: "5"}).options.max_detections == 5
+
+
+def test_json_beats_form_beats_header_beats_default() -> None:
+    headers = {
+        "X-Detect-Max-Detections": "4",
+        "X-Detect-Score-Threshold": "0.4",
+        "X-Detect-Iou-Threshold": "0.4",
+    }
+    row = {
+        "body": {"image": PICTURE_BASE64, "max_detections": 2},
+        "max_detections": bytearray(b"3"),
+        "score_threshold": bytearray(b"0.3"),
+    }
+    assert parse(row, headers).options == DetectionOptions(0.3, 0.4, 2)
+
+
+def test_a_form_field_that_is_no_text_is_refused() -> None:
+    error = refusal({"data": PICTURE, "score_threshold": bytearray(b"\xff\xfe")})
+    assert type(error) is InvalidOptionError
+    assert "UTF-8" in str(error)
+
+
+# -------------------------------------------------------------------------------------------- Accept header
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", "json"),
+        ("*/*", "json"),
+        ("application/json", "json"),
+        ("image/*", "json"),
+        ("image/gif", "json"),
+        ("image/jpeg", "jpeg"),
+        ("IMAGE/PNG", "png"),
+        ("image/png;q=0.5", "png"),
+        ("image/jpeg;q=0.5, image/png", "png"),
+        ("image/jpeg, image/png", "jpeg"),
+        ("image/png, image/jpeg", "png"),
+        ("image/jpeg, */*;q=0.1", "jpeg"),
+        ("image/jpeg;q=0.3, application/json", "json"),
+        ("image/jpeg, application/json", "json"),
+        ("image/jpeg, application/json;q=0.9", "jpeg"),
+        ("image/jpeg ; level=1 ; q=0.8 , text/html;q=0.7", "jpeg"),
+        ("image/jpeg;q=0", "json"),
+        ("image/jpeg;q=nan", "json"),
+        ("image/jpeg;q=2", "json"),
+        ("image/jpeg;q=", "json"),
+        (",;,q=1", "json"),
+        # What browsers send for a page, and for a picture in a page:
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "json"),
+        ("text/html,application/xml;q=0.9,image/avif,image/webp,image/png,image/svg+xml,*/*;q=0.8", "json"),
+        ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "png"),
+    ],
+)
+def test_the_accept_header_decides_the_format(accept: str, expected: str) -> None:
+    assert parse({"body": PICTURE}, {"aCCept": accept}).output_format == expected
+
+
+def test_the_format_option_beats_the_accept_header() -> None:
+    for headers in ({"Accept": "image/jpeg", "X-Detect-Format": "json"}, {"accept": "image/png"}):
+        row = {"body": PICTURE} if len(headers) == 2 else {"body": PICTURE, "format": bytearray(b"json")}
+        assert parse(row, headers).output_format == "json"
+
+
+@pytest.mark.parametrize("headers", [{"Accept": "image/png"}, {"X-Detect-Format": "png"}])
+def test_a_drawn_picture_is_the_answer_to_one_picture_only(headers: dict[str, str]) -> None:
+    instance = {"b64": PICTURE_BASE64}
+    assert parse({"body": {"instances": [instance]}}, headers).output_format == "png"
+    error = refusal({"body": {"instances": [instance, instance]}}, headers)
+    assert type(error) is InvalidOptionError
+    assert "2 pictures" in str(error)
+    assert "json" in str(error)

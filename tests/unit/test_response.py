@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import io
+import json
+from typing import Literal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from damoyolo.errors import CorruptImageError, ImageTooLargeError, InvalidOptionError, RequestError
+from damoyolo.response import (
+    CONTENT_TYPES,
+    class_colour_rgb,
+    draw_detections,
+    format_error,
+    format_json,
+    format_json_batch,
+)
+from damoyolo.structures import Detections
+
+CLASS_NAMES = ("cell", 'a "quoted", name', "Zelle größer 細胞")
+GREY = np.full((120, 200, 3), 128, dtype=np.uint8)
+
+
+def make_detections(
+    boxes_xyxy: list[list[float]],
+    class_ids: list[int] | None = None,
+    scores: list[float] | None = None,
+    image_size_hw: tuple[int, int] = (120, 200),
+) -> Detections:
+    count = len(boxes_xyxy)
+    return Detections(
+        boxes_xyxy=np.array(boxes_xyxy, dtype=np.float32).reshape(count, 4),
+        scores=np.array(scores if scores is not None else np.linspace(0.9, 0.3, count), dtype=np.float32),
+        class_ids=np.array(class_ids if class_ids is not None else [0] * count, dtype=np.int64),
+        image_size_hw=image_size_hw,
+    )
+
+
+def test_json_has_the_documented_form() -> None:
+    detections = make_detections([[1.25, 2.5, 30, 40], [5, 6, 7, 8.125]], [2, 0], [0.75, 0.5])
+    assert json.loads(format_json(detections, CLASS_NAMES)) == {
+        "width": 200,
+        "height": 120,
+        "detections": [
+            {"class_id": 2, "label": CLASS_NAMES[2], "score": 0.75, "bbox": [1.25, 2.5, 30, 40]},
+            {"class_id": 0, "label": "cell", "score": 0.5, "bbox": [5, 6, 7, 8.12]},
+        ],
+    }
+
+
+def test_json_is_compact_ascii() -> None:
+    text = format_json(make_detections([[1, 2, 3, 4]], [2]), CLASS_NAMES)
+    assert text.isascii()
+    assert b" " not in text.replace(json.dumps(CLASS_NAMES[2]).encode(), b"")
+
+
+def test_numbers_lose_less_than_the_stated_decimals() -> None:
+    random = np.random.default_rng(0)
+    boxes = (random.random((300, 4)) * 119).astype(np.float32)
+    scores = np.sort(random.random(300).astype(np.float32))[::-1]
+    detections = make_detections(boxes.tolist(), scores=scores.tolist())
+    answer = json.loads(format_json(detections, CLASS_NAMES))["detections"]
+    np.testing.assert_allclose([item["bbox"] for item in answer], boxes, rtol=0, atol=0.00501)
+    np.testing.assert_allclose([item["score"] for item in answer], scores, rtol=0, atol=0.51e-6)
+    assert [item["score"] for item in answer] == sorted((item["score"] for item in answer), reverse=True)
+
+
+def test_boxes_are_cut_off_at_the_edges_of_the_picture() -> None:
+    answer = json.loads(format_json(make_detections([[-5, -0.5, 205, 120.5]]), CLASS_NAMES))
+    assert answer["detections"][0]["bbox"] == [0, 0, 200, 120]
+
+
+def test_the_detections_stay_as_they_were() -> None:
+    detections = make_detections([[-5, -5, 500, 500]])
+    format_json(detections, CLASS_NAMES)
+    draw_detections(GREY, detections, CLASS_NAMES, "png", 90)
+    assert detections.boxes_xyxy.tolist() == [[-5, -5, 500, 500]]
+
+
+def test_numbers_are_finite_whatever_the_network_says() -> None:
+    detections = make_detections([[float("nan"), -float("inf"), float("inf"), 5]], scores=[float("nan")])
+    text = format_json(detections, CLASS_NAMES)
+    assert json.loads(text, parse_constant=pytest.fail)["detections"][0]["bbox"] == [0, 0, 200, 5]
+
+
+def test_nothing_found_is_an_empty_list() -> None:
+    assert json.loads(format_json(make_detections([]), CLASS_NAMES)) == {
+        "width": 200,
+        "height": 120,
+        "detections": [],
+    }
+
+
+def test_a_batch_holds_each_picture_as_it_is_alone() -> None:
+    batch = [make_detections([[1, 2, 3, 4]]), make_detections([], image_size_hw=(7, 9))]
+    answer = json.loads(format_json_batch(batch, CLASS_NAMES))
+    assert answer == {"predictions": [json.loads(format_json(single, CLASS_NAMES)) for single in batch]}
+
+
+@pytest.mark.parametrize(
+    "error_type", [RequestError, InvalidOptionError, CorruptImageError, ImageTooLargeError]
+)
+def test_an_error_carries_code_type_and_message(error_type: type[RequestError]) -> None:
+    body = format_error(error_type('größe is "x"\n'))
+    assert body.isascii()
+    assert json.loads(body) == {
+        "code": error_type.status,
+        "type": error_type.kind,
+        "message": 'größe is "x"\n',
+    }
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def decode(encoded: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "png"])
+def test_a_drawn_picture_has_the_format_and_size_asked_for(output_format: Literal["jpeg", "png"]) -> None:
+    encoded = draw_detections(GREY, make_detections([[50, 40, 150, 100]]), CLASS_NAMES, output_format, 90)
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert image.format == output_format.upper()
+        assert image.size == (200, 120)
+        assert Image.MIME[image.format] == CONTENT_TYPES[output_format]
+
+
+def test_a_box_is_drawn_at_its_edges_and_nowhere_else() -> None:
+    drawn = decode(draw_detections(GREY, make_detections([[50, 40, 150, 100]], [0]), CLASS_NAMES, "png", 90))
+    changed = (drawn != 128).any(axis=-1)
+    assert changed[40:101, [50, 150]].all()
+    assert changed[[40, 100], 50:151].all()
+    assert not changed[45:95, 55:145].any()
+    assert not changed[:, 155:].any()
+    assert not changed[105:].any()
+    assert (drawn[70, 50] == class_colour_rgb(0)).all()
+    assert changed[20:40, 50:80].any()  # the label
+
+
+def test_nothing_found_leaves_the_picture_as_it_was() -> None:
+    assert (decode(draw_detections(GREY, make_detections([]), CLASS_NAMES, "png", 90)) == GREY).all()
+    assert (GREY == 128).all()
+
+
+@pytest.mark.parametrize(
+    "box", [[0, 0, 200, 120], [150, 0, 200, 10], [199, 119, 200, 120], [-9, -9, 300, 300]]
+)
+def test_boxes_and_labels_at_the_edge_stay_readable(box: list[float]) -> None:
+    drawn = decode(draw_detections(GREY, make_detections([box], [0]), CLASS_NAMES, "png", 90))
+    rows, columns = np.nonzero((drawn == class_colour_rgb(0)).all(axis=-1))
+    first_row, first_column = rows.min(), columns.min()
+    label = drawn[first_row : first_row + 12, first_column : first_column + 50].astype(float)
+    assert label.size > 12 * 45 * 3
+    luma = label @ (0.299, 0.587, 0.114)
+    assert np.ptp(luma) > 100  # letters stand out from the bar
+    assert 60 < ((label - class_colour_rgb(0)) != 0).any(axis=-1).sum() < luma.size / 2
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (3, 2), (20, 400), (1500, 30)])
+def test_any_size_of_picture_can_be_drawn_on(size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    detections = make_detections([[0, 0, width, height], [0.4, 0.4, 0.6, 0.6]], [2, 1], image_size_hw=size_hw)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    assert decode(draw_detections(image, detections, CLASS_NAMES, "jpeg", 90)).shape == image.shape
+
+
+def test_a_read_only_picture_is_drawn_on_a_copy() -> None:
+    image = np.zeros((60, 60, 3), dtype=np.uint8)
+    image.flags.writeable = False
+    drawn = decode(
+        draw_detections(
+            image, make_detections([[5, 30, 50, 50]], image_size_hw=(60, 60)), CLASS_NAMES, "png", 90
+        )
+    )
+    assert drawn.any()
+    assert not image.any()
+
+
+def test_lines_and_labels_grow_with_the_picture() -> None:
+    def changed_share(scale: int) -> float:
+        image = np.full((120 * scale, 200 * scale, 3), 128, dtype=np.uint8)
+        box = [40 * scale, 60 * scale, 150 * scale, 110 * scale]
+        detections = make_detections([box], image_size_hw=image.shape[:2])
+        drawn = decode(draw_detections(image, detections, CLASS_NAMES, "png", 90))
+        return float((drawn != 128).any(axis=-1).mean())
+
+    assert 0.7 < changed_share(12) / changed_share(6) < 1.4
+
+
+def test_a_picture_too_long_for_jpeg_is_refused_with_a_way_out() -> None:
+    image = np.zeros((1, 70_000, 3), dtype=np.uint8)
+    detections = make_detections([], image_size_hw=(1, 70_000))
+    with pytest.raises(ImageTooLargeError, match="json or png"):
+        draw_detections(image, detections, CLASS_NAMES, "jpeg", 90)
+    assert draw_detections(image, detections, CLASS_NAMES, "png", 90).startswith(b"\x89PNG")
+
+
+def test_quality_changes_the_size_of_a_jpeg() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    detections = make_detections([], image_size_hw=(60, 60))
+    sizes = [len(draw_detections(noise, detections, CLASS_NAMES, "jpeg", quality)) for quality in (20, 90)]
+    assert sizes[0] < sizes[1]
+
+
+def test_every_class_keeps_its_own_colour() -> None:
+    colours = [class_colour_rgb(class_id) for class_id in range(80)]
+    assert len(set(colours)) == 80
+    assert colours == [class_colour_rgb(class_id) for class_id in range(80)]
+    neighbours = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)
+    assert neighbours.min() > 100
