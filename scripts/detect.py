@@ -1,0 +1,210 @@
+"""Send pictures to a running server: table of detections, JSON lines, drawn pictures.
+
+python scripts/detect.py picture.jpg
+python scripts/detect.py folder --recursive --jsonl detections.jsonl --draw output
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from argument_types import fraction, name_list, positive_int, positive_seconds
+from detection_client import (
+    DEFAULT_URL,
+    DetectionClient,
+    DetectionClientError,
+    Outcome,
+    RequestOptions,
+    ServerAnswerError,
+)
+
+# What a folder is searched for; a file named on the command line is sent whatever it is called.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class NoPicturesError(Exception):
+    """A path on the command line leads to no picture."""
+
+
+def find_pictures(paths: Sequence[Path], recursive: bool) -> list[Path]:
+    """The files among `paths`, and the pictures of its folders in alphabetical order.
+
+    Raises:
+        NoPicturesError: a path does not exist, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise NoPicturesError(f"{path} does not exist")
+            found.append(path)
+            continue
+        entries = path.rglob("*") if recursive else path.iterdir()
+        pictures = sorted(
+            file for file in entries if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+        )
+        if not pictures:
+            hint = "" if recursive else "; --recursive searches its sub-folders too"
+            raise NoPicturesError(f"{path} holds no pictures ({', '.join(PICTURE_SUFFIXES)}){hint}")
+        found.extend(pictures)
+    return found
+
+
+def drawn_names(pictures: Sequence[Path]) -> list[str]:
+    """A file name for the drawn form of each picture; no two are equal, none equals a picture's own."""
+    taken = {picture.name for picture in pictures}
+    names = []
+    for picture in pictures:
+        name, count = f"{picture.stem}_detections.jpg", 1
+        while name in taken:
+            count += 1
+            name = f"{picture.stem}_detections_{count}.jpg"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def table_lines(picture: str, answer: Mapping[str, Any], picture_width: int) -> list[str]:
+    """A line for each detection of an answer, or one that says there is none."""
+    lines = [
+        f"{picture:{picture_width}}  {found['label']:16}  {found['score']:5.3f}  "
+        + " ".join(f"{side:7.1f}" for side in found["bbox"])
+        for found in answer["detections"]
+    ]
+    return lines or [f"{picture:{picture_width}}  (nothing)"]
+
+
+def json_line(picture: str, outcome: Outcome) -> str:
+    """The outcome as one line of JSON: the server's answer, or the error, beside the picture's name."""
+    if outcome.answer is not None:
+        return json.dumps({"picture": picture, **outcome.answer})
+    error: dict[str, Any] = {"message": str(outcome.error)}
+    if isinstance(outcome.error, ServerAnswerError):
+        error = {"code": outcome.error.status, "type": outcome.error.kind, "message": outcome.error.message}
+    return json.dumps({"picture": picture, "error": error})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Detect as the arguments say; 0 if all pictures were answered, 1 if one failed, 2 if none was sent."""
+    arguments = _argument_parser().parse_args(argv)
+    try:
+        pictures = find_pictures(arguments.pictures, arguments.recursive)
+        with ExitStack() as stack:
+            client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+            client.require_server()
+            json_lines = None
+            if arguments.jsonl is not None:
+                arguments.jsonl.parent.mkdir(parents=True, exist_ok=True)
+                json_lines = stack.enter_context(arguments.jsonl.open("w"))
+            if arguments.draw is not None:
+                arguments.draw.mkdir(parents=True, exist_ok=True)
+            failures = _detect(client, pictures, arguments, json_lines)
+    except (NoPicturesError, DetectionClientError, OSError) as error:
+        print(f"detect: {error}", file=sys.stderr)
+        return 2
+    if failures:
+        print(
+            f"detect: {len(failures)} of {len(pictures)} pictures failed:",
+            *failures,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _detect(
+    client: DetectionClient,
+    pictures: Sequence[Path],
+    arguments: argparse.Namespace,
+    json_lines: TextIO | None,
+) -> list[str]:
+    """Send the pictures and report each as it is answered; returns a line for each that failed."""
+    options = RequestOptions(
+        arguments.score_threshold,
+        arguments.iou_threshold,
+        arguments.max_detections,
+        arguments.classes,
+        True if arguments.class_agnostic else None,
+    )
+    failures = []
+    width = max(len("picture"), *(len(str(picture)) for picture in pictures))
+    names = drawn_names(pictures)
+    print(f"{'picture':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
+    outcomes = client.detect_many(pictures, options, arguments.in_flight, draw=arguments.draw is not None)
+    with tqdm(
+        total=len(pictures),
+        unit="picture",
+        disable=None if arguments.progress is None else not arguments.progress,
+    ) as bar:
+        for outcome in outcomes:
+            picture = str(pictures[outcome.index])
+            if outcome.answer is None:
+                failures.append(f"{picture}: {outcome.error}")
+            else:
+                # bar.write keeps the bar and the table apart where both go to one terminal.
+                bar.write("\n".join(table_lines(picture, outcome.answer, width)), file=sys.stdout)
+            if json_lines is not None:
+                json_lines.write(json_line(picture, outcome) + "\n")
+            if outcome.drawn is not None:
+                (arguments.draw / names[outcome.index]).write_bytes(outcome.drawn)
+            bar.update()
+    return failures
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "pictures", nargs="+", type=Path, metavar="PICTURE", help="picture file, or folder of them"
+    )
+    parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
+    parser.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
+    parser.add_argument(
+        "--in-flight", type=positive_int, default=8, metavar="N", help="requests at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        default=60.0,
+        metavar="S",
+        help="longest wait for an answer (%(default)s)",
+    )
+
+    request = parser.add_argument_group("detection (without these the server's own defaults hold)")
+    request.add_argument(
+        "--score-threshold", type=fraction, metavar="0..1", help="least score of a detection"
+    )
+    request.add_argument(
+        "--iou-threshold", type=fraction, metavar="0..1", help="overlap above which a box is dropped"
+    )
+    request.add_argument(
+        "--max-detections", type=positive_int, metavar="N", help="at most so many of a picture"
+    )
+    request.add_argument(
+        "--classes", type=name_list, metavar="A,B", help="names or ids of the only classes wanted"
+    )
+    request.add_argument(
+        "--class-agnostic", action="store_true", help="boxes of different classes compete too"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--jsonl", type=Path, metavar="FILE", help="write a line of JSON for each picture")
+    output.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with their boxes drawn")
+    output.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bar on stderr (when that is a terminal)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

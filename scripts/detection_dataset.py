@@ -1,0 +1,181 @@
+"""Annotated pictures for evaluation, read from COCO form or Pascal-VOC form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+MIN_SIDE_PX = 2.0  # an annotated object narrower or lower than this is a slip of the mouse
+
+
+class DatasetError(Exception):
+    """A data set cannot be read or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class AnnotatedObject:
+    """An object of a picture.
+
+    box_xyxy: x1, y1, x2, y2 in pixels.
+    ignored: finding it is neither rewarded nor punished (COCO's `iscrowd`, VOC's `difficult`).
+    """
+
+    category_id: int
+    box_xyxy: tuple[float, float, float, float]
+    ignored: bool = False
+
+
+@dataclass(frozen=True)
+class AnnotatedPicture:
+    """A picture file and the objects in it."""
+
+    image_id: int
+    path: Path
+    objects: tuple[AnnotatedObject, ...]
+
+
+@dataclass(frozen=True)
+class DetectionDataset:
+    """Annotated pictures.
+
+    class_names: name of each category id. dropped_objects: annotated objects left out for being under
+    MIN_SIDE_PX wide or high.
+    """
+
+    name: str
+    class_names: Mapping[int, str]
+    pictures: tuple[AnnotatedPicture, ...]
+    dropped_objects: int
+
+    @property
+    def object_count(self) -> int:
+        """How many annotated objects there are, ignored ones included."""
+        return sum(len(picture.objects) for picture in self.pictures)
+
+
+def read_coco(annotations_file: Path, picture_dir: Path) -> DetectionDataset:
+    """A data set in COCO form: an instances JSON file, whose `file_name`s lie in `picture_dir`.
+
+    Raises:
+        DatasetError: the file is not of that form, or a picture is missing.
+    """
+    try:
+        content = json.loads(annotations_file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot read {annotations_file}: {error}") from error
+    objects: dict[int, list[AnnotatedObject]] = {}
+    try:
+        class_names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
+        paths = {int(image["id"]): picture_dir / str(image["file_name"]) for image in content["images"]}
+        for annotation in content["annotations"]:
+            image_id, category_id = int(annotation["image_id"]), int(annotation["category_id"])
+            if image_id not in paths or category_id not in class_names:
+                raise DatasetError(
+                    f"{annotations_file}: annotation {annotation.get('id')} names image {image_id} and "
+                    f"category {category_id}, and one of them is not listed"
+                )
+            x, y, width, height = _finite(annotation["bbox"])
+            found = AnnotatedObject(
+                category_id, (x, y, x + width, y + height), bool(annotation.get("iscrowd", 0))
+            )
+            objects.setdefault(image_id, []).append(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{annotations_file} is not in COCO instances form (images, annotations with an xywh bbox, "
+            f"categories): {type(error).__name__} {error}"
+        ) from error
+    return _dataset(annotations_file.stem, class_names, paths, objects)
+
+
+def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
+    """A data set in Pascal-VOC form: the pictures that ImageSets/Main/<split>.txt of `voc_dir` lists.
+
+    Boxes are taken as they stand: width is xmax - xmin. Classes are those that occur in the split, in
+    alphabetical order from id 1.
+
+    Raises:
+        DatasetError: a file is missing or not of that form.
+    """
+    list_file = voc_dir / "ImageSets" / "Main" / f"{split}.txt"
+    try:
+        stems = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        splits = ", ".join(sorted(path.stem for path in list_file.parent.glob("*.txt"))) or "none"
+        raise DatasetError(f"no split {split!r} in {voc_dir}; there are: {splits}") from error
+    annotations = [_read_voc_annotation(voc_dir / "Annotations" / f"{stem}.xml") for stem in stems]
+    names = sorted({name for _, found in annotations for name, _, _ in found})
+    ids = {name: category_id for category_id, name in enumerate(names, start=1)}
+    paths = {}
+    objects = {}
+    for image_id, (stem, (file_name, found)) in enumerate(zip(stems, annotations, strict=True), start=1):
+        # Some sets were renamed without their annotations' file name.
+        by_stem = voc_dir / "JPEGImages" / f"{stem}.jpg"
+        paths[image_id] = by_stem if by_stem.is_file() else voc_dir / "JPEGImages" / file_name
+        objects[image_id] = [AnnotatedObject(ids[name], box, ignored) for name, box, ignored in found]
+    return _dataset(f"{voc_dir.resolve().name}:{split}", {ids[name]: name for name in names}, paths, objects)
+
+
+_VocObject = tuple[str, tuple[float, float, float, float], bool]
+
+
+def _read_voc_annotation(path: Path) -> tuple[str, list[_VocObject]]:
+    """File name of the picture, and (class name, box_xyxy, difficult) of each object."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        found: list[_VocObject] = []
+        for element in root.iter("object"):
+            name = (element.findtext("name") or "").strip()
+            if not name:
+                raise ValueError("an object without a name")
+            corners = [
+                float(element.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
+            ]
+            found.append((name, _finite(corners), element.findtext("difficult", "0").strip() == "1"))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise DatasetError(f"cannot read the Pascal-VOC annotation {path}: {error}") from error
+    return root.findtext("filename", f"{path.stem}.jpg"), found
+
+
+def _dataset(
+    name: str,
+    class_names: Mapping[int, str],
+    paths: Mapping[int, Path],
+    objects: Mapping[int, list[AnnotatedObject]],
+) -> DetectionDataset:
+    """Put a data set together, without objects that are too small."""
+    folded = [class_name.casefold() for class_name in class_names.values()]
+    if len(set(folded)) != len(folded):
+        twice = sorted(
+            class_name for class_name in class_names.values() if folded.count(class_name.casefold()) > 1
+        )
+        raise DatasetError(f"{name} has classes that differ in case alone, or not at all: {', '.join(twice)}")
+    missing = [path for path in paths.values() if not path.is_file()]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(paths)} pictures of {name} are missing, the first is {missing[0]}"
+        )
+    pictures = []
+    for image_id, path in paths.items():
+        kept = tuple(found for found in objects.get(image_id, ()) if _is_large_enough(found.box_xyxy))
+        pictures.append(AnnotatedPicture(image_id, path, kept))
+    annotated = sum(map(len, objects.values()))
+    return DetectionDataset(
+        name, class_names, tuple(pictures), annotated - sum(len(picture.objects) for picture in pictures)
+    )
+
+
+def _is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
+    x1, y1, x2, y2 = box_xyxy
+    return x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX
+
+
+def _finite(numbers: Any) -> tuple[float, float, float, float]:
+    a, b, c, d = map(float, numbers)
+    if not all(map(math.isfinite, (a, b, c, d))):
+        raise ValueError(f"a box holds {numbers}, which is not finite")
+    return a, b, c, d

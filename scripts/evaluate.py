@@ -1,0 +1,384 @@
+"""Measure the accuracy (COCO metrics) and the throughput of a running server or of the in-process detector.
+
+python scripts/evaluate.py --voc DIR --split test
+python scripts/evaluate.py --coco instances.json --pictures DIR --archive model_store/damoyolo.mar
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from argument_types import fraction, name_list, positive_int, positive_seconds
+from coco_metrics import CocoMetrics, CocoPrediction, MetricsError, compute_metrics, plot_precision_recall
+from detection_client import DEFAULT_URL, DetectionClient, DetectionClientError, RequestOptions
+from detection_dataset import DatasetError, DetectionDataset, read_coco, read_voc
+
+PACKAGES = ("torch", "torchvision", "torchserve", "pycocotools", "numpy", "pillow")
+
+
+class EvaluationError(Exception):
+    """The evaluation cannot be carried through; no figure would be right."""
+
+
+class LabelledBox(NamedTuple):
+    """A detection; box_xyxy in pixels of the picture."""
+
+    label: str
+    score: float
+    box_xyxy: Sequence[float]
+
+
+# Detections of each picture file, in the order of the files.
+Predictor = Callable[[Sequence[Path]], Iterator[list[LabelledBox]]]
+
+
+def server_predictor(client: DetectionClient, options: RequestOptions, in_flight: int) -> Predictor:
+    """Detections by a running server, with `in_flight` requests at a time."""
+
+    def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
+        for outcome in client.detect_many(paths, options, in_flight):
+            if outcome.answer is None:
+                raise EvaluationError(f"{paths[outcome.index]}: {outcome.error}")
+            yield [
+                LabelledBox(found["label"], found["score"], found["bbox"])
+                for found in outcome.answer["detections"]
+            ]
+
+    return predict
+
+
+def in_process_predictor(
+    archive: Path, options: RequestOptions, batch_size: int, device: str | None, precision: str | None
+) -> tuple[Predictor, Sequence[str], dict[str, str]]:
+    """Detections by a detector in this process.
+
+    archive: .mar file, or the folder of an unpacked one. device: None takes a GPU where there is one.
+
+    Returns the predictor, the detector's class names, and its device and precision for the record.
+
+    Raises:
+        EvaluationError: the archive does not load, or the detector lacks one of the classes asked for.
+    """
+    import torch
+
+    import project_paths  # noqa: F401  -- makes damoyolo importable
+    from damoyolo.detector import Detector
+    from damoyolo.errors import DamoYoloError
+    from damoyolo.structures import DetectionOptions, Detections
+
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        with ExitStack() as stack:
+            model_dir = archive
+            if not archive.is_dir():
+                model_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                zipfile.ZipFile(stack.enter_context(archive.open("rb"))).extractall(model_dir)
+            detector = Detector.from_archive_dir(model_dir, torch_device, precision)
+    except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
+        raise EvaluationError(
+            f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
+        ) from error
+    names = detector.config.class_names
+    if options.classes is not None:
+        ids = match_labels(dict(enumerate(names)), options.classes)
+    defaults = detector.config.default_options()
+    detection_options = DetectionOptions(
+        defaults.score_threshold if options.score_threshold is None else options.score_threshold,
+        defaults.iou_threshold if options.iou_threshold is None else options.iou_threshold,
+        defaults.max_detections if options.max_detections is None else options.max_detections,
+        None if options.classes is None else tuple(ids.values()),
+        bool(options.class_agnostic),
+    )
+
+    def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            answers = detector.detect([path.read_bytes() for path in batch], [detection_options] * len(batch))
+            for path, found in zip(batch, answers, strict=True):
+                if not isinstance(found, Detections):
+                    raise EvaluationError(f"{path}: {found}")
+                labels = [names[class_id] for class_id in found.class_ids]
+                yield list(map(LabelledBox, labels, found.scores.tolist(), found.boxes_xyxy.tolist()))
+
+    hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
+    record = {"device": f"{torch_device} ({hardware})", "precision": detector.engine.precision}
+    return predict, names, record
+
+
+def package_weights(
+    weights: str, variant: str | None, class_names: tuple[str, ...] | None, output_dir: Path
+) -> Path:
+    """An archive of the project's handler with `weights`, which are whatever build_archive.py takes.
+
+    Raises:
+        EvaluationError: the weights cannot be had, or do not fit.
+    """
+    from build_archive import ArchiveError, ArchiveRequest, build_archive
+    from damoyolo.errors import DamoYoloError
+    from weights_source import WeightsError
+
+    request = ArchiveRequest(weights=weights, variant=variant, class_names=class_names, output_dir=output_dir)
+    try:
+        return build_archive(request).path
+    except (ArchiveError, WeightsError, DamoYoloError) as error:
+        raise EvaluationError(str(error)) from error
+
+
+def match_labels(class_names: Mapping[int, str], labels: Iterable[str]) -> dict[str, int]:
+    """The id in `class_names` of each label; upper and lower case do not matter.
+
+    Raises:
+        EvaluationError: a label is none of the class names; names them all.
+    """
+    ids = {name.casefold(): class_id for class_id, name in class_names.items()}
+    distinct = dict.fromkeys(labels)
+    unknown = [label for label in distinct if label.casefold() not in ids]
+    if unknown:
+        raise EvaluationError(
+            f"no class is called {', '.join(unknown)}; there are {', '.join(class_names.values())}. "
+            "--classes makes the detector look for some of its classes only"
+        )
+    return {label: ids[label.casefold()] for label in distinct}
+
+
+def gather_predictions(
+    dataset: DetectionDataset, predictor: Predictor, progress: bool | None
+) -> tuple[list[CocoPrediction], float]:
+    """Detections in all pictures in COCO form, and the seconds that took.
+
+    progress: whether to show a bar on stderr; None shows it on a terminal.
+
+    Raises:
+        EvaluationError: a picture failed, or a label is no class of the data set.
+    """
+    paths = [picture.path for picture in dataset.pictures]
+    # Ahead of the clock: a cold start, and mistakes that every picture would repeat.
+    for boxes in islice(predictor(paths[:1]), 1):
+        match_labels(dataset.class_names, (box.label for box in boxes))
+    predictions: list[CocoPrediction] = []
+    start_s = time.perf_counter()
+    with tqdm(total=len(paths), unit="picture", disable=None if progress is None else not progress) as bar:
+        for picture, boxes in zip(dataset.pictures, predictor(paths), strict=True):
+            ids = match_labels(dataset.class_names, (box.label for box in boxes))
+            for box in boxes:
+                x1, y1, x2, y2 = box.box_xyxy
+                predictions.append(
+                    {
+                        "image_id": picture.image_id,
+                        "category_id": ids[box.label],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": box.score,
+                    }
+                )
+            bar.update()
+    return predictions, time.perf_counter() - start_s
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that the figures may depend on, in this environment."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the arguments say; 0 when there is a result, 1 when there is none."""
+    parser = _argument_parser()
+    arguments = parser.parse_args(argv)
+    _check(parser, arguments)
+    try:
+        _evaluate(arguments)
+    except (EvaluationError, DatasetError, MetricsError, DetectionClientError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.voc is not None:
+        dataset = read_voc(arguments.voc, arguments.split)
+    else:
+        dataset = read_coco(arguments.coco, arguments.pictures)
+    if not dataset.pictures:
+        raise EvaluationError(f"the data set {dataset.name} has no pictures")
+    print(
+        f"{dataset.name}: {len(dataset.pictures)} pictures, {dataset.object_count} objects of "
+        f"{len(dataset.class_names)} classes; {dataset.dropped_objects} objects under 2 px dropped"
+    )
+    options = RequestOptions(
+        arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
+    )
+    with ExitStack() as stack:
+        if _is_in_process(arguments):
+            archive = arguments.archive
+            if archive is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
+            batch_size = arguments.batch_size or 8
+            predictor, names, record = in_process_predictor(
+                archive, options, batch_size, arguments.device, arguments.precision
+            )
+            match_labels(dict(enumerate(names)), dataset.class_names.values())
+            source = {
+                "archive": None if arguments.archive is None else str(arguments.archive),
+                "weights": arguments.weights,
+                "variant": arguments.variant,
+                "batch_size": batch_size,
+                **record,
+            }
+        else:
+            client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+            client.require_server()
+            in_flight = arguments.in_flight or 8
+            predictor = server_predictor(client, options, in_flight)
+            source = {"url": arguments.url, "in_flight": in_flight, "device": None, "precision": None}
+        predictions, seconds = gather_predictions(dataset, predictor, arguments.progress)
+    metrics = compute_metrics(dataset, predictions)
+    row = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data_set": dataset.name,
+        "pictures": len(dataset.pictures),
+        "objects": dataset.object_count,
+        "dropped_objects": dataset.dropped_objects,
+        **source,
+        "note": arguments.note,
+        "score_threshold": options.score_threshold,
+        "iou_threshold": options.iou_threshold,
+        "max_detections": options.max_detections,
+        "classes": options.classes,
+        "predictions": len(predictions),
+        "seconds": round(seconds, 3),
+        "pictures_per_s": round(len(dataset.pictures) / seconds, 2),
+        **metrics.overall._asdict(),
+        "per_class": {name: ap._asdict() for name, ap in metrics.per_class.items()},
+        "versions": installed_versions(),
+    }
+    _report(dataset, metrics, row)
+    if arguments.plot is not None:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_precision_recall(metrics, dataset.name, arguments.plot)
+        print(f"precision-recall plot: {arguments.plot}")
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.json.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        print(f"row added to {arguments.json}")
+
+
+def _report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
+    width = max(len("all classes"), *map(len, dataset.class_names.values()))
+    print(f"{'':{width}}  {'AP':>6}  {'AP50':>6}  {'AP75':>6}")
+    for name, ap in (("all classes", metrics.overall), *metrics.per_class.items()):
+        print(f"{name:{width}}  {ap.ap:6.4f}  {ap.ap50:6.4f}  {ap.ap75:6.4f}")
+    print(
+        f"{row['predictions']} detections in {row['seconds']:.1f} s, "
+        f"{row['pictures_per_s']:.1f} pictures per second"
+    )
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    data = parser.add_argument_group("data set (--voc, or --coco with --pictures)")
+    data.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal-VOC form")
+    data.add_argument("--split", default="test", help="list of ImageSets/Main to take (%(default)s)")
+    data.add_argument("--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO form")
+    data.add_argument("--pictures", type=Path, metavar="DIR", help="folder of the pictures of --coco")
+
+    server = parser.add_argument_group("running server")
+    server.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
+    server.add_argument("--in-flight", type=positive_int, metavar="N", help="requests at a time (8)")
+    server.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        default=60.0,
+        metavar="S",
+        help="longest wait for an answer (%(default)s)",
+    )
+
+    detector = parser.add_argument_group("in-process detector, instead of a server")
+    detector.add_argument(
+        "--archive", type=Path, metavar="MAR", help="archive file, or folder of an unpacked one"
+    )
+    detector.add_argument("--weights", help="weights to package for this run, as build_archive.py takes them")
+    detector.add_argument("--variant", help="variant of --weights (the one that they fit)")
+    detector.add_argument(
+        "--class-names", type=name_list, metavar="A,B", help="of --weights, in the order of their classes"
+    )
+    detector.add_argument("--batch-size", type=positive_int, metavar="N", help="pictures at a time (8)")
+    detector.add_argument("--device", help="cpu or cuda[:index] (a GPU where there is one)")
+    detector.add_argument("--precision", help="in place of the archive's")
+
+    request = parser.add_argument_group("detection")
+    request.add_argument(
+        "--score-threshold", type=fraction, default=0.05, metavar="0..1", help="(%(default)s)"
+    )
+    request.add_argument(
+        "--iou-threshold", type=fraction, default=0.7, metavar="0..1", help="of NMS (%(default)s)"
+    )
+    request.add_argument(
+        "--max-detections", type=positive_int, default=500, metavar="N", help="(%(default)s)"
+    )
+    request.add_argument("--classes", type=name_list, metavar="A,B", help="look for these classes only (all)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--plot", type=Path, metavar="PNG", help="write a precision-recall plot")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="append a row with all figures, settings, versions"
+    )
+    output.add_argument("--note", help="text for the row, say how the server was started")
+    output.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bar on stderr (when that is a terminal)",
+    )
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other, or that would be without effect."""
+    if (arguments.voc is None) == (arguments.coco is None):
+        parser.error("give one data set: --voc DIR, or --coco FILE with --pictures DIR")
+    if (arguments.coco is None) != (arguments.pictures is None):
+        parser.error("--coco and --pictures belong together")
+    if arguments.archive is not None and arguments.weights is not None:
+        parser.error("give one of --archive and --weights")
+    if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):
+        parser.error("--variant and --class-names are for --weights; an archive has its own")
+    if not _is_in_process(arguments):
+        for name in ("batch_size", "device", "precision"):
+            if getattr(arguments, name) is not None:
+                parser.error(
+                    f"--{name.replace('_', '-')} is for --archive and --weights; a server has its own "
+                    "(model-config.yaml)"
+                )
+    elif arguments.in_flight is not None or arguments.url != DEFAULT_URL:
+        parser.error(
+            "--url and --in-flight are for a server; --archive and --weights evaluate in this process"
+        )
+
+
+def _is_in_process(arguments: argparse.Namespace) -> bool:
+    return arguments.archive is not None or arguments.weights is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
