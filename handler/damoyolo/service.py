@@ -1,0 +1,160 @@
+"""Requests in, answers out: one answer a request, whatever happens to its neighbours in the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from damoyolo.detector import Detector
+from damoyolo.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    ImageTooLargeError,
+    InternalError,
+    RequestError,
+)
+from damoyolo.preprocess import EncodedImage, decode_image
+from damoyolo.request import ImageRequest, RequestParser
+from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
+from damoyolo.stages import PARSE, RESPOND, StageObserver, unobserved
+from damoyolo.structures import DetectionOptions, Detections
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back for one request; `error` is None when it succeeded."""
+
+    body: bytes
+    content_type: str
+    error: RequestError | None = None
+
+
+class DetectionService:
+    """Answers batches of requests with a detector.
+
+    Not for several threads at once: one batch at a time.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+        self._parser = RequestParser(detector.config)
+        self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
+
+    def answer(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        headers: Sequence[Mapping[str, Any]],
+        observe: StageObserver = unobserved,
+    ) -> list[Answer]:
+        """One answer a row, in the order of the rows.
+
+        rows: fields of each request. headers: its HTTP headers.
+        observe: called with the name of each stage; what it returns is entered around that stage.
+
+        Raises:
+            DeviceLostError: no batch can be answered any more by this process.
+        """
+        with observe(PARSE):
+            requests = [self._parse(row, head) for row, head in zip(rows, headers, strict=True)]
+        readable = [request for request in requests if isinstance(request, ImageRequest)]
+        pictures = [image for request in readable for image in request.images]
+        options = [request.options for request in readable for _ in request.images]
+        outcomes = iter(self._detect(pictures, options, observe))
+        with observe(RESPOND):
+            return self._respond_to_all(requests, outcomes)
+
+    def _parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest | RequestError:
+        try:
+            return self._parser.parse(row, headers)
+        except RequestError as error:
+            return error
+        except Exception:
+            logger.exception("unforeseen failure while reading a request")
+            return InternalError("the server failed to read this request; its log has the cause")
+
+    def _detect(
+        self, pictures: list[EncodedImage], options: list[DetectionOptions], observe: StageObserver
+    ) -> list[Detections | RequestError]:
+        """Outcome of each picture; a batch that fails as a whole is halved until the culprit stands alone."""
+        if not pictures:
+            return []
+        try:
+            return self.detector.detect(pictures, options, observe)
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise DeviceLostError(str(error)) from error
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if len(pictures) == 1:
+                logger.exception("failure at a single picture")
+                if out_of_memory:
+                    return [DeviceMemoryError("too little free memory on the device for this picture")]
+                return [InternalError("the server failed at this picture; its log has the cause")]
+            logger.warning("a batch of %d failed (%s); halving it", len(pictures), type(error).__name__)
+            if out_of_memory and self.detector.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = len(pictures) // 2
+        first = self._detect(pictures[:half], options[:half], observe)
+        return first + self._detect(pictures[half:], options[half:], observe)
+
+    def _respond_to_all(
+        self, requests: list[ImageRequest | RequestError], outcomes: Iterator[Detections | RequestError]
+    ) -> list[Answer]:
+        jobs: list[tuple[ImageRequest | RequestError, list[Detections | RequestError]]] = [
+            (request, [] if isinstance(request, RequestError) else [next(outcomes) for _ in request.images])
+            for request in requests
+        ]
+        # Formatting JSON holds the interpreter lock, so threads gain nothing; drawing decodes and encodes.
+        if any(isinstance(request, ImageRequest) and request.output_format != "json" for request in requests):
+            return list(self._drawing_pool.map(lambda job: self._respond(*job), jobs))
+        return [self._respond(*job) for job in jobs]
+
+    def _respond(
+        self, request: ImageRequest | RequestError, outcomes: list[Detections | RequestError]
+    ) -> Answer:
+        try:
+            if isinstance(request, RequestError):
+                raise request
+            return self._format(request, outcomes)
+        except RequestError as error:
+            return Answer(format_error(error), CONTENT_TYPES["json"], error)
+        except Exception:
+            logger.exception("unforeseen failure while writing an answer")
+            internal = InternalError("the server failed to write this answer; its log has the cause")
+            return Answer(format_error(internal), CONTENT_TYPES["json"], internal)
+
+    def _format(self, request: ImageRequest, outcomes: list[Detections | RequestError]) -> Answer:
+        config = self.detector.config
+        detections: list[Detections] = []
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, RequestError):
+                raise type(outcome)(f"instances[{index}]: {outcome}") if request.batched else outcome
+            detections.append(outcome)
+        if request.output_format != "json":
+            # Decoded once more: few requests ask for it, and the others need not keep their pixels.
+            image = decode_image(request.images[0], config)
+            body = draw_detections(
+                image, detections[0], config.class_names, request.output_format, config.jpeg_quality
+            )
+        elif request.batched:
+            body = format_json_batch(detections, config.class_names)
+        else:
+            body = format_json(detections[0], config.class_names)
+        if len(body) > config.max_response_bytes:
+            raise ImageTooLargeError(
+                f"the answer as {request.output_format} has {len(body)} bytes; at most "
+                f"{config.max_response_bytes} are sent (server setting max_response_bytes); "
+                "format jpeg is smaller than png, and json smaller than both"
+            )
+        return Answer(body, CONTENT_TYPES[request.output_format])
+
+    def close(self) -> None:
+        """End the threads."""
+        self._drawing_pool.shutdown()
+        self.detector.close()

@@ -1,0 +1,62 @@
+"""Names of the stages and a clock over them, so that measuring never edits what is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+PARSE = "parse"
+PREPROCESS = "preprocess"
+NETWORK = "network"
+POSTPROCESS = "postprocess"
+RESPOND = "respond"
+
+StageObserver = Callable[[str], AbstractContextManager[Any]]
+
+
+def unobserved(_stage: str) -> AbstractContextManager[None]:
+    """The observer that measures nothing."""
+    return nullcontext()
+
+
+class StageClock:
+    """Sums the time of each stage; an instance is a `StageObserver`.
+
+    On CUDA the bounds of a stage are events on the current stream: what the device computes counts where
+    it runs, not where the host happens to wait for it, and taking the time does not synchronise. Reading
+    does. On a CPU the bounds are readings of the host's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._bounds: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._bounds.append((stage, start, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def read_seconds(self) -> dict[str, float]:
+        """Seconds per stage since the last reading, which starts anew; waits for the device on CUDA."""
+        totals: dict[str, float] = {}
+        if self._on_cuda and self._bounds:
+            self._bounds[-1][2].synchronize()
+        for stage, start, end in self._bounds:
+            seconds = start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+            totals[stage] = totals.get(stage, 0.0) + seconds
+        self._bounds.clear()
+        return totals

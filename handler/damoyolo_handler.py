@@ -1,0 +1,97 @@
+"""The TorchServe entry point: rows in, one body and one status a row out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ts.metrics.metric_type_enum import MetricTypes
+from ts.torch_handler.base_handler import BaseHandler
+
+from damoyolo.detector import WEIGHTS_FILE, Detector
+from damoyolo.errors import DeviceLostError
+from damoyolo.service import DetectionService
+from damoyolo.stages import StageClock
+from damoyolo.telemetry import CounterKey, CounterTotals
+
+logger = logging.getLogger(__name__)
+
+METRICS_INTERVAL_S = 1.0
+
+
+class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
+    """Serves a packaged DAMO-YOLO; every request of a batch succeeds or fails on its own.
+
+    The inherited `handle` decides for a whole batch by its first item, so this one has its own.
+    """
+
+    def initialize(self, context: Any) -> None:
+        """Load the network on the worker's device and run it once, before the worker reports ready.
+
+        Raises:
+            ConfigError, CheckpointError: settings and weights of the archive do not fit together.
+        """
+        # The server keeps every line that a worker prints; metrics travel the same way at level INFO.
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("ts.metrics.caching_metric").setLevel(logging.INFO)
+
+        properties = context.system_properties
+        gpu_id = properties.get("gpu_id")
+        device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        settings = context.model_yaml_config.get("handler") or {}
+        detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
+        if device.type == "cpu":
+            # Workers share the cores: more threads than cores slow all of them down.
+            workers = int(context.model_yaml_config.get("minWorkers") or 1)
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(detector.config.compute_threads or max(1, cores // max(1, workers)))
+        detector.warm_up(detector.config.warmup_batch_sizes)
+
+        self.service = DetectionService(detector)
+        self.clock = StageClock(device)
+        self.model_name = str(context.manifest["model"]["modelName"])
+        self.metrics = context.metrics
+        self.counters = CounterTotals(self._send_counter, METRICS_INTERVAL_S)
+        self.initialized = True
+
+    def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
+        """The body of each row, in the order of the rows; status and content type go to the context."""
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        try:
+            answers = self.service.answer(data, headers, self.clock)
+        except DeviceLostError:
+            # Every later CUDA call of this process would fail too, while the server calls the worker
+            # healthy. Ending it makes the server start a new one.
+            logger.exception("the device is lost; ending this worker")
+            logging.shutdown()
+            os._exit(1)
+        errors: Counter[str] = Counter()
+        for index, answer in enumerate(answers):
+            context.set_response_content_type(index, answer.content_type)
+            if answer.error is not None:
+                context.set_response_status(code=answer.error.status, phrase=answer.error.reason, idx=index)
+                errors[answer.error.kind] += 1
+        self._count(len(data), errors)
+        return [answer.body for answer in answers]
+
+    def _count(self, requests: int, errors: Counter[str]) -> None:
+        increments: dict[CounterKey, float] = {
+            ("batches_total", ()): 1.0,
+            ("batched_requests_total", ()): float(requests),
+        }
+        increments |= {("request_errors_total", (kind,)): float(count) for kind, count in errors.items()}
+        increments |= {
+            ("stage_seconds_total", (stage,)): seconds for stage, seconds in self.clock.read_seconds().items()
+        }
+        self.counters.add(increments)
+
+    def _send_counter(self, name: str, dimensions: tuple[str, ...], value: float) -> None:
+        metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
+        metric.add_or_update(value, [self.model_name, "Model", *dimensions])
