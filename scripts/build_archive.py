@@ -1,0 +1,294 @@
+"""Builds the archive that TorchServe serves: weights folded into plain convolutions, handler, settings.
+
+python scripts/build_archive.py                                  the embedded demo weights
+python scripts/build_archive.py --weights damoyolo_tinynasL25_S_477   an official checkpoint
+python scripts/build_archive.py --weights mine.pth --class-names mine.txt --variant T
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
+
+import project_paths
+from argument_types import fraction, positive_int
+from damoyolo.checkpoint import load_checkpoint, save_packaged
+from damoyolo.class_names import COCO_CLASS_NAMES
+from damoyolo.config import PRECISIONS, ServingConfig
+from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
+from damoyolo.errors import DamoYoloError
+from damoyolo.model.variants import VARIANTS
+from weights_source import WeightsError, fetch_weights
+
+HANDLER_DIR = project_paths.PROJECT_DIR / "handler"
+DEMO_WEIGHTS = project_paths.PROJECT_DIR / "model_store" / "weights" / "damoyolo_s_bccd.pth"
+DEMO_CLASS_NAMES = ("Platelets", "RBC", "WBC")
+MANIFEST = "MAR-INF/MANIFEST.json"
+VERIFY_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class ArchiveRequest:
+    """What to build.
+
+    weights: file, https address or name of an official checkpoint. sha256: of that file, if known.
+    variant: name of the variant; None takes the one that the weights fit.
+    class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
+    model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
+    serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
+    """
+
+    weights: str = str(DEMO_WEIGHTS)
+    sha256: str | None = None
+    variant: str | None = None
+    class_names: tuple[str, ...] | None = None
+    model_name: str = "damoyolo"
+    version: str = "1.0"
+    output_dir: Path = project_paths.PROJECT_DIR / "model_store"
+    model_settings: dict[str, Any] = field(default_factory=dict)
+    serving: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArchiveReport:
+    """What was built; `digest` is equal for archives of equal content."""
+
+    path: Path
+    digest: str
+    variant: str
+    num_classes: int
+    files: int
+
+
+class ArchiveError(Exception):
+    """The archive could not be built, or what was built does not work."""
+
+
+def build_archive(request: ArchiveRequest) -> ArchiveReport:
+    """Build, open again and verify an archive.
+
+    Raises:
+        WeightsError, DamoYoloError, ArchiveError: with what has to change.
+    """
+    class_names = request.class_names
+    weights = fetch_weights(request.weights, request.sha256)
+    if class_names is None:
+        is_demo = weights.resolve() == DEMO_WEIGHTS.resolve()
+        class_names = DEMO_CLASS_NAMES if is_demo else COCO_CLASS_NAMES
+    checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
+    settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
+    settings.update(request.model_settings)
+    serving = {
+        **(settings["handler"] or {}),
+        "variant": checkpoint.variant.name,
+        "class_names": list(class_names),
+        **request.serving,
+    }
+    ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
+    settings["handler"] = serving
+
+    request.output_dir.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the finished archive moves into place in one step.
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=request.output_dir) as name:
+        private = Path(name)
+        save_packaged(private / WEIGHTS_FILE, checkpoint)
+        (private / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        built = _run_archiver(request, private)
+        digest = content_digest(built)
+        names = verify_archive(built)
+        path = request.output_dir / built.name
+        built.replace(path)
+    return ArchiveReport(path, digest, checkpoint.variant.name, checkpoint.num_classes, len(names))
+
+
+def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
+    """The archive, in a folder of its own below `private`."""
+    export_dir, scratch_dir = private / "export", private / "scratch"
+    export_dir.mkdir()
+    scratch_dir.mkdir()
+    config = ModelArchiverConfig(
+        model_name=request.model_name,
+        version=request.version,
+        handler=str(HANDLER_DIR / "damoyolo_handler.py"),
+        serialized_file=str(private / WEIGHTS_FILE),
+        extra_files=str(HANDLER_DIR),
+        config_file=str(private / SETTINGS_FILE),
+        export_path=str(export_dir),
+        # Weights hardly shrink, and the server would unpack them at each start.
+        archive_format="zip-store",
+        force=True,
+    )
+    # The archiver empties $TMPDIR/<model name> and would meet another run of its own there.
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch_dir)
+    try:
+        generate_model_archive(config)
+    finally:
+        tempfile.tempdir = before
+    return export_dir / f"{request.model_name}.mar"
+
+
+def content_digest(archive: Path) -> str:
+    """SHA-256 over names and contents, in hexadecimal; blind to when and in which order it was packed."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(archive) as opened:
+        for name in sorted(opened.namelist()):
+            content = opened.read(name)
+            if name == MANIFEST:
+                manifest = json.loads(content)
+                del manifest["createdOn"]
+                content = json.dumps(manifest, sort_keys=True).encode()
+            digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+# Run inside the unpacked archive by a fresh interpreter, as the server's worker would.
+VERIFY = """
+import io, pathlib, sys
+import numpy
+from PIL import Image
+import damoyolo_handler
+from damoyolo.detector import Detector
+from damoyolo.structures import Detections
+here = pathlib.Path.cwd()
+assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
+detector = Detector.from_archive_dir(here, "cpu", precision="fp32")
+picture = io.BytesIO()
+Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(picture, "PNG")
+(outcome,) = detector.detect([picture.getvalue()], [detector.config.default_options()])
+assert isinstance(outcome, Detections), outcome
+assert numpy.isfinite(outcome.boxes_xyxy).all()
+"""
+
+
+def verify_archive(archive: Path) -> list[str]:
+    """Check that an archive is whole and detects; the names of its files.
+
+    Raises:
+        ArchiveError: a module is missing, or a fresh process cannot import it or detect with it.
+    """
+    with zipfile.ZipFile(archive) as opened:
+        names = opened.namelist()
+        modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
+        missing = sorted((modules | {WEIGHTS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
+        if missing:
+            raise ArchiveError(f"{archive} lacks {', '.join(missing)}")
+        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+            opened.extractall(folder)
+            search_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
+            check = subprocess.run(
+                [sys.executable, "-c", VERIFY],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": search_path, "PYTHONDONTWRITEBYTECODE": "1"},
+                capture_output=True,
+                text=True,
+                timeout=VERIFY_TIMEOUT_S,
+            )
+    if check.returncode != 0:
+        raise ArchiveError(f"{archive.name} was packed but does not work:\n{check.stderr}")
+    return names
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names of a text file (one a line) or a JSON file (a list, or an object of index to name)."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    content = json.loads(text)
+    if isinstance(content, dict):
+        content = [content[str(index)] for index in range(len(content))]
+    return tuple(map(str, content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the archive that the options describe."""
+    arguments = _parser().parse_args(argv)
+    model_settings = {
+        "batchSize": arguments.batch_size,
+        "maxBatchDelay": arguments.max_batch_delay,
+        "minWorkers": arguments.workers,
+        "maxWorkers": arguments.workers,
+    }
+    serving = {
+        "input_size_hw": arguments.input_size,
+        "precision": arguments.precision,
+        "score_threshold": arguments.score_threshold,
+        "iou_threshold": arguments.iou_threshold,
+        "max_detections": arguments.max_detections,
+    }
+    try:
+        report = build_archive(
+            ArchiveRequest(
+                weights=arguments.weights,
+                sha256=arguments.sha256,
+                variant=arguments.variant,
+                class_names=read_class_names(arguments.class_names) if arguments.class_names else None,
+                model_name=arguments.model_name,
+                version=arguments.version,
+                output_dir=arguments.output_dir,
+                model_settings={key: value for key, value in model_settings.items() if value is not None},
+                serving={key: value for key, value in serving.items() if value is not None},
+            )
+        )
+    except (WeightsError, DamoYoloError, ArchiveError, OSError, ValueError, KeyError) as error:
+        print(f"build_archive: {error}", file=sys.stderr)
+        return 1
+    size_mb = report.path.stat().st_size / 1e6
+    print(f"{report.path}: DAMO-YOLO-{report.variant}, {report.num_classes} classes, {size_mb:.1f} MB")
+    print(f"content SHA-256 {report.digest}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights",
+        default=str(DEMO_WEIGHTS),
+        help="file, https address or official name (default: the demo weights)",
+    )
+    parser.add_argument("--sha256", help="what the weights have to have, in hexadecimal")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), help="default: the one that the weights fit")
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        help="text (a name a line) or JSON file (default: the demo's for its weights, else COCO's 80)",
+    )
+    parser.add_argument(
+        "--input-size",
+        type=positive_int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="network input in pixels, multiples of 32 (default: the variant's)",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: auto")
+    parser.add_argument("--score-threshold", type=fraction)
+    parser.add_argument("--iou-threshold", type=fraction)
+    parser.add_argument("--max-detections", type=positive_int)
+    parser.add_argument("--batch-size", type=positive_int, help="most requests that share a batch")
+    parser.add_argument(
+        "--max-batch-delay", type=positive_int, metavar="MS", help="wait for a batch to fill, in ms"
+    )
+    parser.add_argument("--workers", type=positive_int)
+    parser.add_argument("--model-name", default="damoyolo")
+    parser.add_argument("--version", default="1.0")
+    parser.add_argument("--output-dir", type=Path, default=project_paths.PROJECT_DIR / "model_store")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

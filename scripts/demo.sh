@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# From an empty clone to detections: sets up, builds the archive, serves it, asks it with curl.
+#   ./scripts/demo.sh                  ends the server when done
+#   ./scripts/demo.sh --keep-serving   leaves it running until Ctrl-C
+set -euo pipefail
+cd "$(dirname "$0")/.."
+keep_serving=no
+case "${1:-}" in
+    "") ;;
+    --keep-serving) keep_serving=yes ;;
+    *) echo "usage: $0 [--keep-serving]" >&2; exit 2 ;;
+esac
+command -v curl >/dev/null || { echo "demo: curl is needed and was not found" >&2; exit 1; }
+
+. scripts/setup_environment.sh
+setup_environment requirements.txt
+
+echo "== Building model_store/damoyolo.mar from the embedded demo weights"
+python scripts/build_archive.py
+
+sample=tests/data/smears/smear_3.jpg
+drawn=output/smear_3_detected.jpg
+mkdir -p output
+ready_file=$(mktemp)
+server=
+finish() {
+    if [ -n "$server" ]; then kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; fi
+    rm -f "$ready_file"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+echo "== Starting TorchServe"
+python scripts/serve.py --any-port --ready-file "$ready_file" &
+server=$!
+until [ -s "$ready_file" ]; do
+    kill -0 "$server" 2>/dev/null || { server=; echo "demo: the server did not start, see above" >&2; exit 1; }
+    sleep 0.2
+done
+url=$(cat "$ready_file")/predictions/damoyolo
+
+echo "== curl -X POST $url -T $sample"
+curl --silent --show-error --fail-with-body --max-time 120 -X POST "$url" -T "$sample" | python -c '
+import json, sys
+answer = json.load(sys.stdin)
+print("%d x %d pixels, %d detections:" % (answer["width"], answer["height"], len(answer["detections"])))
+for found in answer["detections"]:
+    print("  %-10s %.3f  x1 %6.1f  y1 %6.1f  x2 %6.1f  y2 %6.1f" % (found["label"], found["score"], *found["bbox"]))'
+curl --silent --show-error --fail-with-body --max-time 120 -X POST "$url" -T "$sample" -H 'Accept: image/jpeg' -o "$drawn"
+echo "== The picture with its detections drawn: $drawn"
+
+if [ "$keep_serving" = yes ]; then
+    echo "== Serving on until Ctrl-C"
+    wait "$server"
+else
+    echo "== Ending the server. To serve on: .venv/bin/python scripts/serve.py"
+fi

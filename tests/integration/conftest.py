@@ -1,0 +1,83 @@
+"""One real TorchServe for all integration tests, from an archive that is built for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_archive import ArchiveReport, ArchiveRequest, build_archive
+from damoyolo.detector import Detector
+from torchserve_process import TorchServeProcess
+
+INTEGRATION_DIR = Path(__file__).parent
+# float32 makes one picture's result independent of its neighbours to within rounding; another precision
+# can be tried with this variable, the tolerance then being that of the precision.
+PRECISION = os.environ.get("DAMOYOLO_TEST_PRECISION", "fp32")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if INTEGRATION_DIR in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def smears(project_dir: Path) -> dict[str, tuple[bytes, list[list[object]]]]:
+    """Sample pictures by name: encoded bytes, and [label, x1, y1, x2, y2] of each cell in pixels."""
+    folder = project_dir / "tests" / "data" / "smears"
+    return {
+        path.stem: (path.read_bytes(), json.loads(path.with_suffix(".json").read_text()))
+        for path in sorted(folder.glob("*.jpg"))
+    }
+
+
+@pytest.fixture(scope="session")
+def smear(smears: dict[str, tuple[bytes, list[list[object]]]]) -> bytes:
+    """One sample picture, 640x480 JPEG."""
+    return smears["smear_3"][0]
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
+    """The archive of the demo weights, with a delay long enough for concurrent requests to share batches."""
+    return build_archive(
+        ArchiveRequest(
+            output_dir=tmp_path_factory.mktemp("model_store"),
+            model_settings={"batchSize": 8, "maxBatchDelay": 100},
+            serving={"precision": PRECISION, "max_image_pixels": 20_000_000},
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def server(archive: ArchiveReport, project_dir: Path) -> Iterator[TorchServeProcess]:
+    """A TorchServe that serves the archive, on free ports."""
+    with TorchServeProcess(
+        project_dir / "config.properties",
+        archive.path.parent,
+        working_dir=project_dir,
+        use_free_ports=True,
+        arguments=["--enable-model-api"],
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def url(server: TorchServeProcess) -> str:
+    """Where predictions are asked for."""
+    return f"{server.inference_url}/predictions/damoyolo"
+
+
+@pytest.fixture(scope="session")
+def detector(archive: ArchiveReport, tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    """The same archive in this process, on the device that the server uses."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(archive.path) as opened:
+        opened.extractall(folder)
+    return Detector.from_archive_dir(folder, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,397 @@
+"""What a real TorchServe answers to pictures in every form, with every option, alone and in batches."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image, ImageOps
+
+from answers import assert_same_detections, encode, iou
+from damoyolo.detector import Detector
+from damoyolo.structures import DetectionOptions, Detections
+from torchserve_process import TorchServeProcess
+
+TIMEOUT_S = 120.0
+Smears = dict[str, tuple[bytes, list[list[Any]]]]
+SMEAR_NAMES = ("smear_3", "smear_4", "smear_7")
+
+
+def ask(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """The answer to a picture sent as raw body."""
+    response = requests.post(url, data=encoded, headers=headers, timeout=TIMEOUT_S)
+    assert response.status_code == 200, response.text
+    assert response.headers["Content-Type"] == "application/json"
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def detect_in_process(
+    detector: Detector, encoded: bytes, options: DetectionOptions | None = None
+) -> Detections:
+    """The same picture through the detector of this process."""
+    (outcome,) = detector.detect([encoded], [options or detector.config.default_options()])
+    assert isinstance(outcome, Detections)
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def whole_answer(url: str, smear: bytes) -> dict[str, Any]:
+    """The answer to the sample picture without any option."""
+    return ask(url, smear)
+
+
+@pytest.mark.parametrize("name", SMEAR_NAMES)
+def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smears, name: str) -> None:
+    encoded, cells = smears[name]
+    answer = ask(url, encoded)
+    assert Counter(found["label"] for found in answer["detections"]) == Counter(cell[0] for cell in cells)
+    for label, *box in cells:
+        best = max(iou(box, found["bbox"]) for found in answer["detections"] if found["label"] == label)
+        assert best > 0.5, (label, box)
+    scores = [found["score"] for found in answer["detections"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_64_concurrent_pictures_of_different_sizes_equal_the_in_process_results(
+    server: TorchServeProcess, url: str, smears: Smears, detector: Detector
+) -> None:
+    random = np.random.default_rng(7)
+    pictures = []
+    for index in range(64):
+        source = Image.open(io.BytesIO(smears[SMEAR_NAMES[index % 3]][0]))
+        size = int(random.integers(200, 1600)), int(random.integers(200, 1200))
+        pictures.append(encode(source.resize(size), "JPEG" if index % 4 else "PNG"))
+    batches_before = counter_value(server, "batches_total")
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda encoded: ask(url, encoded), pictures))
+    for encoded, answer in zip(pictures, answers, strict=True):
+        assert_same_detections(answer, detect_in_process(detector, encoded))
+    # They did share batches: 64 requests in batches of at most 8.
+    assert wait_for_counter(server, "batches_total", batches_before + 8) < batches_before + 40
+
+
+def counter_value(server: TorchServeProcess, name: str, **labels: str) -> float:
+    """Sum of a counter over all label sets that hold `labels`."""
+    text = requests.get(f"{server.metrics_url}/metrics", timeout=TIMEOUT_S).text
+    total = 0.0
+    for line in text.splitlines():
+        match = re.fullmatch(rf"{name}{{(.*)}} ([0-9.eE+-]+)", line)
+        if match and all(f'{key}="{value}"' in match.group(1) for key, value in labels.items()):
+            total += float(match.group(2))
+    return total
+
+
+def wait_for_counter(server: TorchServeProcess, name: str, at_least: float, **labels: str) -> float:
+    """The counter once it has reached a value; the handler sends its counters once a second."""
+    import time
+
+    deadline = time.monotonic() + 10
+    while (value := counter_value(server, name, **labels)) < at_least and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert value >= at_least, f"{name} {labels} stays at {value}"
+    return value
+
+
+def test_stage_times_and_errors_arrive_as_metrics(server: TorchServeProcess, url: str, smear: bytes) -> None:
+    before = {
+        stage: counter_value(server, "stage_seconds_total", Stage=stage)
+        for stage in ("parse", "preprocess", "network", "postprocess", "respond")
+    }
+    errors = counter_value(server, "request_errors_total", Kind="UnsupportedImage")
+    ask(url, smear)
+    assert requests.post(url, data=b"no picture", timeout=TIMEOUT_S).status_code == 415
+    wait_for_counter(server, "request_errors_total", errors + 1, Kind="UnsupportedImage")
+    for stage, seconds in before.items():
+        assert (
+            wait_for_counter(server, "stage_seconds_total", np.nextafter(seconds, 1e9), Stage=stage) > seconds
+        )
+
+
+@pytest.mark.parametrize(
+    ("form", "send"),
+    [
+        ("raw put", lambda url, data: requests.put(url, data=data, timeout=TIMEOUT_S)),
+        ("raw octets", lambda url, data: post(url, data, "application/octet-stream")),
+        ("raw jpeg", lambda url, data: post(url, data, "image/jpeg")),
+        ("part data", lambda url, data: requests.post(url, files={"data": data}, timeout=TIMEOUT_S)),
+        (
+            "part body",
+            lambda url, data: requests.post(url, files={"body": ("a.jpg", data)}, timeout=TIMEOUT_S),
+        ),
+        (
+            "part image",
+            lambda url, data: requests.post(
+                url, files={"image": ("a.jpg", data, "image/jpeg")}, timeout=TIMEOUT_S
+            ),
+        ),
+        (
+            "part without file name",
+            lambda url, data: requests.post(url, files={"data": (None, data)}, timeout=TIMEOUT_S),
+        ),
+        (
+            "json image",
+            lambda url, data: requests.post(url, json={"image": as_base64(data)}, timeout=TIMEOUT_S),
+        ),
+        (
+            "json of another type",
+            lambda url, data: post(
+                url, json.dumps({"image": as_base64(data)}).encode(), "application/x+json"
+            ),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_input_form_gives_the_same_answer(
+    url: str,
+    smear: bytes,
+    whole_answer: dict[str, Any],
+    form: str,
+    send: Callable[[str, bytes], requests.Response],
+) -> None:
+    response = send(url, smear)
+    assert response.status_code == 200, f"{form}: {response.text}"
+    assert response.json() == whole_answer
+
+
+def as_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def post(url: str, data: bytes, content_type: str) -> requests.Response:
+    return requests.post(url, data=data, headers={"Content-Type": content_type}, timeout=TIMEOUT_S)
+
+
+def test_instances_come_back_as_predictions_in_their_order(
+    url: str, server: TorchServeProcess, smears: Smears, detector: Detector
+) -> None:
+    pictures = [smears[name][0] for name in SMEAR_NAMES]
+    body = {"instances": [{"b64": as_base64(picture)} for picture in pictures]}
+    for address in (url, f"{server.inference_url}/v1/models/damoyolo:predict"):
+        predictions = requests.post(address, json=body, timeout=TIMEOUT_S).json()["predictions"]
+        assert len(predictions) == 3
+        for picture, prediction in zip(pictures, predictions, strict=True):
+            assert_same_detections(prediction, detect_in_process(detector, picture))
+
+
+@pytest.mark.parametrize(
+    ("picture_format", "mode", "options"),
+    [
+        ("PNG", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "I;16", {}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("GIF", "P", {}),
+    ],
+)
+def test_every_picture_format_is_served(
+    url: str, smear: bytes, detector: Detector, picture_format: str, mode: str, options: dict[str, Any]
+) -> None:
+    source = Image.open(io.BytesIO(smear)).resize((320, 240))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = source.convert(mode)
+    encoded = encode(picture, picture_format, **options)
+    answer = ask(url, encoded)
+    assert (answer["width"], answer["height"]) == (320, 240)
+    assert answer["detections"]
+    assert_same_detections(answer, detect_in_process(detector, encoded))
+
+
+def test_boxes_refer_to_the_picture_as_a_viewer_shows_it(url: str, smears: Smears) -> None:
+    source = Image.open(io.BytesIO(smears["smear_4"][0]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
+    encoded = encode(source, "JPEG", exif=exif, quality=95)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    answer = ask(url, encoded)
+    assert (answer["width"], answer["height"]) == shown.size == (480, 640)
+    for _, x1, y1, x2, y2 in smears["smear_4"][1]:
+        turned = [480 - y2, x1, 480 - y1, x2]
+        assert max(iou(turned, found["bbox"]) for found in answer["detections"]) > 0.5
+
+
+@pytest.mark.parametrize("channel", ["header", "field", "json"])
+@pytest.mark.parametrize(
+    ("name", "value", "keep"),
+    [
+        ("score_threshold", 0.7, lambda found: [each for each in found if each["score"] > 0.7]),
+        ("max_detections", 3, lambda found: found[:3]),
+        ("classes", "WBC,Platelets", lambda found: [each for each in found if each["class_id"] in (0, 2)]),
+        ("classes", "1", lambda found: [each for each in found if each["class_id"] == 1]),
+    ],
+)
+def test_an_option_works_through_every_channel(
+    url: str, smear: bytes, whole_answer: dict[str, Any], channel: str, name: str, value: Any, keep: Any
+) -> None:
+    answer = send_with_option(url, smear, channel, name, value).json()
+    expected = keep(whole_answer["detections"])
+    assert 0 < len(expected) < len(whole_answer["detections"])
+    assert answer["detections"] == expected
+
+
+def send_with_option(url: str, smear: bytes, channel: str, name: str, value: Any) -> requests.Response:
+    if channel == "header":
+        header = "X-Detect-" + name.title().replace("_", "-")
+        response = requests.post(url, data=smear, headers={header: str(value)}, timeout=TIMEOUT_S)
+    elif channel == "field":
+        response = requests.post(url, files={"data": smear}, data={name: str(value)}, timeout=TIMEOUT_S)
+    else:
+        response = requests.post(url, json={"image": as_base64(smear), name: value}, timeout=TIMEOUT_S)
+    assert response.status_code == 200, response.text
+    return response
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"iou_threshold": 0.05},
+        {"iou_threshold": 0.95, "score_threshold": 0.05},
+        {"iou_threshold": 0.05, "class_agnostic": True, "score_threshold": 0.05},
+    ],
+)
+def test_suppression_options_equal_the_in_process_results(
+    url: str, smear: bytes, detector: Detector, options: dict[str, Any]
+) -> None:
+    response = requests.post(url, json={"image": as_base64(smear), **options}, timeout=TIMEOUT_S)
+    settings = {"score_threshold": 0.25, "iou_threshold": 0.45, "max_detections": 300, **options}
+    expected = detect_in_process(detector, smear, DetectionOptions(**settings))
+    assert_same_detections(response.json(), expected, score_threshold=settings["score_threshold"])
+
+
+def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(
+    server: TorchServeProcess, smear: bytes
+) -> None:
+    address = f"{server.inference_url}/models/damoyolo/invoke?max_detections=2"
+    response = requests.post(address, data=smear, timeout=TIMEOUT_S)
+    assert response.status_code == 200, response.text
+    assert len(response.json()["detections"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "content_type", "picture_format"),
+    [
+        ({"Accept": "image/jpeg"}, "image/jpeg", "JPEG"),
+        ({"Accept": "image/png"}, "image/png", "PNG"),
+        ({"X-Detect-Format": "png"}, "image/png", "PNG"),
+    ],
+)
+def test_the_picture_comes_back_drawn(
+    url: str,
+    smear: bytes,
+    whole_answer: dict[str, Any],
+    headers: dict[str, str],
+    content_type: str,
+    picture_format: str,
+) -> None:
+    response = requests.post(url, data=smear, headers=headers, timeout=TIMEOUT_S)
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == content_type
+    drawn = Image.open(io.BytesIO(response.content))
+    assert drawn.format == picture_format
+    before = np.asarray(Image.open(io.BytesIO(smear)), dtype=int)
+    after = np.asarray(drawn.convert("RGB"), dtype=int)
+    assert before.shape == after.shape
+    changed = np.abs(before - after).max(axis=2) > 60
+    for found in whole_answer["detections"]:
+        x1, y1, x2, y2 = (int(value) for value in found["bbox"])
+        edges = np.concatenate(
+            [
+                changed[y1:y2, max(0, x1 - 1) : x1 + 3].any(axis=1),
+                changed[max(0, y1 - 1) : y1 + 3, x1:x2].any(axis=0),
+            ]
+        )
+        assert edges.mean() > 0.8, found
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "kind", "mentions"),
+    [
+        (b"", {}, 400, "MissingImage", "multipart"),
+        (b"no picture", {}, 415, "UnsupportedImage", "JPEG"),
+        ("truncated", {}, 422, "CorruptImage", ""),
+        ("whole", {"X-Detect-Score-Threshold": "7"}, 400, "InvalidOption", "score_threshold"),
+        ("whole", {"X-Detect-Treshold": "0.5"}, 400, "InvalidOption", "X-Detect-Score-Threshold"),
+        ("whole", {"X-Detect-Classes": "RBC,Horse"}, 400, "InvalidOption", "Platelets"),
+        ("huge", {}, 413, "ImageTooLarge", "max_image_pixels"),
+    ],
+)
+def test_a_bad_request_gets_its_own_status_and_says_what_is_accepted(
+    url: str, smear: bytes, body: bytes | str, headers: dict[str, str], status: int, kind: str, mentions: str
+) -> None:
+    bodies = {
+        "whole": smear,
+        "truncated": smear[: len(smear) // 2],
+        "huge": encode(Image.new("1", (5000, 5000)), "PNG"),
+    }
+    response = requests.post(
+        url, data=bodies[body] if isinstance(body, str) else body, headers=headers, timeout=TIMEOUT_S
+    )
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/json"
+    error = response.json()
+    assert (error["code"], error["type"]) == (status, kind)
+    assert mentions in error["message"]
+
+
+def test_corrupt_neighbours_in_a_batch_cost_only_themselves(
+    server: TorchServeProcess, url: str, smear: bytes, whole_answer: dict[str, Any]
+) -> None:
+    bodies = [
+        smear,
+        smear[:5000],
+        b"nothing",
+        smear,
+        smear[: len(smear) // 2],
+        smear,
+        b"\xff\xd8\xff",
+        smear,
+    ] * 2
+    batches_before = counter_value(server, "batches_total")
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        responses = list(pool.map(lambda body: requests.post(url, data=body, timeout=TIMEOUT_S), bodies))
+    for body, response in zip(bodies, responses, strict=True):
+        if body is smear:
+            assert response.status_code == 200, response.text
+            assert [found["label"] for found in response.json()["detections"]] == [
+                found["label"] for found in whole_answer["detections"]
+            ]
+        else:
+            assert response.status_code in (415, 422), response.text
+    assert wait_for_counter(server, "batches_total", batches_before + 2) < batches_before + len(bodies)
+
+
+def test_a_batch_of_bad_requests_only_is_answered(url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(
+            pool.map(lambda i: requests.post(url, data=b"bad %d" % i, timeout=TIMEOUT_S), range(8))
+        )
+    assert [response.status_code for response in responses] == [415] * 8
+
+
+def test_curl_as_in_the_readme_works(url: str, project_dir: Path, whole_answer: dict[str, Any]) -> None:
+    import subprocess
+
+    picture = project_dir / "tests" / "data" / "smears" / "smear_3.jpg"
+    command = ["curl", "--silent", "--max-time", "120", "-X", "POST", url, "-T", str(picture)]
+    assert (
+        json.loads(subprocess.run(command, capture_output=True, check=True, timeout=130).stdout)
+        == whole_answer
+    )
