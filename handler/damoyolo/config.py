@@ -28,6 +28,8 @@ class ServingConfig:
     max_candidates: the best so many candidates of a picture enter NMS, a bound on its work.
     max_image_bytes: largest encoded picture. max_image_pixels: largest width times height.
     max_instances: most pictures in one JSON request.
+    max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
+        server ends the worker.
     image_formats: accepted picture formats, named as Pillow names them.
     decode_threads: pictures decoded at the same time in a worker; 0 takes one a core.
     compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
@@ -43,10 +45,11 @@ class ServingConfig:
     iou_threshold: float = 0.45
     max_detections: int = 300
     max_detections_limit: int = 1000
-    max_candidates: int = 16384
+    max_candidates: int = 8192
     max_image_bytes: int = 32 * 1024 * 1024
     max_image_pixels: int = 64_000_000
     max_instances: int = 16
+    max_response_bytes: int = 32 * 1024 * 1024
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     decode_threads: int = 0
     compute_threads: int = 0
@@ -59,7 +62,14 @@ class ServingConfig:
             _require_choice("image_formats", name, IMAGE_FORMATS)
         for name in ("score_threshold", "iou_threshold"):
             _require_range(name, getattr(self, name), 0.0, 1.0)
-        for name in ("max_detections_limit", "max_candidates", "max_image_bytes", "max_image_pixels", "max_instances"):
+        for name in (
+            "max_detections_limit",
+            "max_candidates",
+            "max_image_bytes",
+            "max_image_pixels",
+            "max_instances",
+            "max_response_bytes",
+        ):
             _require_range(name, getattr(self, name), 1, 2**31 - 1)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
