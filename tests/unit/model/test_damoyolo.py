@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,31 @@ def test_outputs_agree_with_the_golden_ones(
     model_dir: Path,
 ) -> None:
     scores, boxes_xyxy = decode_predictions(golden_model(name, folded)(golden_images(name)))
+    assert golden.check((scores, boxes_xyxy), model_dir / f"golden_{name}.npz")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+@pytest.mark.parametrize("folded", [False, True], ids=["trained", "folded"])
+@pytest.mark.parametrize("name", GOLDEN_VARIANTS)
+def test_outputs_agree_with_the_golden_ones_on_a_gpu(
+    name: str,
+    folded: bool,
+    memory_format: torch.memory_format,
+    golden: ModuleType,
+    golden_model: GoldenModel,
+    golden_images: Callable[..., Tensor],
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = copy.deepcopy(golden_model(name, folded)).to("cuda", memory_format=memory_format)
+    images = golden_images(name).to("cuda").contiguous(memory_format=memory_format)
+    with torch.inference_mode():
+        scores, boxes_xyxy = decode_predictions(model(images))
     assert golden.check((scores, boxes_xyxy), model_dir / f"golden_{name}.npz")
 
 

@@ -1,0 +1,178 @@
+"""The entry point in TorchServe's own service class, wire format included, without a server."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+from ts.service import Service
+
+from damoyolo.checkpoint import load_checkpoint, save_packaged
+from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
+from damoyolo.errors import DeviceLostError
+from damoyolo_handler import DamoYoloHandler
+
+
+@pytest.fixture(scope="module")
+def model_dir(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_packaged(
+        folder / WEIGHTS_FILE, load_checkpoint(project_dir / "model_store/weights/damoyolo_s_bccd.pth")
+    )
+    handler = {"variant": "S", "class_names": ["Platelets", "RBC", "WBC"], "precision": "fp32"}
+    (folder / SETTINGS_FILE).write_text(yaml.safe_dump({"minWorkers": 1, "handler": handler}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
+    metrics = MetricsCacheYamlImpl(str(project_dir / "deploy/metrics.yaml"))
+    metrics.initialize_cache()
+    manifest = {"model": {"modelName": "damoyolo", "configFile": SETTINGS_FILE}}
+    handler = DamoYoloHandler()
+    threads = torch.get_num_threads()
+    made = Service("damoyolo", str(model_dir), manifest, handler.handle, None, 8, metrics_cache=metrics)
+    made.set_cl_socket(None)
+    handler.initialize(made.context)
+    made.handler = handler
+    yield made
+    handler.service.close()
+    torch.set_num_threads(threads)
+
+
+def wire_request(name: str, body: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """A request as the worker's protocol hands it over."""
+    return {
+        "requestId": name.encode(),
+        "parameters": [{"name": "body", "value": bytearray(body), "contentType": None}],
+        "headers": [
+            {"name": key.encode(), "value": value.encode()} for key, value in (headers or {}).items()
+        ],
+    }
+
+
+def read_answers(message: bytes) -> list[tuple[str, int, bytes, dict[str, str]]]:
+    """(request id, status, body, headers) of each item of an encoded batch response."""
+    position = 0
+
+    def number() -> int:
+        nonlocal position
+        (value,) = struct.unpack_from("!i", message, position)
+        position += 4
+        return int(value)
+
+    def data() -> bytes:
+        nonlocal position
+        length = number()
+        position += max(length, 0)
+        return bytes(message[position - max(length, 0) : position])
+
+    assert number() == 200
+    data()
+    answers = []
+    while (length := number()) != -1:
+        request_id = message[position : position + length].decode()
+        position += length
+        data()  # content type
+        status = number()
+        data()  # reason
+        headers = {data().decode(): data().decode() for _ in range(number())}
+        answers.append((request_id, status, data(), headers))
+    return answers
+
+
+def test_a_batch_of_good_and_bad_requests_goes_over_the_wire(service: Service, project_dir: Path) -> None:
+    picture = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    message = service.predict(
+        [
+            wire_request("a", picture),
+            wire_request("b", b"broken"),
+            wire_request("c", picture, {"Accept": "image/jpeg"}),
+            wire_request("d", picture, {"x-DETECT-classes": "WBC", "X-Detect-Max-Detections": "1"}),
+            wire_request("e", b""),
+        ]
+    )
+    answers = {answer[0]: answer for answer in read_answers(message)}
+    assert list(answers) == ["a", "b", "c", "d", "e"]
+    assert [answer[1] for answer in answers.values()] == [200, 415, 200, 200, 400]
+    assert len(json.loads(answers["a"][2])["detections"]) == 21
+    assert json.loads(answers["b"][2])["code"] == 415
+    assert answers["c"][2][:2] == b"\xff\xd8"
+    assert answers["c"][3]["content-type"] == "image/jpeg"
+    assert [found["label"] for found in json.loads(answers["d"][2])["detections"]] == ["WBC"]
+
+
+def test_every_status_line_and_content_type_is_plain_ascii() -> None:
+    import damoyolo.errors as errors
+    from damoyolo.response import CONTENT_TYPES
+
+    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    request_errors = [each for each in kinds if issubclass(each, errors.RequestError)]
+    assert len(request_errors) > 5
+    for each in request_errors:
+        assert each.reason.isascii()
+        assert each.reason.isprintable()
+        assert 400 <= each.status < 600
+    assert all(content_type.isascii() for content_type in CONTENT_TYPES.values())
+
+
+def test_counters_name_the_model_and_carry_every_stage(
+    service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    handler = service.handler
+    handler.counters.flush()
+    sent: dict[tuple[str, tuple[str, ...]], float] = {}
+    monkeypatch.setattr(
+        handler.counters, "_send", lambda name, dimensions, value: sent.update({(name, dimensions): value})
+    )
+    service.predict([wire_request("a", picture), wire_request("b", b"broken")])
+    handler.counters.flush()
+    assert sent[("batches_total", ())] == 1
+    assert sent[("batched_requests_total", ())] == 2
+    assert sent[("request_errors_total", ("UnsupportedImage",))] == 1
+    stages = {dimensions[0] for name, dimensions in sent if name == "stage_seconds_total"}
+    assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
+
+
+def test_every_counter_is_declared_to_the_server(service: Service) -> None:
+    for name, dimensions in (
+        ("batches_total", ()),
+        ("batched_requests_total", ()),
+        ("request_errors_total", ("InvalidOption",)),
+        ("stage_seconds_total", ("network",)),
+    ):
+        service.handler._send_counter(name, dimensions, 1.0)
+
+
+def test_a_lost_device_ends_the_worker(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProcessEnded(BaseException):
+        """In place of the end of the process."""
+
+    def end(code: int) -> None:
+        assert code == 1
+        raise ProcessEnded
+
+    def lose(*_: Any) -> None:
+        raise DeviceLostError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    monkeypatch.setattr(service.handler.service, "answer", lose)
+    with pytest.raises(ProcessEnded):
+        service.predict([wire_request("a", b"x")])
+
+
+def test_the_entry_file_defines_exactly_one_class(project_dir: Path) -> None:
+    # TorchServe refuses a handler module with more.
+    import ast
+
+    tree = ast.parse((project_dir / "handler/damoyolo_handler.py").read_text())
+    assert [node.name for node in tree.body if isinstance(node, ast.ClassDef)] == ["DamoYoloHandler"]
