@@ -35,7 +35,9 @@ FAILURE_MARKS = (
     "Failed to load model",
     "Invalid configuration",
 )
-HTTP_TIMEOUT_S = 10.0
+# Describing a model on a GPU host runs nvidia-smi once a worker, which takes seconds on some machines.
+HTTP_TIMEOUT_S = 60.0
+POLL_INTERVAL_S = 0.5
 
 
 class ServerStartError(Exception):
@@ -218,7 +220,7 @@ class TorchServeProcess:
                 names = self.model_names()
                 if len(names) >= expected and all(self.is_ready(name) for name in names):
                     return
-            time.sleep(0.2)
+            time.sleep(POLL_INTERVAL_S)
 
     def model_names(self) -> list[str]:
         """Names of the registered models."""

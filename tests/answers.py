@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image
 
 from damoyolo.structures import Detections
 
-# A server answers to four decimals of a score and hundredths of a pixel.
-SCORE_TOLERANCE = 2e-4
-BOX_TOLERANCE_PX = 0.02
+# float32 makes one picture's result independent of its neighbours to within rounding (a server answers to
+# hundredths of a pixel). Another precision can be tried with this variable: kernels chosen by batch size
+# then round differently.
+PRECISION = os.environ.get("DAMOYOLO_TEST_PRECISION", "fp32")
+SCORE_TOLERANCE = 2e-4 if PRECISION == "fp32" else 2e-2
+BOX_TOLERANCE_PX = 0.02 if PRECISION == "fp32" else 2.0
 
 
 def encode(picture: Image.Image, picture_format: str = "JPEG", **options: Any) -> bytes:

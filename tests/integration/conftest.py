@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from answers import PRECISION
 
 from build_archive import ArchiveReport, ArchiveRequest, build_archive
 from damoyolo.detector import Detector
 from torchserve_process import TorchServeProcess
 
 INTEGRATION_DIR = Path(__file__).parent
-# float32 makes one picture's result independent of its neighbours to within rounding; another precision
-# can be tried with this variable, the tolerance then being that of the precision.
-PRECISION = os.environ.get("DAMOYOLO_TEST_PRECISION", "fp32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
