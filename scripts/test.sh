@@ -6,8 +6,11 @@ cd "$(dirname "$0")/.."
 . scripts/setup_environment.sh
 setup_environment requirements.txt requirements-dev.txt
 if [ $# -eq 0 ]; then
-    echo "== ruff"; ruff check . && ruff format --check .
-    echo "== mypy"; mypy
+    echo "== ruff"
+    ruff check .
+    ruff format --check .
+    echo "== mypy"
+    mypy
 fi
 echo "== pytest"
 exec python -m pytest "$@"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from answers import PRECISION
 
+from answers import PRECISION
 from build_archive import ArchiveReport, ArchiveRequest, build_archive
 from damoyolo.detector import Detector
 from torchserve_process import TorchServeProcess
