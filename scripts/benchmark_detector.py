@@ -1,54 +1,143 @@
-"""Pictures per second of the detector in this process, beside those of its bare network.
+"""How fast the network and the detector are in this process, technique by technique.
 
-    python scripts/benchmark_detector.py --archive model_store/damoyolo.mar --batch-sizes 1 8 32
+    python scripts/benchmark_detector.py                            the ladder of the network
+    python scripts/benchmark_detector.py --detector --precisions fp16 fp32    the whole detector as packed
 
-The network column starts from pixels on the device and ends with raw predictions there; the detector column
-starts from JPEG files and ends with detections on the host. A row is a precision; all calls of a batch size
-take turns in one run.
+The ladder starts from pixels on the device and ends with raw predictions there; every rung adds one technique
+to those below it, all rungs of a batch size take turns in one run, and each stands beside float32: largest
+difference of a score and of a box, AP where a data set is given (--voc). The detector table starts from JPEG
+files and ends with detections on the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import project_paths
 from argument_types import positive_int
+from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
+from coco_metrics import compute_metrics
 from damoyolo.accelerate import PRECISIONS_OF_DEVICE
+from damoyolo.boxes import decode_predictions
 from damoyolo.detector import Detector
+from damoyolo.structures import DetectionOptions, RawPredictions
+from detection_dataset import DetectionDataset, read_voc
+from evaluate import detector_predictor, gather_predictions
+from ladder import BASELINE, Network, Rung, ready_calls, rungs
 from measuring import Call, environment, interleaved_medians_s
 
+PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
+GFLOP_A_PICTURE = 37.8  # DAMO-YOLO-S, 640x640, folded
+EVALUATION_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
+Row = dict[str, Any]
 
-def measure_precisions(
-    archive: Path,
+
+def measure_ladder(ladder: Sequence[Rung], pixels: Tensor) -> list[Row]:
+    """One row a rung for the batch `pixels`, in the order of the ladder.
+
+    pixels: (B, 3, H, W) uint8 on the device. A rung that runs out of memory has no figures.
+    """
+    device, batch_size = pixels.device, len(pixels)
+    calls: dict[str, Call] = {}
+    rows: dict[str, Row] = {}
+    reference: tuple[Tensor, Tensor] | None = None
+    for rung, call in _survivors(ladder, pixels, rows):
+        rows[rung.name]["peak_mib"] = _peak_mib(call, device)
+        scores, boxes_xyxy = decode_predictions(RawPredictions(*map(tuple, call())))
+        scores, boxes_xyxy = scores.cpu(), boxes_xyxy.cpu()
+        reference = reference or (scores, boxes_xyxy)
+        likely = reference[0].amax(dim=-1) > EVALUATION_OPTIONS.score_threshold
+        rows[rung.name]["score_difference"] = float((scores - reference[0]).abs().max())
+        rows[rung.name]["box_difference_px"] = float(
+            (boxes_xyxy - reference[1])[likely].abs().max() if likely.any() else 0.0
+        )
+        calls[rung.name] = call
+    for name, seconds in interleaved_medians_s(calls, device).items():
+        rows[name] |= {"ms": seconds * 1e3, "pictures_per_s": batch_size / seconds}
+    baseline = rows.get(BASELINE, {}).get("ms")
+    for row in rows.values():
+        if baseline and "ms" in row:
+            row["times_baseline"] = baseline / row["ms"]
+    return list(rows.values())
+
+
+def _survivors(
+    ladder: Sequence[Rung], pixels: Tensor, rows: dict[str, Row]
+) -> Iterator[tuple[Rung, Callable[[], RawPredictions]]]:
+    """The rungs that run, with their calls; `rows` gets one for every rung."""
+    for rung in ladder:
+        rows[rung.name] = {"rung": rung.name, "batch_size": len(pixels)}
+        try:
+            yield from ready_calls([rung], pixels)
+        except torch.OutOfMemoryError:
+            rows[rung.name]["failure"] = "out of memory"
+            torch.cuda.empty_cache()
+
+
+def _peak_mib(call: Call, device: torch.device) -> float | None:
+    """Most memory that PyTorch held on the device during one call, beside what it holds anyway."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def accuracy_of(network: Network, detector: Detector, dataset: DetectionDataset) -> float:
+    """AP of a network inside an otherwise plain detector."""
+
+    class Engine:
+        """The network in the place of the detector's own."""
+
+        def __call__(self, pixels: Tensor) -> RawPredictions:
+            with torch.inference_mode():
+                return RawPredictions(*map(tuple, network(pixels)))
+
+    before, detector.engine = detector.engine, Engine()  # type: ignore[assignment]
+    try:
+        predictor = detector_predictor(detector, EVALUATION_OPTIONS, batch_size=8)
+        predictions, _ = gather_predictions(dataset, predictor, progress=False)
+    finally:
+        detector.engine = before
+    return float(compute_metrics(dataset, predictions).overall.ap)
+
+
+def measure_detector(
+    model_dir: Path,
     precisions: Sequence[str],
     batch_sizes: Sequence[int],
     pictures: Sequence[bytes],
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """One row a precision and batch size, with the seconds of a batch and pictures per second of both."""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as opened:
-        opened.extractall(folder)
-        detectors = {
-            precision: Detector.from_archive_dir(Path(folder), device, precision) for precision in precisions
-        }
+) -> list[Row]:
+    """Seconds of a batch of the whole detector, one row a precision and batch size."""
+    detectors = {
+        precision: Detector.from_archive_dir(model_dir, device, precision) for precision in precisions
+    }
     rows = []
     for batch_size in batch_sizes:
         batch = [pictures[index % len(pictures)] for index in range(batch_size)]
         calls: dict[str, Call] = {}
         for precision, detector in detectors.items():
-            pixels = detector.preprocessor.prepare(batch).pixels
             options = [detector.config.default_options()] * batch_size
-            calls[f"network {precision}"] = functools.partial(detector.engine, pixels)
+            calls[f"network {precision}"] = (
+                functools.partial(detector.engine, detector.preprocessor.prepare(batch).pixels)
+                if detector.pipeline is None
+                else detector.pipeline.network_call(batch_size)
+            )
             calls[f"detector {precision}"] = functools.partial(detector.detect, batch, options)
         medians_s = interleaved_medians_s(calls, device)
         for precision in precisions:
@@ -66,19 +155,90 @@ def measure_precisions(
     return rows
 
 
+def format_table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
+    """Rows as text; columns: key -> (heading, format of a value); a missing value is a dash."""
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in rows:
+        lines.append(
+            ["-" if row.get(key) is None else format(row[key], form) for key, (_, form) in columns.items()]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if index == 0 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+LADDER_COLUMNS = {
+    "rung": ("rung", ""),
+    "batch_size": ("batch", "d"),
+    "ms": ("ms", ".3f"),
+    "pictures_per_s": ("pictures/s", ".0f"),
+    "times_baseline": ("x baseline", ".2f"),
+    "peak_mib": ("peak MiB", ".0f"),
+    "score_difference": ("score diff", ".1e"),
+    "box_difference_px": ("box diff px", ".2f"),
+    "ap": ("AP", ".4f"),
+    "peak_share": ("of peak", ".1%"),
+}
+DETECTOR_COLUMNS = {
+    "precision": ("precision", ""),
+    "batch_size": ("batch", "d"),
+    "network_ms": ("network ms", ".2f"),
+    "network_pictures_per_s": ("pictures/s", ".1f"),
+    "detector_ms": ("detector ms", ".2f"),
+    "detector_pictures_per_s": ("pictures/s", ".1f"),
+}
+
+
+def _climb(arguments: argparse.Namespace, pictures: Sequence[bytes], device: torch.device) -> list[Row]:
+    names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
+    ladder = rungs(Path(arguments.weights), len(names), device, compile_too=arguments.compile)
+    with _unpacked(arguments.archive) as folder:
+        detector = Detector.from_archive_dir(folder, device, "fp32")
+    accuracies: dict[str, float] = {}
+    if arguments.voc:
+        dataset = read_voc(arguments.voc, "test")
+        accuracies = {rung.name: accuracy_of(rung.build(), detector, dataset) for rung in ladder}
+    rows = []
+    for batch_size in arguments.batch_sizes:
+        batch = [pictures[index % len(pictures)] for index in range(batch_size)]
+        rows += measure_ladder(ladder, detector.preprocessor.prepare(batch).pixels.clone())
+    for row in rows:
+        row["ap"] = accuracies.get(row["rung"])
+        if "pictures_per_s" in row and device.type == "cuda":
+            row["peak_share"] = row["pictures_per_s"] * GFLOP_A_PICTURE / arguments.peak_tflops / 1e3
+    return rows
+
+
+@contextlib.contextmanager
+def _unpacked(archive: Path) -> Iterator[Path]:
+    """A folder with the content of an archive, gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+        yield Path(folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     root = project_paths.PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--detector", action="store_true", help="the whole detector instead of the ladder")
     parser.add_argument("--archive", type=Path, default=root / "model_store" / "damoyolo.mar")
+    parser.add_argument("--weights", default=str(DEMO_WEIGHTS), help="of the ladder, as trained")
+    parser.add_argument("--class-names", type=Path, help="of --weights (default: the demo's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precisions", nargs="+", help="default: all of the device")
+    parser.add_argument("--precisions", nargs="+", help="of --detector (default: all of the device)")
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8, 32])
-    parser.add_argument(
-        "--pictures", type=Path, default=root / "tests" / "data" / "smears", help="folder of JPEG files"
-    )
+    parser.add_argument("--pictures", type=Path, default=root / "tests/data/smears", help="folder of JPEGs")
+    parser.add_argument("--voc", type=Path, help="data set in Pascal-VOC form for the AP of each rung")
+    parser.add_argument("--compile", action="store_true", help="add torch.compile to the ladder")
+    parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, help="of the chip, 16-bit products")
     parser.add_argument("--json", type=Path, help="file that gets one JSON row a measurement")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
@@ -86,17 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not pictures:
         print(f"benchmark_detector: no *.jpg in {arguments.pictures}", file=sys.stderr)
         return 1
-    precisions = arguments.precisions or PRECISIONS_OF_DEVICE[device.type]
-    rows = measure_precisions(arguments.archive, precisions, arguments.batch_sizes, pictures, device)
+    if arguments.detector:
+        precisions = arguments.precisions or PRECISIONS_OF_DEVICE[device.type]
+        with _unpacked(arguments.archive) as folder:
+            rows = measure_detector(folder, precisions, arguments.batch_sizes, pictures, device)
+    else:
+        rows = _climb(arguments, pictures, device)
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print("precision batch  network ms  pictures/s detector ms  pictures/s")
-    for row in rows:
-        print(
-            f"{row['precision']:>9} {row['batch_size']:>5} {row['network_ms']:>11.2f} "
-            f"{row['network_pictures_per_s']:>11.1f} {row['detector_ms']:>11.2f} "
-            f"{row['detector_pictures_per_s']:>11.1f}"
-        )
+    print(format_table(rows, DETECTOR_COLUMNS if arguments.detector else LADDER_COLUMNS))
     if arguments.json:
         with arguments.json.open("a") as file:
             for row in rows:

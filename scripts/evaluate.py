@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -27,6 +27,10 @@ from argument_types import fraction, name_list, positive_int, positive_seconds
 from coco_metrics import CocoMetrics, CocoPrediction, MetricsError, compute_metrics, plot_precision_recall
 from detection_client import DEFAULT_URL, DetectionClient, DetectionClientError, RequestOptions
 from detection_dataset import DatasetError, DetectionDataset, read_coco, read_voc
+
+if TYPE_CHECKING:
+    from damoyolo.detector import Detector
+    from damoyolo.structures import DetectionOptions
 
 PACKAGES = ("torch", "torchvision", "torchserve", "pycocotools", "numpy", "pillow")
 
@@ -79,7 +83,7 @@ def in_process_predictor(
     import project_paths  # noqa: F401  -- makes damoyolo importable
     from damoyolo.detector import Detector
     from damoyolo.errors import DamoYoloError
-    from damoyolo.structures import DetectionOptions, Detections
+    from damoyolo.structures import DetectionOptions
 
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -105,19 +109,29 @@ def in_process_predictor(
         bool(options.class_agnostic),
     )
 
+    predict = detector_predictor(detector, detection_options, batch_size)
+    hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
+    record = {"device": f"{torch_device} ({hardware})", "precision": detector.engine.precision}
+    return predict, names, record
+
+
+def detector_predictor(detector: Detector, options: DetectionOptions, batch_size: int) -> Predictor:
+    """Detections by a detector that is there already, so many pictures at a time."""
+    from damoyolo.structures import Detections
+
+    names = detector.config.class_names
+
     def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            answers = detector.detect([path.read_bytes() for path in batch], [detection_options] * len(batch))
+            answers = detector.detect([path.read_bytes() for path in batch], [options] * len(batch))
             for path, found in zip(batch, answers, strict=True):
                 if not isinstance(found, Detections):
                     raise EvaluationError(f"{path}: {found}")
                 labels = [names[class_id] for class_id in found.class_ids]
                 yield list(map(LabelledBox, labels, found.scores.tolist(), found.boxes_xyxy.tolist()))
 
-    hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
-    record = {"device": f"{torch_device} ({hardware})", "precision": detector.engine.precision}
-    return predict, names, record
+    return predict
 
 
 def package_weights(

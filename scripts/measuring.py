@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,30 @@ def environment() -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     return facts
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
+    """Rows as text; columns: key -> (heading, format of a value); a missing value is a dash."""
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in rows:
+        lines.append(
+            ["-" if row.get(key) is None else format(row[key], form) for key, (_, form) in columns.items()]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if index == 0 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def append_json_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """Append one line of JSON a row, each with the facts that hold for all."""
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **facts}, allow_nan=False) + "\n")
 
 
 def _cpu_name() -> str:

@@ -34,6 +34,10 @@ class ServingConfig:
     decode_threads: pictures decoded at the same time in a worker; 0 takes one a core.
     compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
     warmup_batch_sizes: batch sizes run once before a worker reports ready.
+    cuda_graphs: on CUDA in fp16 or bf16, run the rewritten network and the postprocessing of fixed shapes as
+        CUDA graphs (docs/performance.md has what it gains); off is plain PyTorch.
+    graph_batch_sizes: batch sizes to record; a batch is padded to the next, a larger one is cut up.
+    gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off is the pool of threads for all.
     jpeg_quality: of drawn pictures, 1..95.
     """
 
@@ -54,6 +58,9 @@ class ServingConfig:
     decode_threads: int = 0
     compute_threads: int = 0
     warmup_batch_sizes: tuple[int, ...] = (1,)
+    cuda_graphs: bool = True
+    graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    gpu_jpeg_decoding: bool = True
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
@@ -75,8 +82,11 @@ class ServingConfig:
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads"):
             _require_range(name, getattr(self, name), 0, 1024)
-        for size in self.warmup_batch_sizes:
-            _require_range("warmup_batch_sizes", size, 1, 1024)
+        if not self.graph_batch_sizes:
+            raise ConfigError("graph_batch_sizes is empty; to run without graphs set cuda_graphs to false")
+        for name in ("warmup_batch_sizes", "graph_batch_sizes"):
+            for size in getattr(self, name):
+                _require_range(name, size, 1, 1024)
         if self.input_size_hw is not None and any(side < 32 or side % 32 for side in self.input_size_hw):
             raise ConfigError(
                 f"input_size_hw is {list(self.input_size_hw)}; both sides must be positive multiples of 32"

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from PIL import Image
+from torch import Tensor
 
-from damoyolo.accelerate import Engine
+from damoyolo.accelerate import WEIGHT_DTYPE, Engine, resolve_precision
 from damoyolo.checkpoint import load_packaged
 from damoyolo.config import ServingConfig
+from damoyolo.device_preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.postprocess import postprocess
 from damoyolo.preprocess import EncodedImage, ImagePreprocessor
+from damoyolo.rewrite import rewrite
 from damoyolo.stages import NETWORK, POSTPROCESS, PREPROCESS, StageObserver, unobserved
 from damoyolo.structures import DetectionOptions, Detections
+
+if TYPE_CHECKING:
+    from damoyolo.device_pipeline import DevicePipeline
 
 WEIGHTS_FILE = "damoyolo.pth"
 SETTINGS_FILE = "model-config.yaml"
@@ -33,8 +41,34 @@ class Detector:
         self.config = config
         self.device = device
         self.input_size_hw = config.input_size_hw or model.variant.input_size_hw
-        self.engine = Engine(model, device, config.precision)
-        self.preprocessor = ImagePreprocessor(config, self.input_size_hw, device)
+        precision = resolve_precision(config.precision, device)
+        on_cuda = device.type == "cuda"
+        self.pipeline = (
+            self._record_pipeline(model, WEIGHT_DTYPE[precision])
+            if on_cuda and config.cuda_graphs and precision in WEIGHT_DTYPE
+            else None
+        )
+        self.engine = Engine(model, device, precision)
+        self.preprocessor: ImagePreprocessor | DevicePreprocessor = (
+            DevicePreprocessor(config, self.input_size_hw, device)
+            if on_cuda and config.gpu_jpeg_decoding
+            else ImagePreprocessor(config, self.input_size_hw, device)
+        )
+
+    def _record_pipeline(self, model: DamoYolo, dtype: torch.dtype) -> DevicePipeline:
+        # Imported here: a worker on a CPU never needs it.
+        from damoyolo.device_pipeline import DevicePipeline
+
+        return DevicePipeline(
+            rewrite(model).to(self.device, dtype),
+            model.num_classes,
+            model.variant.reg_max,
+            self.input_size_hw,
+            self.device,
+            self.config.graph_batch_sizes,
+            self.config.max_candidates,
+            max_kept=self.config.max_detections,
+        )
 
     @classmethod
     def from_archive_dir(
@@ -81,32 +115,46 @@ class Detector:
         pictures: encoded in an accepted format. options: one a picture.
         observe: called with the name of each stage; what it returns is entered around that stage.
         """
+        if self.pipeline is not None and len(pictures) > (limit := self.pipeline.largest_batch):
+            return [
+                outcome
+                for first in range(0, len(pictures), limit)
+                for outcome in self.detect(
+                    pictures[first : first + limit], options[first : first + limit], observe
+                )
+            ]
         with observe(PREPROCESS):
-            batch = self.preprocessor.prepare(pictures)
+            batch = self.preprocessor.prepare(pictures, self.pipeline.pixels if self.pipeline else None)
         outcomes: dict[int, Detections | RequestError] = dict(batch.errors)
         if batch.slots:
-            with observe(NETWORK):
-                predictions = self.engine(batch.pixels)
-            with observe(POSTPROCESS):
-                detections = postprocess(
-                    predictions,
-                    [options[slot] for slot in batch.slots],
-                    batch.image_sizes_hw,
-                    self.input_size_hw,
-                    self.config.max_candidates,
-                )
+            asked = [options[slot] for slot in batch.slots]
+            if self.pipeline is not None:
+                detections = self.pipeline.detect(asked, batch.image_sizes_hw, observe)
+            else:
+                detections = self._detect_plainly(batch.pixels, asked, batch.image_sizes_hw, observe)
             outcomes.update(zip(batch.slots, detections, strict=True))
         return [outcomes[index] for index in range(len(pictures))]
 
+    def _detect_plainly(
+        self,
+        pixels: Tensor,
+        options: Sequence[DetectionOptions],
+        image_sizes_hw: Sequence[tuple[int, int]],
+        observe: StageObserver = unobserved,
+    ) -> list[Detections]:
+        with observe(NETWORK):
+            predictions = self.engine(pixels)
+        with observe(POSTPROCESS):
+            return postprocess(
+                predictions, options, image_sizes_hw, self.input_size_hw, self.config.max_candidates
+            )
+
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Run each batch size once, so that no request pays for kernel choice and first allocations."""
+        picture = io.BytesIO()
+        Image.new("RGB", (640, 480)).save(picture, "JPEG")
         for batch_size in batch_sizes:
-            pixels = torch.zeros((batch_size, 3, *self.input_size_hw), dtype=torch.uint8, device=self.device)
-            options = [self.config.default_options()] * batch_size
-            sizes_hw = [self.input_size_hw] * batch_size
-            postprocess(
-                self.engine(pixels), options, sizes_hw, self.input_size_hw, self.config.max_candidates
-            )
+            self.detect([picture.getvalue()] * batch_size, [self.config.default_options()] * batch_size)
 
     def close(self) -> None:
         """End the decoding threads."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
+from damoyolo.kernels.resize import StoredPicture, resize_pictures_reference
 
 EncodedImage = bytes | bytearray | memoryview
 
@@ -75,17 +76,21 @@ class ImagePreprocessor:
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         Image.init()  # import the readers of rarer formats now, not while a request waits
 
-    def prepare(self, encoded_images: Sequence[EncodedImage]) -> PreparedBatch:
+    def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
         """Decode and resize all pictures at once; a bad one costs only itself. An empty batch is fine.
 
         On a GPU the copy and the resizing are only queued: nothing here waits for the device.
+
+        out: (at least B, 3, H, W) uint8 on the device; its first rows are written and returned. New memory by
+            default.
         """
         if self.device.type == "cpu":
             return self._prepare_on_cpu(encoded_images)
         outcomes = list(self._pool.map(self._decode, encoded_images))
         images = [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]
+        pixels = resize_on_device(images, self.input_size_hw, self.device)
         return PreparedBatch(
-            pixels=resize_on_device(images, self.input_size_hw, self.device),
+            pixels=pixels if out is None else out[: len(images)].copy_(pixels),
             image_sizes_hw=[(image.shape[0], image.shape[1]) for image in images],
             slots=[slot for slot, outcome in enumerate(outcomes) if not isinstance(outcome, RequestError)],
             errors={slot: error for slot, error in enumerate(outcomes) if isinstance(error, RequestError)},
@@ -147,28 +152,25 @@ def resize_on_device(
     Returns:
         (B, 3, H, W) uint8 on the device, channels last in memory.
     """
-    on_gpu = device.type == "cuda"
-    packed = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=on_gpu)
+    canvas = torch.empty((len(images), *input_size_hw, 3), dtype=torch.uint8, device=device)
+    resize_pictures_reference([StoredPicture(pixels) for pixels in upload(images, device)], canvas)
+    return canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+
+
+def upload(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[Tensor]:
+    """Copy decoded pictures (h, w, 3) uint8 to the device in one piece, without waiting for it."""
+    # PyTorch's allocator of pinned memory does not reuse it before the copy has read it.
+    packed = torch.empty(
+        sum(image.size for image in images), dtype=torch.uint8, pin_memory=device.type == "cuda"
+    )
     packed_values = packed.numpy()
     ends = np.cumsum([0, *(image.size for image in images)]).tolist()
     for image, start, end in zip(images, ends, ends[1:], strict=False):
         packed_values[start:end].reshape(image.shape)[...] = image
     packed = packed.to(device, non_blocking=True)
-
-    canvas = torch.empty((len(images), *input_size_hw, 3), dtype=torch.uint8, device=device)
-    for image, start, end, target in zip(images, ends, ends[1:], canvas, strict=False):
-        source = packed[start:end].view(image.shape)
-        if image.shape[:2] == input_size_hw:
-            target.copy_(source)
-            continue
-        levels = F.interpolate(
-            source.permute(2, 0, 1)[None].float(),  # (h, w, 3) -> (1, 3, h, w)
-            size=input_size_hw,
-            mode="bilinear",
-            align_corners=False,
-        )
-        target.copy_(levels[0].round_().permute(1, 2, 0))  # (1, 3, H, W) -> (H, W, 3)
-    return canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+    return [
+        packed[start:end].view(image.shape) for image, start, end in zip(images, ends, ends[1:], strict=False)
+    ]
 
 
 def _resize_into(image: NDArray[np.uint8], target: Tensor) -> None:

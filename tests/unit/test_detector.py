@@ -107,8 +107,8 @@ def test_settings_that_do_not_fit_the_weights_are_refused(archive_dir: Path) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("precision", "score_tolerance", "box_tolerance_px"),
-    # Float32 too: the two resizers round some pixels to neighbouring grey levels.
-    [("fp32", 0.005, 0.5), ("tf32", 0.01, 1.0), ("amp", 0.01, 1.0), ("fp16", 0.01, 1.0), ("bf16", 0.05, 5.0)],
+    # Float32 too: nvJPEG repeats the pixels of the colour planes where the CPU's decoder blends them.
+    [("fp32", 0.02, 1.0), ("tf32", 0.02, 1.0), ("amp", 0.02, 1.0), ("fp16", 0.02, 1.0), ("bf16", 0.05, 5.0)],
 )
 def test_a_gpu_finds_what_the_cpu_finds(
     archive_dir: Path,

@@ -44,9 +44,7 @@ def help_text(script: str) -> str:
 
 
 @pytest.mark.parametrize(("document", "script", "options"), script_calls())
-def test_a_documented_command_exists_with_its_options(
-    document: str, script: str, options: list[str]
-) -> None:
+def test_a_documented_command_exists_with_its_options(document: str, script: str, options: list[str]) -> None:
     assert (PROJECT_DIR / script).is_file(), f"{document} names {script}"
     if script.endswith(".sh"):
         text = (PROJECT_DIR / script).read_text()

@@ -1,0 +1,56 @@
+"""Triton kernels for what cuDNN leaves slow, each beside the plain torch form that defines its result.
+
+Every operation looks at its tensors: 16-bit ones on a CUDA device go to the kernel, all others (and every one
+where Triton is not installed) to the plain form. Triton is imported at the first call that needs it, so a
+CPU server never pays for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["relu", "silu", "none"]
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    """Whether kernels can be compiled here; looks the package up without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_on_triton(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel computing in `dtype` takes this tensor."""
+    return tensor.is_cuda and dtype in (torch.float16, torch.bfloat16) and triton_is_installed()
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation as torch computes it."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return x
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements from one pixel to the next of (B, C, h, w) whose memory is a list of B*h*w pixels.
+
+    A range of channels of a channels_last tensor qualifies; its pixels lie further apart than C elements.
+
+    Raises:
+        ValueError: the memory is laid out otherwise.
+    """
+    B, C, h, w = x.shape
+    stride = next((x.stride(d) // n for d, s, n in ((3, w, 1), (2, h, w), (0, B, h * w)) if s > 1), C)
+    expected = (h * w * stride, 1, w * stride, stride)
+    if any(size > 1 and x.stride(d) != expected[d] for d, size in enumerate(x.shape)):
+        raise ValueError(
+            f"strides {x.stride()} of shape {tuple(x.shape)} are not those of channels_last pixels"
+        )
+    return stride

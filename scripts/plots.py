@@ -1,0 +1,107 @@
+"""Pictures of measurements, drawn without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class RatePoint(NamedTuple):
+    """A measured load: what was answered a second, and how fast."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    label: str = ""
+
+
+def plot_latency_against_throughput(
+    path: Path,
+    series: Mapping[str, Sequence[RatePoint]],
+    title: str,
+    chosen: RatePoint | None = None,
+    budget_ms: float | None = None,
+    limits_per_s: Mapping[str, float] | None = None,
+    connected: bool = True,
+) -> None:
+    """Latency over requests a second: p50 and p99 of each series.
+
+    chosen: gets a ring. budget_ms: the bound on p99. limits_per_s: vertical lines, by name.
+    connected: join the points of a series, and draw p50 too; else p99 alone, as loose points.
+    """
+    figure, axes = _figure((8, 5))
+    for index, (name, points) in enumerate(series.items()):
+        rates = [point.requests_per_s for point in points]
+        colour = f"C{index % 10}"
+        style = "o-" if connected else "o"
+        axes.plot(rates, [point.p99_ms for point in points], style, color=colour, label=f"{name}, p99")
+        if connected:
+            axes.plot(rates, [point.p50_ms for point in points], "o:", color=colour, label=f"{name}, p50")
+        for point in points:
+            axes.annotate(
+                point.label,
+                (point.requests_per_s, point.p99_ms),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=7,
+            )
+    if chosen is not None:
+        axes.plot(
+            [chosen.requests_per_s],
+            [chosen.p99_ms],
+            "o",
+            markersize=14,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            label=f"chosen: {chosen.label}",
+        )
+    if budget_ms is not None:
+        axes.axhline(
+            budget_ms, color="black", linestyle="--", linewidth=0.8, label=f"p99 of {budget_ms:g} ms"
+        )
+    highest = max((point.requests_per_s for points in series.values() for point in points), default=0.0)
+    for index, (name, rate) in enumerate((limits_per_s or {}).items()):
+        label = f"{name}, {rate:.0f}/s"
+        if rate <= 2 * highest:
+            axes.axvline(rate, color=f"{0.3 + 0.3 * index}", linestyle="-.", linewidth=1, label=label)
+        else:  # drawn, it would push all that was measured into a corner
+            axes.plot([], [], " ", label=f"{label}, off the scale")
+    axes.set(xlabel="requests/s", ylabel="latency in ms", yscale="log", title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """One stacked bar of 100 % each: of what parts (in ms) a batch's time consists.
+
+    bars: label of a bar -> part -> milliseconds.
+    """
+    figure, axes = _figure((8, 1.6 + 0.7 * len(bars)))
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    for index, part in enumerate(parts):
+        for row, bar in enumerate(bars.values()):
+            total = sum(bar.values())
+            before = sum(bar.get(earlier, 0.0) for earlier in parts[:index]) / total * 100
+            share = bar.get(part, 0.0) / total * 100
+            axes.barh(row, share, left=before, color=f"C{index % 10}", label=part if row == 0 else None)
+            if share > 6:
+                axes.text(
+                    before + share / 2, row, f"{bar[part]:.2f} ms", ha="center", va="center", fontsize=7
+                )
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="per cent of a batch's time", title=title)
+    axes.legend(fontsize=8, ncols=min(6, max(1, len(parts))), loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.savefig(path, dpi=120)
+
+
+def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inch, layout="constrained")
+    FigureCanvasAgg(figure)  # draws into memory, so no screen is needed
+    return figure, figure.add_subplot()

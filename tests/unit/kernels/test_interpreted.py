@@ -1,0 +1,25 @@
+"""Runs the kernel tests of this folder on the CPU, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreted")
+def test_interpreted_kernels_agree_with_plain_torch(project_dir: Path) -> None:
+    pytest.importorskip("triton")
+    # Triton decides once, when it is imported, whether to interpret: too late in this process.
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent)],
+        cwd=project_dir,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
