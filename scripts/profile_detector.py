@@ -159,7 +159,7 @@ def measure_stages(answer: Answer, device: torch.device, batches: int) -> tuple[
 def measure_copies(answer: Answer, batches: int) -> CopyTimes:
     """Mean times of copies and kernels on the CUDA device over so many batches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(batches):
             answer(unobserved)
     totals_us = {"h2d": 0.0, "d2h": 0.0, "kernels": 0.0}
@@ -277,7 +277,7 @@ def write_trace(answer: Answer, device: torch.device, batches: int, path: Path) 
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     observer = NestedObserver(_recorded_function)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(batches):
             with torch.profiler.record_function("batch"):
                 answer(observer)

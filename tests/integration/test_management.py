@@ -74,11 +74,14 @@ def scale(server: TorchServeProcess, workers: int) -> None:
     )
 
 
-def test_scaling_up_and_down_under_load_fails_no_request(
+def test_scaling_up_and_down_under_full_load_fails_no_request(
     server: TorchServeProcess, url: str, smear: bytes
 ) -> None:
-    with Load(url, smear, clients=4) as load:
-        wait_until(lambda: load.answered >= 4, "the first answers")
+    # Enough clients for two workers' batches to run and two more to wait in the queue. TorchServe loses a
+    # request when it ends a worker that is just waiting for its batch to fill (README, "Operate"); with a
+    # full queue no worker ever waits.
+    with Load(url, smear, clients=32) as load:
+        wait_until(lambda: load.answered >= 8, "the first answers")
         for workers in (2, 1):
             scale(server, workers)
             at_least = load.answered + 8
