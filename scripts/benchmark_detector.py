@@ -12,12 +12,7 @@ files and ends with detections on the host.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import json
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +30,9 @@ from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, RawPredictions
 from detection_dataset import DetectionDataset, read_voc
 from evaluate import detector_predictor, gather_predictions
+from in_process import batch_calls, cycled, load_detector, read_pictures
 from ladder import BASELINE, Network, Rung, ready_calls, rungs
-from measuring import Call, environment, interleaved_medians_s
+from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
 GFLOP_A_PICTURE = 37.8  # DAMO-YOLO-S, 640x640, folded
@@ -117,28 +113,21 @@ def accuracy_of(network: Network, detector: Detector, dataset: DetectionDataset)
 
 
 def measure_detector(
-    model_dir: Path,
+    archive: Path,
     precisions: Sequence[str],
     batch_sizes: Sequence[int],
     pictures: Sequence[bytes],
     device: torch.device,
 ) -> list[Row]:
     """Seconds of a batch of the whole detector, one row a precision and batch size."""
-    detectors = {
-        precision: Detector.from_archive_dir(model_dir, device, precision) for precision in precisions
-    }
+    detectors = {precision: load_detector(archive, device, precision=precision) for precision in precisions}
     rows = []
     for batch_size in batch_sizes:
-        batch = [pictures[index % len(pictures)] for index in range(batch_size)]
-        calls: dict[str, Call] = {}
-        for precision, detector in detectors.items():
-            options = [detector.config.default_options()] * batch_size
-            calls[f"network {precision}"] = (
-                functools.partial(detector.engine, detector.preprocessor.prepare(batch).pixels)
-                if detector.pipeline is None
-                else detector.pipeline.network_call(batch_size)
-            )
-            calls[f"detector {precision}"] = functools.partial(detector.detect, batch, options)
+        calls = {
+            f"{part} {precision}": call
+            for precision, detector in detectors.items()
+            for part, call in batch_calls(detector, pictures, batch_size).items()
+        }
         medians_s = interleaved_medians_s(calls, device)
         for precision in precisions:
             network_s, detector_s = medians_s[f"network {precision}"], medians_s[f"detector {precision}"]
@@ -153,23 +142,6 @@ def measure_detector(
                 }
             )
     return rows
-
-
-def format_table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
-    """Rows as text; columns: key -> (heading, format of a value); a missing value is a dash."""
-    lines = [[heading for heading, _ in columns.values()]]
-    for row in rows:
-        lines.append(
-            ["-" if row.get(key) is None else format(row[key], form) for key, (_, form) in columns.items()]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 LADDER_COLUMNS = {
@@ -197,29 +169,19 @@ DETECTOR_COLUMNS = {
 def _climb(arguments: argparse.Namespace, pictures: Sequence[bytes], device: torch.device) -> list[Row]:
     names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
     ladder = rungs(Path(arguments.weights), len(names), device, compile_too=arguments.compile)
-    with _unpacked(arguments.archive) as folder:
-        detector = Detector.from_archive_dir(folder, device, "fp32")
+    detector = load_detector(arguments.archive, device, precision="fp32")
     accuracies: dict[str, float] = {}
     if arguments.voc:
         dataset = read_voc(arguments.voc, "test")
         accuracies = {rung.name: accuracy_of(rung.build(), detector, dataset) for rung in ladder}
     rows = []
     for batch_size in arguments.batch_sizes:
-        batch = [pictures[index % len(pictures)] for index in range(batch_size)]
-        rows += measure_ladder(ladder, detector.preprocessor.prepare(batch).pixels.clone())
+        rows += measure_ladder(ladder, detector.preprocessor.prepare(cycled(pictures, batch_size)).pixels)
     for row in rows:
         row["ap"] = accuracies.get(row["rung"])
         if "pictures_per_s" in row and device.type == "cuda":
             row["peak_share"] = row["pictures_per_s"] * GFLOP_A_PICTURE / arguments.peak_tflops / 1e3
     return rows
-
-
-@contextlib.contextmanager
-def _unpacked(archive: Path) -> Iterator[Path]:
-    """A folder with the content of an archive, gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as opened:
-        opened.extractall(folder)
-        yield Path(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,23 +204,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file that gets one JSON row a measurement")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    pictures = [path.read_bytes() for path in sorted(arguments.pictures.glob("*.jpg"))]
-    if not pictures:
-        print(f"benchmark_detector: no *.jpg in {arguments.pictures}", file=sys.stderr)
+    try:
+        pictures = read_pictures(arguments.pictures)
+    except FileNotFoundError as error:
+        print(f"benchmark_detector: {error}", file=sys.stderr)
         return 1
     if arguments.detector:
         precisions = arguments.precisions or PRECISIONS_OF_DEVICE[device.type]
-        with _unpacked(arguments.archive) as folder:
-            rows = measure_detector(folder, precisions, arguments.batch_sizes, pictures, device)
+        rows = measure_detector(arguments.archive, precisions, arguments.batch_sizes, pictures, device)
     else:
         rows = _climb(arguments, pictures, device)
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(format_table(rows, DETECTOR_COLUMNS if arguments.detector else LADDER_COLUMNS))
     if arguments.json:
-        with arguments.json.open("a") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **facts}) + "\n")
+        append_json_rows(arguments.json, rows, facts)
     return 0
 
 

@@ -27,7 +27,6 @@ from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.model.head import ZeroHead
 from damoyolo.model.layers import ConvNormAct, Focus, NasConvAct, ResidualBlock, SpatialPyramidPooling
 from damoyolo.model.neck import FusionStage, RepBlock, RepGfpn
-from damoyolo.model.variants import VariantSpec
 from damoyolo.structures import RawPredictions
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -57,18 +56,8 @@ class RewriteOptions:
     cudnn_epilogue: bool = True
 
 
-class RewrittenDamoYolo(nn.Module):
+class RewrittenDamoYolo(DamoYolo):
     """What `rewrite` makes: pixels in, raw predictions out."""
-
-    def __init__(
-        self, backbone: nn.Module, neck: nn.Module, head: nn.Module, variant: VariantSpec, num_classes: int
-    ) -> None:
-        super().__init__()
-        self.variant = variant
-        self.num_classes = num_classes
-        self.backbone = backbone
-        self.neck = neck
-        self.head = head
 
     def forward(self, pixels: Tensor) -> RawPredictions:
         """Predict for a batch.
