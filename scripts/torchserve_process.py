@@ -60,22 +60,23 @@ def free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this port of 127.0.0.1."""
+def is_listening(port: int) -> bool:
+    """Whether somebody listens on this port of 127.0.0.1."""
     with socket.socket() as probe:
+        # Connections that have just ended may linger on a port that is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            return False
-    return True
+            return True
+    return False
 
 
 def busy_ports(properties: Mapping[str, str]) -> list[int]:
     """The ports among those that the settings name which somebody listens on already."""
     ports = [_port(properties[key]) for key in ADDRESS_KEYS]
     ports += [int(properties.get(key, default)) for key, default in GRPC_PORT_KEYS.items()]
-    return [port for port in ports if not port_is_free(port)]
+    return [port for port in ports if is_listening(port)]
 
 
 def _port(address: str) -> int:
