@@ -140,7 +140,7 @@ class Detector:
         pixels: Tensor,
         options: Sequence[DetectionOptions],
         image_sizes_hw: Sequence[tuple[int, int]],
-        observe: StageObserver = unobserved,
+        observe: StageObserver,
     ) -> list[Detections]:
         with observe(NETWORK):
             predictions = self.engine(pixels)
