@@ -300,7 +300,8 @@ def _logit_bounds(score_thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
     lowered = score_thresholds.astype(np.float64) * BOUND_FACTOR
     with np.errstate(divide="ignore"):  # a threshold of 0 gives -inf
         logits = np.log(lowered) - np.log1p(-lowered)
-    return np.nextafter(logits.astype(np.float32), np.float32(-np.inf))
+    bounds: NDArray[np.float32] = np.nextafter(logits.astype(np.float32), np.float32(-np.inf))
+    return bounds
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **settings: Any) -> None:
