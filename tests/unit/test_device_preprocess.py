@@ -67,7 +67,7 @@ def without_segments(jpeg: bytes, marker: int) -> bytes:
     """The JPEG without the segments of that marker ahead of its scan."""
     position, kept = 2, jpeg[:2]
     while jpeg[position + 1] != 0xDA:
-        end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+        end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
         if jpeg[position + 1] != marker:
             kept += jpeg[position:end]
         position = end
