@@ -156,6 +156,8 @@ class RequestParser:
             if not text:
                 raise MissingImageError(f"{place} is empty; a text with the picture in base64 is needed")
             require_image_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), self.config)
+            if len(text) % 4:  # Python 3.10 overlooks superfluous padding
+                raise binascii.Error
             return base64.b64decode(text, validate=True)
         except (UnicodeEncodeError, binascii.Error) as error:
             raise RequestError(
