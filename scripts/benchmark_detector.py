@@ -83,7 +83,10 @@ def _survivors(
 
 
 def _peak_mib(call: Call, device: torch.device) -> float | None:
-    """Most memory that PyTorch held on the device during one call, beside what it holds anyway."""
+    """Most memory in MiB that live tensors of this process took on the device during one call.
+
+    Weights of other networks that are alive count too; what a replayed CUDA graph keeps in its pool does not.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
