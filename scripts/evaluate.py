@@ -84,14 +84,11 @@ def in_process_predictor(
     from damoyolo.detector import Detector
     from damoyolo.errors import DamoYoloError
     from damoyolo.structures import DetectionOptions
+    from in_process import unpacked
 
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        with ExitStack() as stack:
-            model_dir = archive
-            if not archive.is_dir():
-                model_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                zipfile.ZipFile(stack.enter_context(archive.open("rb"))).extractall(model_dir)
+        with unpacked(archive) as model_dir:
             detector = Detector.from_archive_dir(model_dir, torch_device, precision)
     except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
         raise EvaluationError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,21 @@ from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
 from measuring import Call, interleaved_medians_s
 
 
+@contextlib.contextmanager
+def unpacked(archive: Path) -> Iterator[Path]:
+    """The folder of an unpacked archive: a temporary one for a .mar file; a folder is one already."""
+    if archive.is_dir():
+        yield archive
+        return
+    with tempfile.TemporaryDirectory(prefix="archive-") as folder:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)
+        yield Path(folder)
+
+
 def load_detector(archive: Path, device: torch.device, **serving: Any) -> Detector:
-    """The detector of a .mar archive. serving: settings in place of the archive's own (ServingConfig)."""
-    with tempfile.TemporaryDirectory(prefix="archive-") as name, zipfile.ZipFile(archive) as opened:
-        folder = Path(name)
-        opened.extractall(folder)
+    """The detector of an archive. serving: settings in place of the archive's own (ServingConfig)."""
+    with unpacked(archive) as folder:
         settings = yaml.safe_load((folder / SETTINGS_FILE).read_text())["handler"]
         return Detector.from_settings({**settings, **serving}, folder / WEIGHTS_FILE, device)
 

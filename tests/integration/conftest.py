@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from answers import PRECISION
 from build_archive import ArchiveReport, ArchiveRequest, build_archive
 from damoyolo.detector import Detector
+from in_process import load_detector
 from torchserve_process import TorchServeProcess
 
 INTEGRATION_DIR = Path(__file__).parent
@@ -72,9 +72,6 @@ def url(server: TorchServeProcess) -> str:
 
 
 @pytest.fixture(scope="session")
-def detector(archive: ArchiveReport, tmp_path_factory: pytest.TempPathFactory) -> Detector:
+def detector(archive: ArchiveReport) -> Detector:
     """The same archive in this process, on the device that the server uses."""
-    folder = tmp_path_factory.mktemp("unpacked")
-    with zipfile.ZipFile(archive.path) as opened:
-        opened.extractall(folder)
-    return Detector.from_archive_dir(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    return load_detector(archive.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
