@@ -21,6 +21,7 @@ from damoyolo.errors import (
 from damoyolo.preprocess import EncodedImage, decode_image
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
+from damoyolo.response_json import format_json_of_batch
 from damoyolo.stages import PARSE, RESPOND, StageObserver, unobserved
 from damoyolo.structures import DetectionOptions, Detections
 
@@ -113,15 +114,39 @@ class DetectionService:
         # Formatting JSON holds the interpreter lock, so threads gain nothing; drawing decodes and encodes.
         if any(isinstance(request, ImageRequest) and request.output_format != "json" for request in requests):
             return list(self._drawing_pool.map(lambda job: self._respond(*job), jobs))
-        return [self._respond(*job) for job in jobs]
+        texts = self._format_together(jobs)
+        return [self._respond(*job, text=texts.get(index)) for index, job in enumerate(jobs)]
+
+    def _format_together(
+        self, jobs: Sequence[tuple[ImageRequest | RequestError, list[Detections | RequestError]]]
+    ) -> dict[int, bytes]:
+        """The JSON bodies of the requests of one picture that succeeded, by index of the job."""
+        pictures = {
+            index: outcomes[0]
+            for index, (request, outcomes) in enumerate(jobs)
+            if isinstance(request, ImageRequest)
+            and not request.batched
+            and isinstance(outcomes[0], Detections)
+        }
+        try:
+            texts = format_json_of_batch(list(pictures.values()), self.detector.config.class_names)
+        except Exception:
+            # Each is written by itself then, so that the cause costs only its own request.
+            logger.exception("unforeseen failure while writing the answers of a batch")
+            return {}
+        return dict(zip(pictures, texts, strict=True))
 
     def _respond(
-        self, request: ImageRequest | RequestError, outcomes: list[Detections | RequestError]
+        self,
+        request: ImageRequest | RequestError,
+        outcomes: list[Detections | RequestError],
+        text: bytes | None = None,
     ) -> Answer:
+        """text: the body, where it is written already."""
         try:
             if isinstance(request, RequestError):
                 raise request
-            return self._format(request, outcomes)
+            return self._format(request, outcomes, text)
         except RequestError as error:
             return Answer(format_error(error), CONTENT_TYPES["json"], error)
         except Exception:
@@ -129,7 +154,9 @@ class DetectionService:
             internal = InternalError("the server failed to write this answer; its log has the cause")
             return Answer(format_error(internal), CONTENT_TYPES["json"], internal)
 
-    def _format(self, request: ImageRequest, outcomes: list[Detections | RequestError]) -> Answer:
+    def _format(
+        self, request: ImageRequest, outcomes: list[Detections | RequestError], text: bytes | None
+    ) -> Answer:
         config = self.detector.config
         detections: list[Detections] = []
         for index, outcome in enumerate(outcomes):
@@ -142,6 +169,8 @@ class DetectionService:
             body = draw_detections(
                 image, detections[0], config.class_names, request.output_format, config.jpeg_quality
             )
+        elif text is not None:
+            body = text
         elif request.batched:
             body = format_json_batch(detections, config.class_names)
         else:

@@ -171,6 +171,19 @@ def test_a_fault_in_writing_one_answer_costs_that_answer(
     assert plain.error is None
 
 
+def test_a_fault_in_writing_a_batch_costs_nobody_an_answer(
+    services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import damoyolo.service
+
+    def fail(*_: Any) -> list[bytes]:
+        raise RuntimeError("surprise")
+
+    together = answer(services(), PICTURE, PICTURE, PICTURE)
+    monkeypatch.setattr(damoyolo.service, "format_json_of_batch", fail)
+    assert answer(services(), PICTURE, PICTURE, PICTURE) == together
+
+
 def test_every_stage_is_observed(services: Any) -> None:
     import contextlib
 
