@@ -13,7 +13,11 @@ import torch
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
+from damoyolo.compiled_kernels import use_compiled_kernels
+from damoyolo.config import ServingConfig
 from damoyolo.detector import WEIGHTS_FILE, Detector
+from damoyolo.device_turns import turn_on_device
+from damoyolo.device_waiting import sleep_while_waiting
 from damoyolo.errors import DeviceLostError
 from damoyolo.service import DetectionService
 from damoyolo.stages import StageClock
@@ -43,15 +47,20 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
         device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         settings = context.model_yaml_config.get("handler") or {}
-        detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
+        workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
+        cores = len(os.sched_getaffinity(0))
+        if device.type == "cuda":
+            wait = ServingConfig.from_mapping(settings).device_wait
+            if wait == "sleep" or (wait == "auto" and 2 * workers > cores):
+                sleep_while_waiting(device)
+            torch.cuda.set_device(device)
+            use_compiled_kernels(Path(properties["model_dir"]))
+        with turn_on_device(device):
+            detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
         if device.type == "cpu":
             # Workers share the cores: more threads than cores slow all of them down.
-            workers = int(context.model_yaml_config.get("minWorkers") or 1)
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(detector.config.compute_threads or max(1, cores // max(1, workers)))
+            torch.set_num_threads(detector.config.compute_threads or max(1, cores // workers))
         detector.warm_up(detector.config.warmup_batch_sizes)
 
         self.service = DetectionService(detector)

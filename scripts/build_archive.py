@@ -28,7 +28,7 @@ import project_paths
 from argument_types import fraction, positive_int
 from damoyolo.checkpoint import load_checkpoint, save_packaged
 from damoyolo.class_names import COCO_CLASS_NAMES
-from damoyolo.config import PRECISIONS, ServingConfig
+from damoyolo.config import PRECISIONS, ServingConfig, graph_batch_sizes_up_to
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import VARIANTS
@@ -93,6 +93,7 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
     settings.update(request.model_settings)
     serving = {
+        "graph_batch_sizes": graph_batch_sizes_up_to(settings["batchSize"]),
         **(settings["handler"] or {}),
         "variant": checkpoint.variant.name,
         "class_names": list(class_names),

@@ -65,7 +65,6 @@ class DevicePipeline:
         largest = max(batch_sizes)
         canvas = torch.zeros((largest, height, width, 3), dtype=torch.uint8, device=device)
         self.pixels = canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._recordings: dict[int, _Recording] = {}
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the smaller ones then find their memory in the pool that all share, which is
@@ -142,8 +141,8 @@ class DevicePipeline:
             recording.network.replay()
         with observe(POSTPROCESS):
             recording.postprocessing.replay()
-            self._done.record()
-            self._done.synchronize()
+            # The stream, not an event: only waiting for a stream obeys `device_waiting`.
+            torch.cuda.current_stream(self.device).synchronize()
             return recording.postprocess.collect(
                 recording.predictions, options, image_sizes_hw, self.input_size_hw
             )
