@@ -30,6 +30,7 @@ import torch
 
 import project_paths
 from argument_types import fraction, positive_int, positive_seconds
+from cuda_mps import MpsError, cuda_mps
 from external_generators import perf_analyzer_command, run_wrk, write_perf_analyzer_input
 from in_process import batch_seconds, load_detector, read_pictures
 from load_generator import Load, LoadError, default_processes, generate_load
@@ -217,7 +218,10 @@ def _served(arguments: argparse.Namespace, setting: BatchingSetting | None) -> I
         return
     assert setting is not None
     print(f"starting TorchServe with {arguments.archive}, {setting}", flush=True)
-    with serve_with_setting(arguments.archive, setting) as served:
+    with (
+        cuda_mps(arguments.mps) as environment,
+        serve_with_setting(arguments.archive, setting, environment) as served,
+    ):
         yield served
 
 
@@ -226,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except (LoadError, ServerStartError, FileNotFoundError, requests.RequestException) as error:
+    except (LoadError, ServerStartError, MpsError, FileNotFoundError, requests.RequestException) as error:
         print(f"benchmark_server: {error}", file=sys.stderr)
         return 1
 
@@ -351,6 +355,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive_int, help="with --archive (default: the archive's)")
     parser.add_argument("--max-batch-delay", type=positive_int, metavar="MS", help="with --archive")
     parser.add_argument("--workers", type=positive_int, help="with --archive")
+    parser.add_argument(
+        "--mps", action="store_true", help="with --archive: workers share a GPU by NVIDIA MPS"
+    )
     parser.add_argument(
         "--concurrency", nargs="+", type=positive_int, default=[1, 8, 32, 64, 128], metavar="N"
     )

@@ -15,6 +15,7 @@ from types import FrameType
 
 import project_paths
 from argument_types import positive_seconds
+from cuda_mps import MpsError, cuda_mps
 from torchserve_process import ServerStartError, TorchServeProcess, busy_ports, read_properties
 
 SAMPLE_PICTURE = "tests/data/smears/smear_3.jpg"
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--enable-model-api", action="store_true", help="let the management API register archives"
     )
+    parser.add_argument(
+        "--mps", action="store_true", help="let several workers compute on a GPU at once (NVIDIA MPS)"
+    )
     parser.add_argument("--ready-file", type=Path, help="gets the inference address once the server is ready")
     parser.add_argument(
         "--timeout", type=positive_seconds, default=300.0, metavar="S", help="longest wait for the workers"
@@ -91,19 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if busy:
         print(f"port {', '.join(map(str, busy))} is taken; using free ports instead", flush=True)
     overrides: dict[str, str | None] = {"load_models": arguments.models} if arguments.models else {}
-    server = TorchServeProcess(
-        arguments.ts_config.resolve(),
-        arguments.model_store.resolve(),
-        working_dir=root,
-        overrides=overrides,
-        use_free_ports=bool(busy),
-        log_dir=root / "logs",
-        echo=sys.stdout,
-        arguments=["--enable-model-api"] if arguments.enable_model_api else [],
-    )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    return serve(server, arguments.timeout, arguments.ready_file)
+    try:
+        with cuda_mps(arguments.mps) as environment:
+            server = TorchServeProcess(
+                arguments.ts_config.resolve(),
+                arguments.model_store.resolve(),
+                working_dir=root,
+                overrides=overrides,
+                use_free_ports=bool(busy),
+                log_dir=root / "logs",
+                echo=sys.stdout,
+                arguments=["--enable-model-api"] if arguments.enable_model_api else [],
+                environment=environment,
+            )
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, _stop)
+            return serve(server, arguments.timeout, arguments.ready_file)
+    except MpsError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

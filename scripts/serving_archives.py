@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 import project_paths
+from damoyolo.config import graph_batch_sizes_up_to
 from torchserve_process import TorchServeProcess, model_name_of
 
 SETTINGS_FILE = "model-config.yaml"
@@ -43,8 +44,7 @@ class BatchingSetting:
 
     def serving_settings(self) -> dict[str, Any]:
         """As keys of its section `handler:`, so that batches need not be cut up or padded far."""
-        powers = [2**power for power in range(12) if 2**power < self.batch_size]
-        return {"graph_batch_sizes": [*powers, self.batch_size]}
+        return {"graph_batch_sizes": graph_batch_sizes_up_to(self.batch_size)}
 
     def __str__(self) -> str:
         return f"batch {self.batch_size}, delay {self.delay_ms} ms, workers {self.workers}"
@@ -119,8 +119,12 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def serve_archive(archive: Path, timeout_s: float = 600.0) -> Iterator[ServedModel]:
+def serve_archive(
+    archive: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 600.0
+) -> Iterator[ServedModel]:
     """A TorchServe with the project's settings on free ports that serves the archive; ended afterwards.
+
+    environment: variables for the server and its workers, beside those of this process.
 
     Raises:
         ServerStartError, FileNotFoundError: it does not start.
@@ -131,6 +135,7 @@ def serve_archive(archive: Path, timeout_s: float = 600.0) -> Iterator[ServedMod
         working_dir=project_paths.PROJECT_DIR,
         overrides={"load_models": archive.name},
         use_free_ports=True,
+        environment=environment,
     )
     try:
         server.start()
@@ -143,11 +148,13 @@ def serve_archive(archive: Path, timeout_s: float = 600.0) -> Iterator[ServedMod
 
 
 @contextlib.contextmanager
-def serve_with_setting(archive: Path, setting: BatchingSetting) -> Iterator[ServedModel]:
+def serve_with_setting(
+    archive: Path, setting: BatchingSetting, environment: Mapping[str, str] | None = None
+) -> Iterator[ServedModel]:
     """The archive served with another batching setting."""
     with tempfile.TemporaryDirectory(prefix="model-store-") as folder:
         changed = archive_with_setting(archive, Path(folder), setting)
-        with serve_archive(changed) as served:
+        with serve_archive(changed, environment) as served:
             yield served
 
 

@@ -93,6 +93,7 @@ class TorchServeProcess:
     log_dir: where the server writes its logs.
     echo: where what the server prints goes too; None for nowhere.
     arguments: further words for the `torchserve` command line.
+    environment: variables for the server and its workers, beside those of this process.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TorchServeProcess:
         log_dir: Path | None = None,
         echo: TextIO | None = None,
         arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         merged = {**read_properties(config_file), **(overrides or {})}
         self.properties = {key: value for key, value in merged.items() if value is not None}
@@ -122,6 +124,7 @@ class TorchServeProcess:
         self._log_dir = log_dir
         self._echo = echo
         self._arguments = list(arguments)
+        self._environment = dict(environment or {})
         self._printed: deque[str] = deque(maxlen=400)
         self._failed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -169,6 +172,7 @@ class TorchServeProcess:
         log_dir = str(self._log_dir or self._private_dir / "logs")
         environment = {
             **os.environ,
+            **self._environment,
             "JAVA_HOME": str(find_java_home()),
             "TMPDIR": str(self._private_dir),
             "TEMP": str(self._private_dir),

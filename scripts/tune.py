@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ import torch
 
 import project_paths
 from argument_types import positive_int, positive_seconds
+from cuda_mps import MpsError, cuda_mps
 from in_process import batch_seconds, load_detector, read_pictures
 from load_generator import Load, LoadError, generate_load
 from measuring import append_json_rows, environment, format_table
@@ -118,6 +119,8 @@ class ServerMeasurer:
 
     On a GPU another number of workers is scaled without a new start. On a CPU it is not: a worker takes its
     share of the cores when it loads.
+
+    environment: variables for the servers.
     """
 
     def __init__(
@@ -127,8 +130,10 @@ class ServerMeasurer:
         budget_ms: float,
         say: Callable[[str], None],
         can_scale: bool = torch.cuda.is_available(),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._archive = archive
+        self._environment = environment
         self._load = load
         self._budget_ms = budget_ms
         self._say = say
@@ -186,7 +191,7 @@ class ServerMeasurer:
                 self._served = (setting, served)
                 return served
         self._stop()
-        served = self._stack.enter_context(serve_with_setting(self._archive, setting))
+        served = self._stack.enter_context(serve_with_setting(self._archive, setting, self._environment))
         self._served = (setting, served)
         return served
 
@@ -200,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except (LoadError, ServerStartError, FileNotFoundError, requests.RequestException) as error:
+    except (LoadError, ServerStartError, MpsError, FileNotFoundError, requests.RequestException) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
 
@@ -291,7 +296,10 @@ def _search(arguments: argparse.Namespace, pictures: Sequence[bytes], space: Sea
         timeout_s=arguments.timeout,
     )
     print(f"settings with the server, p99 at most {arguments.p99_ms:g} ms:")
-    with ServerMeasurer(arguments.archive, load, arguments.p99_ms, _say) as measure:
+    with (
+        cuda_mps(arguments.mps) as variables,
+        ServerMeasurer(arguments.archive, load, arguments.p99_ms, _say, environment=variables) as measure,
+    ):
         result = find_setting(measure, space, arguments.p99_ms)
     grid = len(space.batch_sizes) * len(space.delays_ms) * len(space.workers)
     print(f"{len(result.trials)} settings tried of {grid}")
@@ -363,6 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the sweep"
     )
+    parser.add_argument("--mps", action="store_true", help="workers share a GPU by NVIDIA MPS")
     parser.add_argument("--duration", type=positive_seconds, default=5.0, metavar="S", help="of each load")
     parser.add_argument("--warm-up", type=positive_seconds, default=1.5, metavar="S")
     parser.add_argument("--timeout", type=positive_seconds, default=10.0, metavar="S", help="of each request")
