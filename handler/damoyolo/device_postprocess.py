@@ -24,11 +24,9 @@ from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 BLOCK = 4096  # logits that a program reads at once: four loads of 16 bytes a thread
 STEP = 512  # of these, the logits that are turned into candidates at once
-SUPPRESSOR_ROWS, SUPPRESSOR_COLUMNS = 32, 128  # pairs of boxes that a program compares
-RANK_ROWS, RANK_CHUNK = (
-    32,
-    128,
-)  # candidates that a program ranks, and keys that it compares them with at once
+SUPPRESSOR_ROWS, SUPPRESSOR_COLUMNS = 32, 64  # pairs of boxes that a program compares
+# Candidates that a program ranks, and keys that it compares them with at once.
+RANK_ROWS, RANK_CHUNK = 16, 256
 # Lowers a threshold by more than the error of a float32 sigmoid.
 BOUND_FACTOR = 1 - 1e-6
 
@@ -209,7 +207,6 @@ class DevicePostprocess:
                 CONTROL_WIDTH=self.control_width,
                 ROWS=SUPPRESSOR_ROWS,
                 COLUMNS=SUPPRESSOR_COLUMNS,
-                num_warps=8,
                 **sizes,
             )
             _run(

@@ -179,7 +179,7 @@ def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project
     before, after = yaml.safe_load(text), yaml.safe_load(written)
     assert batching_of(after) == setting
     assert after["jobQueueSize"] == 4 * 48 * 3
-    assert after["handler"]["graph_batch_sizes"] == [1, 2, 4, 8, 16, 32, 48]
+    assert after["handler"]["graph_batch_sizes"] == [1, 2, 4, 8, 12, 16, 20, 24, 32, 48]
     assert after["responseTimeout"] == before["responseTimeout"]
     assert "# Requests that wait when every worker is busy" in written
     ServingConfig.from_mapping(after["handler"])

@@ -35,6 +35,9 @@ OVERFLOWED = tl.constexpr(1)  # header: 1 if the detections are not to be used
 # A key's low half is the flat id with all 31 bits flipped: of equal scores the lower id has the greater key.
 ID_BITS = tl.constexpr(0x7FFFFFFF)
 
+# Lowers a threshold by more than the rounding of a few float32 operations.
+LOWERED = tl.constexpr(1 - 1e-6)
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -111,12 +114,13 @@ def _scan_level(
                 words = tl.load(words_ptr + CLASS_BITS + class_ids // 32, mask=near, other=0)
                 asked_for = ((words >> (class_ids % 32)) & 1) == 1
                 scores = tl.div_rn(tl.full([STEP], 1.0, tl.float32), 1.0 + _exp(-logits))
-                hits = (near & asked_for & (scores > threshold)).to(tl.int32)
-                slots = tl.atomic_add(count_ptr, tl.sum(hits, axis=0)) + tl.cumsum(hits, axis=0) - hits
+                hits = near & asked_for & (scores > threshold)
+                # An addition for each hit: they are few, and a sum over the block would make all wait.
+                slots = tl.atomic_add(count_ptr + tl.zeros([STEP], tl.int32), 1, mask=hits, sem="relaxed")
                 # The bits of positive floats are in the order of the floats.
                 score_bits = scores.to(tl.int32, bitcast=True).to(tl.int64)
                 keys = (score_bits << 32) | ((LEVELS[LEVEL][0] * K + ids) ^ ID_BITS).to(tl.int64)
-                tl.store(keys_ptr + slots, keys, mask=(hits == 1) & (slots < CAPACITY))
+                tl.store(keys_ptr + slots, keys, mask=hits & (slots < CAPACITY))
 
 
 @triton.jit
@@ -276,18 +280,21 @@ def find_suppressors(
         intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
         union = better_area[None, :] + area[:, None] - intersection
         threshold = tl.load(control_floats_ptr + picture * CONTROL_WIDTH + IOU_THRESHOLD)
-        overlaps = tl.div_rn(intersection, union) > threshold
 
         class_ids = tl.load(class_ids_ptr + picture * CAPACITY + rows, mask=rows < count, other=0)
         better_ids = tl.load(class_ids_ptr + picture * CAPACITY + columns, mask=columns < count, other=0)
         agnostic = tl.load(control_words_ptr + picture * CONTROL_WIDTH + AGNOSTIC) == 1
         rivals = (better_ids[None, :] == class_ids[:, None]) | agnostic
-        suppresses = overlaps & rivals & (columns[None, :] < rows[:, None])
+        # A product spares most tiles the division: what is above the threshold is above it a little lowered.
+        near = intersection > threshold * LOWERED * union
+        suppresses = (near & rivals & (columns[None, :] < rows[:, None])).to(tl.int32)
+        if tl.max(tl.max(suppresses, axis=1), axis=0) > 0:
+            suppresses &= (tl.div_rn(intersection, union) > threshold).to(tl.int32)
 
         words = first_column // 32 + tl.arange(0, COLUMNS // 32)
         tl.store(
             suppressors_ptr + (picture * CAPACITY + rows)[:, None] * (CAPACITY // 32) + words[None, :],
-            _pack(tl.reshape(suppresses.to(tl.int32), [ROWS, COLUMNS // 32, 32]), axis=2),
+            _pack(tl.reshape(suppresses, [ROWS, COLUMNS // 32, 32]), axis=2),
             mask=(rows < count)[:, None] & (words < CAPACITY // 32)[None, :],
         )
 
