@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from damoyolo.backends import openvino_library  # noqa: F401  (has to come before TorchServe's base handler)
+
+# isort: split
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from damoyolo import backends
 from damoyolo.backends import ONNX_FILE, openvino_backend
+from damoyolo.backends.openvino_library import import_openvino
 from damoyolo.boxes import decode_predictions
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -82,7 +83,7 @@ def test_bfloat16_stays_near_it_and_is_not_float32_in_disguise(
 
 
 def openvino_capabilities() -> list[str]:
-    openvino = openvino_backend.import_openvino()
+    openvino = import_openvino()
     return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
@@ -261,12 +262,14 @@ def test_the_engines_take_as_many_threads_as_pytorch_has(
     assert onnxruntime.session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("first", ["damoyolo.backends.openvino_backend", "damoyolo_handler"])
 def test_openvino_reports_nothing_and_leaves_no_files_in_the_home_folder(
-    project_dir: Path, tmp_path: Path
+    project_dir: Path, tmp_path: Path, first: str
 ) -> None:
     script = (
-        "import sys; from damoyolo.backends.openvino_backend import import_openvino; import_openvino(); "
-        "import openvino.tools.ovc; assert sys.modules['openvino_telemetry'] is None"
+        f"import sys; import {first}; import openvino, openvino.tools.ovc; "
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]; "
+        "assert sys.modules['openvino.torch'] is None"
     )
     environment = {"HOME": str(tmp_path), "PYTHONPATH": str(project_dir / "handler"), "PATH": "/usr/bin"}
     result = subprocess.run(
