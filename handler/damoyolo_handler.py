@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from damoyolo.backends import openvino_library  # noqa: F401  (has to come before TorchServe's base handler)
+
+# isort: split
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
@@ -49,18 +53,12 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
         settings = context.model_yaml_config.get("handler") or {}
         workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
-        cores = len(os.sched_getaffinity(0))
+        _share_machine(device, ServingConfig.from_mapping(settings), workers)
+        model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
-            wait = ServingConfig.from_mapping(settings).device_wait
-            if wait == "sleep" or (wait == "auto" and 2 * workers > cores):
-                sleep_while_waiting(device)
-            torch.cuda.set_device(device)
-            use_compiled_kernels(Path(properties["model_dir"]))
+            use_compiled_kernels(model_dir)
         with turn_on_device(device):
-            detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
-        if device.type == "cpu":
-            # Workers share the cores: more threads than cores slow all of them down.
-            torch.set_num_threads(detector.config.compute_threads or max(1, cores // workers))
+            detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
         detector.warm_up(detector.config.warmup_batch_sizes)
 
         self.service = DetectionService(detector)
@@ -104,3 +102,15 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
     def _send_counter(self, name: str, dimensions: tuple[str, ...], value: float) -> None:
         metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
         metric.add_or_update(value, [self.model_name, "Model", *dimensions])
+
+
+def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
+    """Take a worker's share of the cores. Ahead of the detector: every engine takes PyTorch's threads."""
+    cores = len(os.sched_getaffinity(0))
+    if device.type == "cpu":
+        # More threads than cores slow all of them down.
+        torch.set_num_threads(config.compute_threads or max(1, cores // workers))
+        return
+    if config.device_wait == "sleep" or (config.device_wait == "auto" and 2 * workers > cores):
+        sleep_while_waiting(device)
+    torch.cuda.set_device(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import project_paths  # noqa: F401  (makes damoyolo importable)
-from damoyolo.accelerate import Engine
+from damoyolo.backends.pytorch_backend import PyTorchBackend
 from damoyolo.checkpoint import Checkpoint, load_checkpoint
 from damoyolo.device_pipeline import WARM_UP_RUNS, kernels_chosen_by_trial
 from damoyolo.model.damoyolo import DamoYolo, build_model
@@ -41,7 +41,7 @@ def rungs(weights: Path, num_classes: int, device: torch.device, *, compile_too:
     checkpoint = load_checkpoint(weights, num_classes=num_classes)
 
     def plain(precision: str, *, folded: bool = False) -> Callable[[], Network]:
-        return lambda: Engine(_model(checkpoint, folded=folded), device, precision)
+        return lambda: PyTorchBackend(_model(checkpoint, folded=folded), device, precision)
 
     def rewritten(options: RewriteOptions) -> Callable[[], Network]:
         return lambda: rewrite(_model(checkpoint, folded=True), options).to(device, torch.float16)

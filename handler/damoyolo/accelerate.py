@@ -1,4 +1,4 @@
-"""Precision: which arithmetic the network runs in, applied to a plain model from outside.
+"""Precision: which arithmetic the network runs in.
 
 Whatever the precision, pictures enter as whole grey levels (exact in every one of the formats), the
 matrix products accumulate in float32, and all that follows the raw predictions (sigmoid, softmax over the
@@ -8,10 +8,8 @@ distance bins, boxes, NMS) is computed in float32 by `boxes` and `postprocess`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from damoyolo.errors import ConfigError
-from damoyolo.structures import RawPredictions
 
 PRECISIONS_OF_DEVICE = {
     "cuda": ("fp32", "tf32", "amp", "fp16", "bf16"),
@@ -49,31 +47,3 @@ def resolve_precision(requested: str, device: torch.device) -> str:
             f"precision is {requested!r}; accepted on {device.type} are auto, {', '.join(accepted)}"
         )
     return requested
-
-
-class Engine:
-    """A network in one precision on one device: grey levels in, raw predictions out.
-
-    Call with (B, 3, H, W) uint8 RGB on the device; returns RawPredictions in the precision's dtype.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        self.device = device
-        self.precision = resolve_precision(precision, device)
-        self.weight_dtype = WEIGHT_DTYPE.get(self.precision, torch.float32)
-        # Tensor cores and oneDNN want the channels innermost; without it each convolution reorders its input.
-        self.model = model.eval().to(device, self.weight_dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> RawPredictions:
-        images = pixels.to(self.weight_dtype, memory_format=torch.channels_last)
-        if self.device.type == "cuda":
-            # Process-wide flags: set at each call, so that engines of both kinds can live in one process,
-            # and because importing TorchServe's BaseHandler switches TF32 on.
-            torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-            torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"
-        with torch.autocast(
-            self.device.type, AUTOCAST_DTYPE[self.device.type], enabled=self.precision == "amp"
-        ):
-            predictions: RawPredictions = self.model(images)
-        return predictions

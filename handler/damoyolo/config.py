@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from damoyolo.errors import ConfigError
 from damoyolo.structures import DetectionOptions
 
+BACKENDS = ("auto", "pytorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
 DEVICE_WAITS = ("auto", "sleep", "spin")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # names as Pillow gives them
@@ -23,6 +24,7 @@ class ServingConfig:
     class_names: one name a class, in the order of the network's channels.
     input_size_hw: height and width of the network input in pixels, multiples of 32; None takes the
         variant's own.
+    backend: engine that runs the network; "auto" takes the fastest that the machine has the library of.
     precision: arithmetic of the network; "auto" takes the fastest that keeps accuracy on the device.
     score_threshold, iou_threshold, max_detections: what a request gets that does not say otherwise.
     max_detections_limit: the most that a request may ask for.
@@ -47,6 +49,7 @@ class ServingConfig:
     variant: str = "S"
     class_names: tuple[str, ...] = ()
     input_size_hw: tuple[int, int] | None = None
+    backend: str = "auto"
     precision: str = "auto"
     score_threshold: float = 0.25
     iou_threshold: float = 0.45
@@ -68,6 +71,7 @@ class ServingConfig:
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
+        _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("device_wait", self.device_wait, DEVICE_WAITS)
         for name in self.image_formats:

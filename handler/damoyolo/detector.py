@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from damoyolo.accelerate import WEIGHT_DTYPE, Engine, resolve_precision
+from damoyolo.accelerate import WEIGHT_DTYPE, resolve_precision
+from damoyolo.backends import ONNX_FILE as ONNX_FILE
+from damoyolo.backends import open_backend
 from damoyolo.checkpoint import load_packaged
 from damoyolo.config import ServingConfig
 from damoyolo.device_preprocess import DevicePreprocessor
@@ -37,18 +39,19 @@ class Detector:
     Not for several threads at once: one batch at a time.
     """
 
-    def __init__(self, model: DamoYolo, config: ServingConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: DamoYolo, config: ServingConfig, device: torch.device, model_dir: Path | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.input_size_hw = config.input_size_hw or model.variant.input_size_hw
-        precision = resolve_precision(config.precision, device)
         on_cuda = device.type == "cuda"
-        self.pipeline = (
-            self._record_pipeline(model, WEIGHT_DTYPE[precision])
-            if on_cuda and config.cuda_graphs and precision in WEIGHT_DTYPE
-            else None
-        )
-        self.engine = Engine(model, device, precision)
+        self.pipeline = None
+        if on_cuda and config.cuda_graphs and config.backend in ("auto", "pytorch"):
+            precision = resolve_precision(config.precision, device)
+            if precision in WEIGHT_DTYPE:
+                self.pipeline = self._record_pipeline(model, WEIGHT_DTYPE[precision])
+        self.engine = open_backend(model, config, device, model_dir)
         self.preprocessor: ImagePreprocessor | DevicePreprocessor = (
             DevicePreprocessor(config, self.input_size_hw, device)
             if on_cuda and config.gpu_jpeg_decoding
@@ -72,24 +75,28 @@ class Detector:
 
     @classmethod
     def from_archive_dir(
-        cls, model_dir: Path, device: torch.device | str = "cpu", precision: str | None = None
+        cls,
+        model_dir: Path,
+        device: torch.device | str = "cpu",
+        precision: str | None = None,
+        backend: str | None = None,
     ) -> Detector:
         """The detector of an unpacked archive.
 
         model_dir: folder with the packaged weights and model-config.yaml.
-        precision: in place of the one in the settings.
+        precision, backend: in place of those in the settings.
 
         Raises:
             ConfigError, CheckpointError: what the archive holds does not fit together.
         """
         settings = yaml.safe_load((model_dir / SETTINGS_FILE).read_text())["handler"]
-        if precision is not None:
-            settings = {**settings, "precision": precision}
+        changes = {"precision": precision, "backend": backend}
+        settings |= {name: value for name, value in changes.items() if value is not None}
         return cls.from_settings(settings, model_dir / WEIGHTS_FILE, torch.device(device))
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], weights: Path, device: torch.device) -> Detector:
-        """The detector of a `handler:` section and packaged weights.
+        """The detector of a `handler:` section and packaged weights; further forms of the network lie beside.
 
         Raises:
             ConfigError, CheckpointError: they do not fit together.
@@ -102,7 +109,7 @@ class Detector:
                 f"the weights are of variant {model.variant.name} with {model.num_classes} classes; "
                 "build the archive anew"
             )
-        return cls(model, config, device)
+        return cls(model, config, device, weights.parent)
 
     def detect(
         self,

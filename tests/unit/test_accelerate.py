@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from damoyolo import accelerate
-from damoyolo.accelerate import PRECISIONS_OF_DEVICE, Engine, resolve_precision
+from damoyolo.accelerate import PRECISIONS_OF_DEVICE, resolve_precision
+from damoyolo.backends.pytorch_backend import PyTorchBackend
 from damoyolo.boxes import decode_predictions
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo, build_model
@@ -34,7 +35,7 @@ def pixels(device: torch.device) -> Tensor:
 
 def check_precision(model: DamoYolo, device: torch.device, precision: str) -> None:
     reference = decode_predictions(model(pixels(CPU).float()))
-    engine = Engine(copy.deepcopy(model), device, precision)
+    engine = PyTorchBackend(copy.deepcopy(model), device, precision)
     scores, boxes_xyxy = decode_predictions(engine(pixels(device)))
     assert scores.dtype == boxes_xyxy.dtype == torch.float32
     tolerance = SCORE_TOLERANCE[precision]

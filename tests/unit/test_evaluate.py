@@ -191,6 +191,7 @@ class StandInDetector:
     def __init__(self) -> None:
         self.config = ServingConfig(class_names=self.class_names)
         self.engine = self
+        self.name = "pytorch"
         self.precision = "fp32"
         self.batches: list[tuple[list[bytes], list[DetectionOptions]]] = []
 
@@ -216,7 +217,9 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> StandInDetector:
 
     stand_in = StandInDetector()
 
-    def from_archive_dir(model_dir: Path, device: Any, precision: str | None) -> StandInDetector:
+    def from_archive_dir(
+        model_dir: Path, device: Any, precision: str | None, backend: str | None
+    ) -> StandInDetector:
         assert (model_dir / "model-config.yaml").is_file()
         return stand_in
 
@@ -239,7 +242,8 @@ def test_an_archive_is_unpacked_and_evaluated_in_batches(
     command = [*data, "--archive", str(archive), "--batch-size", "2", "--device", "cpu", "--json", str(rows)]
     assert evaluate.main(command) == 0
     row = json.loads(rows.read_text())
-    assert (row["ap"], row["precision"], row["batch_size"]) == (pytest.approx(1), "fp32", 2)
+    assert (row["ap"], row["backend"], row["precision"]) == (pytest.approx(1), "pytorch", "fp32")
+    assert row["batch_size"] == 2
     assert row["device"].startswith("cpu")
     warm_up, *batches = [pictures for pictures, _ in detector.batches]
     assert warm_up == [b"a.jpg"]

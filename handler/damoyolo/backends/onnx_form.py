@@ -1,0 +1,125 @@
+"""What the ONNX form of the network looks like, what a file of it says of itself, and whether that fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from damoyolo.boxes import STRIDES
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ConfigError
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.structures import RawPredictions
+
+INPUT_NAME = "images"  # (B, 3, H, W) uint8 RGB, sizes free, H and W multiples of 32
+CLASS_OUTPUTS = tuple(f"class_logits_{stride}" for stride in STRIDES)
+DISTANCE_OUTPUTS = tuple(f"distance_logits_{stride}" for stride in STRIDES)
+OUTPUT_NAMES = (*CLASS_OUTPUTS, *DISTANCE_OUTPUTS)  # as in RawPredictions, float32
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What the metadata of an ONNX file say, which hold text alone.
+
+    form: "raw" (raw predictions, what the engines run), "boxes" or "detections" (for use elsewhere).
+    precision: "fp32", or "int8" where convolutions were quantised.
+    weights_digest: of the float32 weights that it was made from (`weights_digest`).
+    """
+
+    variant: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    reg_max: int
+    precision: str
+    weights_digest: str
+    form: str = "raw"
+
+    def to_metadata(self) -> dict[str, str]:
+        """As `metadata_props` of a file."""
+        return {
+            "variant": self.variant,
+            "num_classes": str(self.num_classes),
+            "class_names": json.dumps(list(self.class_names)),
+            "reg_max": str(self.reg_max),
+            "precision": self.precision,
+            "weights_digest": self.weights_digest,
+            "form": self.form,
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> OnnxFacts:
+        """What `to_metadata` wrote.
+
+        Raises:
+            ConfigError: an entry is missing or unreadable; names the file and the entry.
+        """
+        try:
+            return cls(
+                variant=metadata["variant"],
+                num_classes=int(metadata["num_classes"]),
+                class_names=tuple(map(str, json.loads(metadata["class_names"]))),
+                reg_max=int(metadata["reg_max"]),
+                precision=metadata["precision"],
+                weights_digest=metadata["weights_digest"],
+                form=metadata["form"],
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{path.name} does not say what it holds ({type(error).__name__}: {error}); accepted are "
+                "files that scripts/export_onnx.py wrote"
+            ) from error
+
+
+def facts_of(model: DamoYolo, class_names: Sequence[str], form: str = "raw") -> OnnxFacts:
+    """What a float32 file of `model` says."""
+    return OnnxFacts(
+        variant=model.variant.name,
+        num_classes=model.num_classes,
+        class_names=tuple(class_names),
+        reg_max=model.variant.reg_max,
+        precision="fp32",
+        weights_digest=weights_digest(model),
+        form=form,
+    )
+
+
+def weights_digest(model: DamoYolo) -> str:
+    """SHA-256 over names and values of the weights, in hexadecimal; the model is folded and in float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_fitting(facts: OnnxFacts, path: Path, config: ServingConfig, model: DamoYolo) -> None:
+    """Refuse a file of another network than the one that the archive holds.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    expected = facts_of(model, config.class_names)
+    for name in ("form", "variant", "num_classes", "class_names", "reg_max", "weights_digest"):
+        found, wanted = getattr(facts, name), getattr(expected, name)
+        if found != wanted:
+            raise ConfigError(
+                f"{path.name} is of {name} {_shown(found)}, settings and weights of the archive of "
+                f"{_shown(wanted)}; export it anew from these weights, or build the archive without it"
+            )
+    if facts.precision not in ("fp32", "int8"):
+        raise ConfigError(f"{path.name} is of precision {facts.precision!r}; accepted are fp32 and int8")
+
+
+def as_predictions(outputs: Sequence[Tensor]) -> RawPredictions:
+    """The outputs of a file, in the order of OUTPUT_NAMES."""
+    levels = len(STRIDES)
+    return RawPredictions(tuple(outputs[:levels]), tuple(outputs[levels:]))
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
