@@ -167,7 +167,9 @@ def compare(
     batch = reference.preprocessor.prepare(pictures)
     for index, error in batch.errors.items():
         raise GateError(f"picture {index + 1}: {error}")
-    expected = [reference.engine(batch.pixels[index : index + 1]) for index in range(len(pictures))]
+    sizes = sorted(set(batch_sizes))
+    pixels = with_variations(batch.pixels, sizes[-1])
+    expected = [reference.engine(pixels[index : index + 1]) for index in range(len(pixels))]
     scores = torch.stack([decode_predictions(each)[0].amax(dim=(0, 1)) for each in expected]).amax(dim=0)  # K
     if not (scores > SEEN_SCORE).any():
         raise GateError(
@@ -178,10 +180,7 @@ def compare(
     report = GateReport(
         candidate.engine.precision,
         tolerances,
-        tuple(
-            measure_parity(candidate.engine, batch.pixels, expected, size)
-            for size in sorted(set(batch_sizes))
-        ),
+        tuple(measure_parity(candidate.engine, pixels, expected, size) for size in sizes),
         tuple(name for name, score in zip(names, scores, strict=True) if score <= SEEN_SCORE),
     )
     # A wrong engine can make AP slow to compute, or impossible.
@@ -189,6 +188,24 @@ def compare(
         return report
     aps = [average_precision(each, dataset) for each in (reference, candidate)]
     return dataclasses.replace(report, reference_ap=aps[0], ap=aps[1])
+
+
+def with_variations(pixels: Tensor, at_least: int) -> Tensor:
+    """Pictures, then mirrored and shifted ones, so that an engine cannot mix up a batch unseen.
+
+    pixels: (N, 3, H, W). Returns N pictures, or `at_least` if that is more and 16 variations of each suffice.
+    """
+    height, width = pixels.shape[2:]
+    needed = max(len(pixels), at_least)
+    for vary in (
+        lambda x: x.flip(3),
+        lambda x: x.flip(2),
+        lambda x: x.roll(width // 2, 3),
+        lambda x: x.roll(height // 2, 2),
+    ):
+        if len(pixels) < needed:
+            pixels = torch.cat((pixels, vary(pixels)))
+    return pixels[:needed]
 
 
 @torch.inference_mode()
@@ -203,7 +220,10 @@ def measure_parity(
     for first in range(0, len(pixels), batch_size):
         rows = [(first + row) % len(pixels) for row in range(batch_size)]
         wanted = _stacked([expected[row] for row in rows])
-        found = network(pixels[rows])
+        try:
+            found = network(pixels[rows])
+        except RuntimeError as error:
+            return worst._replace(broken=f"the engine fails: {error}")
         broken = _what_is_broken(found, wanted)
         if broken is not None:
             return worst._replace(broken=broken)
