@@ -197,12 +197,13 @@ def with_variations(pixels: Tensor, at_least: int) -> Tensor:
     """
     height, width = pixels.shape[2:]
     needed = max(len(pixels), at_least)
-    for vary in (
+    variations: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda x: x.flip(3),
         lambda x: x.flip(2),
-        lambda x: x.roll(width // 2, 3),
-        lambda x: x.roll(height // 2, 2),
-    ):
+        lambda x: torch.roll(x, width // 2, 3),
+        lambda x: torch.roll(x, height // 2, 2),
+    )
+    for vary in variations:
         if len(pixels) < needed:
             pixels = torch.cat((pixels, vary(pixels)))
     return pixels[:needed]

@@ -166,3 +166,21 @@ def test_without_the_module_the_message_says_what_to_install(monkeypatch: pytest
 def test_without_a_gpu_the_message_says_so() -> None:
     with pytest.raises(ConfigError, match=r"device is cpu; TensorRT runs on cuda"):
         Gpu(CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_stream_of_a_gpu_starts_after_the_current_one_and_is_waited_for() -> None:
+    device = torch.device("cuda")
+    gpu = Gpu(device)
+    assert gpu.name
+    assert gpu.compute_capability.count(".") == 1
+    source = torch.randn(4096, 4096, device=device)
+    target = torch.zeros_like(source)
+    expected = (source @ source).sum()
+    product = source @ source  # long enough to be under way still
+    with gpu.selected(), gpu.stream() as handle:
+        assert handle != 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device)):
+            target.copy_(product)
+    torch.testing.assert_close(target.sum(), expected)
