@@ -57,6 +57,7 @@ class ArchiveRequest:
         that take such files run it in their place. None exports one where the backend needs it.
     model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
     serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
+    engine_files: what another backend than PyTorch needs, packed under their own names.
     """
 
     weights: str = str(DEMO_WEIGHTS)
@@ -69,6 +70,7 @@ class ArchiveRequest:
     output_dir: Path = project_paths.PROJECT_DIR / "model_store"
     model_settings: dict[str, Any] = field(default_factory=dict)
     serving: dict[str, Any] = field(default_factory=dict)
+    engine_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     }
     config = ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
     settings["handler"] = serving
+    if config.backend == "tensorrt" and not request.engine_files:
+        raise ArchiveError(
+            "backend is tensorrt, whose engine is built and proven on the GPU that serves: "
+            "scripts/build_tensorrt.py builds it and the archive"
+        )
 
     request.output_dir.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the finished archive moves into place in one step.
@@ -156,7 +163,7 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
         version=request.version,
         handler=str(HANDLER_DIR / "damoyolo_handler.py"),
         serialized_file=str(private / WEIGHTS_FILE),
-        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE)))),
+        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.engine_files))),
         config_file=str(private / SETTINGS_FILE),
         export_path=str(export_dir),
         # Weights hardly shrink, and the server would unpack them at each start.
@@ -190,13 +197,16 @@ def content_digest(archive: Path) -> str:
 VERIFY = """
 import io, pathlib, sys
 import numpy
+import yaml
 from PIL import Image
 import damoyolo_handler
-from damoyolo.detector import Detector
+from damoyolo.detector import SETTINGS_FILE, Detector
 from damoyolo.structures import Detections
 here = pathlib.Path.cwd()
 assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
-detector = Detector.from_archive_dir(here, "cpu", precision="fp32")
+# Engines of a GPU are proven on the GPU, by accuracy_gate.py.
+on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
+detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
 picture = io.BytesIO()
 Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(picture, "PNG")
 (outcome,) = detector.detect([picture.getvalue()], [detector.config.default_options()])

@@ -172,6 +172,12 @@ def test_settings_that_the_worker_would_refuse_are_refused_before_packing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_archive_for_tensorrt_is_not_built_without_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"build_tensorrt\.py"):
+        build_archive.build_archive(ArchiveRequest(output_dir=tmp_path, serving={"backend": "tensorrt"}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_class_names_are_read_from_text_and_json(tmp_path: Path) -> None:
     text, listed, indexed = tmp_path / "a.txt", tmp_path / "a.json", tmp_path / "b.json"
     text.write_text("one\n\n two \n")
