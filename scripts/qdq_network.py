@@ -67,8 +67,10 @@ class Block:
 def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
     """The blocks of a network that scripts/export_onnx.py wrote, in the order of computation.
 
+    Every node from the first convolution on is in one of them.
+
     Raises:
-        QuantizationError: there are none, or a node has no name to be called by.
+        QuantizationError: there are none, or weights have another name than scripts/export_onnx.py gives.
     """
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in network.graph.initializer}
     block_of_value: dict[str, str] = {}
@@ -95,7 +97,8 @@ def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
             block_of_node[node.name] = block
             block_of_value.update(dict.fromkeys(node.output, block))
     block_of_use: dict[str, str] = {}
-    for node in reversed(network.graph.node):
+    # What comes before the first convolution only sorts grey levels.
+    for node in reversed(network.graph.node[_first_convolution(network) :]):
         block = block_of_node.get(node.name)
         if block is None:
             block = next((block_of_use[name] for name in node.output if name in block_of_use), None)
@@ -103,10 +106,6 @@ def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
                 block_of_node[node.name] = block
         if block is not None:
             block_of_use.update(dict.fromkeys(node.input, block))
-    if not order:
-        raise QuantizationError(
-            "the network has no convolutions; accepted are files that scripts/export_onnx.py wrote"
-        )
     return tuple(
         Block(
             name,
@@ -114,6 +113,15 @@ def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
             weights[name],
         )
         for name in order
+    )
+
+
+def _first_convolution(network: onnx.ModelProto) -> int:
+    for index, node in enumerate(network.graph.node):
+        if node.op_type == "Conv":
+            return index
+    raise QuantizationError(
+        "the network has no convolutions; accepted are files that scripts/export_onnx.py wrote"
     )
 
 
@@ -176,10 +184,10 @@ def quantize_blocks(
                 "OpTypesToExcludeOutputQuantization": list(operators),
             }
         else:
-            # Grey levels are whole numbers: so they pass exactly.
-            (entry,) = [node for node in quantized.graph.node if node.op_type == "Cast"]
+            # Grey levels are whole numbers: with a scale of 1 they pass exactly.
+            entry = network.graph.node[_first_convolution(network)].input[0]
             exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
-            options["TensorQuantOverrides"] = {entry.output[0]: [exact]}
+            options["TensorQuantOverrides"] = {entry: [exact]}
         with _quiet():
             quantizer = QDQQuantizer(
                 quantized,
@@ -194,6 +202,7 @@ def quantize_blocks(
                 extra_options=options,
             )
             quantizer.quantize_model()
+            quantizer.model.topological_sort()  # it appends what it inserts
         quantized = quantizer.model.model
     return quantized
 
