@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from damoyolo.backends import openvino_library  # noqa: F401  (has to come before TorchServe's base handler)
+
+# isort: split
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
+from damoyolo.config import ServingConfig
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.service import DetectionService
@@ -46,12 +51,14 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         if device.type == "cuda":
             torch.cuda.set_device(device)
         settings = context.model_yaml_config.get("handler") or {}
-        detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
         if device.type == "cpu":
-            # Workers share the cores: more threads than cores slow all of them down.
+            # Workers share the cores: more threads than cores slow all of them down. Ahead of the detector,
+            # since every engine takes as many threads as PyTorch has.
             workers = int(context.model_yaml_config.get("minWorkers") or 1)
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(detector.config.compute_threads or max(1, cores // max(1, workers)))
+            compute_threads = ServingConfig.from_mapping(settings).compute_threads
+            torch.set_num_threads(compute_threads or max(1, cores // max(1, workers)))
+        detector = Detector.from_settings(settings, Path(properties["model_dir"]) / WEIGHTS_FILE, device)
         detector.warm_up(detector.config.warmup_batch_sizes)
 
         self.service = DetectionService(detector)

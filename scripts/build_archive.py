@@ -3,6 +3,7 @@
 python scripts/build_archive.py                                  the embedded demo weights
 python scripts/build_archive.py --weights damoyolo_tinynasL25_S_477   an official checkpoint
 python scripts/build_archive.py --weights mine.pth --class-names mine.txt --variant T
+python scripts/build_archive.py --onnx quantised.onnx           with that form of the same weights inside
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +28,11 @@ from model_archiver.model_packaging import generate_model_archive
 
 import project_paths
 from argument_types import fraction, positive_int
-from damoyolo.checkpoint import load_checkpoint, save_packaged
+from damoyolo.backends import ONNX_FILE
+from damoyolo.backends.onnx_form import require_fitting
+from damoyolo.checkpoint import load_checkpoint, load_packaged, save_packaged
 from damoyolo.class_names import COCO_CLASS_NAMES
-from damoyolo.config import PRECISIONS, ServingConfig
+from damoyolo.config import BACKENDS, PRECISIONS, ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import VARIANTS
@@ -36,6 +40,7 @@ from weights_source import WeightsError, fetch_weights
 
 HANDLER_DIR = project_paths.PROJECT_DIR / "handler"
 DEMO_WEIGHTS = project_paths.PROJECT_DIR / "model_store" / "weights" / "damoyolo_s_bccd.pth"
+SAMPLE_PICTURES = project_paths.PROJECT_DIR / "tests" / "data" / "smears"
 DEMO_CLASS_NAMES = ("Platelets", "RBC", "WBC")
 MANIFEST = "MAR-INF/MANIFEST.json"
 VERIFY_TIMEOUT_S = 300.0
@@ -48,6 +53,8 @@ class ArchiveRequest:
     weights: file, https address or name of an official checkpoint. sha256: of that file, if known.
     variant: name of the variant; None takes the one that the weights fit.
     class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
+    onnx: file of scripts/export_onnx.py, or of a quantiser of it, to pack beside the weights; the engines
+        that take such files run it in their place. None exports one where the backend needs it.
     model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
     serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
     """
@@ -58,6 +65,7 @@ class ArchiveRequest:
     class_names: tuple[str, ...] | None = None
     model_name: str = "damoyolo"
     version: str = "1.0"
+    onnx: Path | None = None
     output_dir: Path = project_paths.PROJECT_DIR / "model_store"
     model_settings: dict[str, Any] = field(default_factory=dict)
     serving: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +106,7 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
         "class_names": list(class_names),
         **request.serving,
     }
-    ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
+    config = ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
     settings["handler"] = serving
 
     request.output_dir.mkdir(parents=True, exist_ok=True)
@@ -107,12 +115,34 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
         private = Path(name)
         save_packaged(private / WEIGHTS_FILE, checkpoint)
         (private / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        if request.onnx is not None or config.backend == "onnxruntime":
+            _add_onnx(request.onnx, private, config)
         built = _run_archiver(request, private)
         digest = content_digest(built)
         names = verify_archive(built)
         path = request.output_dir / built.name
         built.replace(path)
     return ArchiveReport(path, digest, checkpoint.variant.name, checkpoint.num_classes, len(names))
+
+
+def _add_onnx(source: Path | None, private: Path, config: ServingConfig) -> None:
+    """ONNX_FILE in the folder `private`: a copy of `source`, or made from the weights there."""
+    try:
+        from export_onnx import ExportError, check_onnx, export_onnx, read_facts, sample_batches
+    except ImportError as error:
+        raise ArchiveError(
+            f"ONNX files need packages that are not there ({error}): pip install onnx onnxscript onnxruntime"
+        ) from error
+    model, target = load_packaged(private / WEIGHTS_FILE), private / ONNX_FILE
+    if source is not None:
+        require_fitting(read_facts(source), source, config, model)
+        shutil.copyfile(source, target)
+        return
+    export_onnx(model, target, class_names=config.class_names)
+    try:
+        check_onnx(target, model, sample_batches(model, SAMPLE_PICTURES))
+    except ExportError as error:
+        raise ArchiveError(str(error)) from error
 
 
 def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
@@ -125,7 +155,7 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
         version=request.version,
         handler=str(HANDLER_DIR / "damoyolo_handler.py"),
         serialized_file=str(private / WEIGHTS_FILE),
-        extra_files=str(HANDLER_DIR),
+        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE)))),
         config_file=str(private / SETTINGS_FILE),
         export_path=str(export_dir),
         # Weights hardly shrink, and the server would unpack them at each start.
@@ -224,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     serving = {
         "input_size_hw": arguments.input_size,
+        "backend": arguments.backend,
         "precision": arguments.precision,
         "score_threshold": arguments.score_threshold,
         "iou_threshold": arguments.iou_threshold,
@@ -238,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 class_names=read_class_names(arguments.class_names) if arguments.class_names else None,
                 model_name=arguments.model_name,
                 version=arguments.version,
+                onnx=arguments.onnx,
                 output_dir=arguments.output_dir,
                 model_settings={key: value for key, value in model_settings.items() if value is not None},
                 serving={key: value for key, value in serving.items() if value is not None},
@@ -275,6 +307,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="network input in pixels, multiples of 32 (default: the variant's)",
     )
+    parser.add_argument("--backend", choices=BACKENDS, help="engine that runs the network (default: auto)")
+    parser.add_argument("--onnx", type=Path, help="ONNX file of these weights, say a quantised one, to pack")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: auto")
     parser.add_argument("--score-threshold", type=fraction)
     parser.add_argument("--iou-threshold", type=fraction)

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from damoyolo.detector import Detector
     from damoyolo.structures import DetectionOptions
 
-PACKAGES = ("torch", "torchvision", "torchserve", "pycocotools", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchserve",
+    "onnxruntime",
+    "openvino",
+    "pycocotools",
+    "numpy",
+    "pillow",
+)
 
 
 class EvaluationError(Exception):
@@ -67,13 +76,18 @@ def server_predictor(client: DetectionClient, options: RequestOptions, in_flight
 
 
 def in_process_predictor(
-    archive: Path, options: RequestOptions, batch_size: int, device: str | None, precision: str | None
+    archive: Path,
+    options: RequestOptions,
+    batch_size: int,
+    device: str | None,
+    precision: str | None,
+    backend: str | None = None,
 ) -> tuple[Predictor, Sequence[str], dict[str, str]]:
     """Detections by a detector in this process.
 
     archive: .mar file, or the folder of an unpacked one. device: None takes a GPU where there is one.
 
-    Returns the predictor, the detector's class names, and its device and precision for the record.
+    Returns the predictor, the detector's class names, and its device, engine and precision for the record.
 
     Raises:
         EvaluationError: the archive does not load, or the detector lacks one of the classes asked for.
@@ -89,7 +103,7 @@ def in_process_predictor(
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with unpacked(archive) as model_dir:
-            detector = Detector.from_archive_dir(model_dir, torch_device, precision)
+            detector = Detector.from_archive_dir(model_dir, torch_device, precision, backend)
     except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
@@ -108,7 +122,11 @@ def in_process_predictor(
 
     predict = detector_predictor(detector, detection_options, batch_size)
     hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
-    record = {"device": f"{torch_device} ({hardware})", "precision": detector.engine.precision}
+    record = {
+        "device": f"{torch_device} ({hardware})",
+        "backend": detector.engine.name,
+        "precision": detector.engine.precision,
+    }
     return predict, names, record
 
 
@@ -246,7 +264,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
             batch_size = arguments.batch_size or 8
             predictor, names, record = in_process_predictor(
-                archive, options, batch_size, arguments.device, arguments.precision
+                archive, options, batch_size, arguments.device, arguments.precision, arguments.backend
             )
             match_labels(dict(enumerate(names)), dataset.class_names.values())
             source = {
@@ -261,7 +279,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             client.require_server()
             in_flight = arguments.in_flight or 8
             predictor = server_predictor(client, options, in_flight)
-            source = {"url": arguments.url, "in_flight": in_flight, "device": None, "precision": None}
+            source = {
+                "url": arguments.url,
+                "in_flight": in_flight,
+                "device": None,
+                "backend": None,
+                "precision": None,
+            }
         predictions, seconds = gather_predictions(dataset, predictor, arguments.progress)
     metrics = compute_metrics(dataset, predictions)
     row = {
@@ -337,6 +361,7 @@ def _argument_parser() -> argparse.ArgumentParser:
     detector.add_argument("--batch-size", type=positive_int, metavar="N", help="pictures at a time (8)")
     detector.add_argument("--device", help="cpu or cuda[:index] (a GPU where there is one)")
     detector.add_argument("--precision", help="in place of the archive's")
+    detector.add_argument("--backend", help="engine, in place of the archive's")
 
     request = parser.add_argument_group("detection")
     request.add_argument(
@@ -375,7 +400,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):
         parser.error("--variant and --class-names are for --weights; an archive has its own")
     if not _is_in_process(arguments):
-        for name in ("batch_size", "device", "precision"):
+        for name in ("batch_size", "device", "precision", "backend"):
             if getattr(arguments, name) is not None:
                 parser.error(
                     f"--{name.replace('_', '-')} is for --archive and --weights; a server has its own "

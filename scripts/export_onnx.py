@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-import project_paths
-from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
-from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, as_predictions, facts_of
+import project_paths  # noqa: F401  (makes damoyolo importable)
+from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, SAMPLE_PICTURES, read_class_names
+from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, as_predictions, facts_of
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores, decode_predictions
 from damoyolo.checkpoint import load_checkpoint, load_packaged, save_packaged
 from damoyolo.class_names import COCO_CLASS_NAMES
 from damoyolo.config import ServingConfig
-from damoyolo.errors import DamoYoloError
+from damoyolo.errors import ConfigError, DamoYoloError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.postprocess import postprocess
 from damoyolo.preprocess import ImagePreprocessor
@@ -248,6 +248,21 @@ def _append_suppression(written: onnx.ModelProto) -> None:
     )
 
 
+def read_facts(path: Path) -> OnnxFacts:
+    """What a file says of itself.
+
+    Raises:
+        ConfigError: it is no ONNX file, or none of this project.
+    """
+    try:
+        written = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # the reader's own class is not importable everywhere
+        raise ConfigError(f"{path} is no ONNX file ({type(error).__name__})") from error
+    return OnnxFacts.from_metadata({entry.key: entry.value for entry in written.metadata_props}, path)
+
+
 def check_onnx(
     path: Path,
     model: DamoYolo,
@@ -433,7 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pictures",
         type=Path,
-        default=project_paths.PROJECT_DIR / "tests/data/smears",
+        default=SAMPLE_PICTURES,
         help="folder of JPEG files to check with (%(default)s)",
     )
     return parser

@@ -16,6 +16,8 @@ from damoyolo.structures import Detections
 # hundredths of a pixel). Another precision can be tried with this variable: kernels chosen by batch size
 # then round differently.
 PRECISION = os.environ.get("DAMOYOLO_TEST_PRECISION", "fp32")
+# The engine, as `backend` in the settings; every one has to give the same answers.
+BACKEND = os.environ.get("DAMOYOLO_TEST_BACKEND", "auto")
 SCORE_TOLERANCE = 2e-4 if PRECISION == "fp32" else 2e-2
 BOX_TOLERANCE_PX = 0.02 if PRECISION == "fp32" else 2.0
 

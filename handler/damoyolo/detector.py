@@ -75,19 +75,23 @@ class Detector:
 
     @classmethod
     def from_archive_dir(
-        cls, model_dir: Path, device: torch.device | str = "cpu", precision: str | None = None
+        cls,
+        model_dir: Path,
+        device: torch.device | str = "cpu",
+        precision: str | None = None,
+        backend: str | None = None,
     ) -> Detector:
         """The detector of an unpacked archive.
 
         model_dir: folder with the packaged weights and model-config.yaml.
-        precision: in place of the one in the settings.
+        precision, backend: in place of those in the settings.
 
         Raises:
             ConfigError, CheckpointError: what the archive holds does not fit together.
         """
         settings = yaml.safe_load((model_dir / SETTINGS_FILE).read_text())["handler"]
-        if precision is not None:
-            settings = {**settings, "precision": precision}
+        changes = {"precision": precision, "backend": backend}
+        settings |= {name: value for name, value in changes.items() if value is not None}
         return cls.from_settings(settings, model_dir / WEIGHTS_FILE, torch.device(device))
 
     @classmethod

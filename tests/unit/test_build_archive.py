@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from build_archive import (
     verify_archive,
 )
 from damoyolo.errors import CheckpointError, ConfigError
+from export_onnx import export_onnx, folded_network
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def test_the_archive_holds_every_module_the_settings_and_the_weights(
         str(path.relative_to(project_dir / "handler")) for path in (project_dir / "handler").rglob("*.py")
     }
     assert modules <= names
+    assert "damoyolo.onnx" not in names  # only where it was asked for
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     assert settings["batchSize"] == 4
     assert settings["maxBatchDelay"] == 7
@@ -72,6 +75,59 @@ def test_equal_inputs_give_an_equal_digest_and_others_another(
         )
     )
     assert other.digest != report.digest
+
+
+@pytest.fixture(scope="module")
+def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo weights as ONNX."""
+    path = tmp_path_factory.mktemp("onnx") / "some-name.onnx"
+    export_onnx(folded_network(build_archive.DEMO_WEIGHTS, None, 3), path, class_names=DEMO_CLASS_NAMES)
+    return path
+
+
+def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx: Path, tmp_path: Path) -> None:
+    report = build_archive.build_archive(
+        ArchiveRequest(output_dir=tmp_path, onnx=demo_onnx, serving={"backend": "onnxruntime"})
+    )
+    with zipfile.ZipFile(report.path) as opened:
+        assert opened.read("damoyolo.onnx") == demo_onnx.read_bytes()
+        settings = yaml.safe_load(opened.read("model-config.yaml"))
+    assert settings["handler"]["backend"] == "onnxruntime"
+
+
+def test_an_engine_that_needs_the_file_gets_one_that_is_made_from_the_weights(
+    demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_archive, "verify_archive", lambda _: [])
+    report = build_archive.build_archive(
+        ArchiveRequest(output_dir=tmp_path, serving={"backend": "onnxruntime"})
+    )
+    with zipfile.ZipFile(report.path) as opened:
+        assert opened.read("damoyolo.onnx") == demo_onnx.read_bytes()
+
+
+def test_an_onnx_file_of_other_weights_or_classes_is_refused(
+    demo_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"class_names Platelets, RBC, WBC, settings and weights .* a, b, c"
+    ):
+        build_archive.build_archive(
+            ArchiveRequest(output_dir=tmp_path, onnx=demo_onnx, class_names=("a", "b", "c"))
+        )
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    arguments = ["--onnx", str(tmp_path / "broken.onnx"), "--output-dir", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "is no ONNX file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+def test_without_the_packages_of_onnx_the_way_out_is_named(
+    demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "export_onnx", None)
+    with pytest.raises(ArchiveError, match="pip install onnx onnxscript onnxruntime"):
+        build_archive.build_archive(ArchiveRequest(output_dir=tmp_path, onnx=demo_onnx))
 
 
 def rebuilt(source: Path, target: Path, change: dict[str, bytes | None]) -> Path:

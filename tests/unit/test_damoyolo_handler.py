@@ -47,6 +47,37 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
     torch.set_num_threads(threads)
 
 
+def test_the_threads_are_set_before_an_engine_takes_its_number_from_them(
+    service: Service, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    seen: list[int] = []
+
+    class StopHereError(Exception):
+        pass
+
+    def from_settings(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise StopHereError
+
+    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", from_settings)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    settings = service.context.model_yaml_config
+    try:
+        for workers, compute_threads in ((1, 0), (4, 0), (100, 0), (4, 5)):
+            handler = {**settings["handler"], "compute_threads": compute_threads}
+            monkeypatch.setattr(
+                service.context,
+                "model_yaml_config",
+                {**settings, "minWorkers": workers, "handler": handler},
+            )
+            with pytest.raises(StopHereError):
+                DamoYoloHandler().initialize(service.context)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [12, 3, 1, 5]
+
+
 def wire_request(name: str, body: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
     """A request as the worker's protocol hands it over."""
     return {

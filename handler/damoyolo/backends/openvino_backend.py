@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,13 @@ from torch import Tensor, nn
 from damoyolo.accelerate import cpu_computes_bf16
 from damoyolo.backends import missing_library
 from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, as_predictions, require_fitting
+from damoyolo.backends.openvino_library import import_openvino
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
 
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
-
-
-def import_openvino() -> Any:
-    """The library, kept from reporting its use over the network, which it does at import by default.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    # It takes a stub that sends nothing where its telemetry package cannot be imported.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 class OpenVINOBackend:

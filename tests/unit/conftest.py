@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from damoyolo.backends import ONNX_FILE
 from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.fold import fold_state_dict
 from damoyolo.model.variants import VARIANTS
@@ -75,3 +76,20 @@ def golden_images(golden: ModuleType) -> Callable[..., Tensor]:
         return torch.from_numpy(golden.input_tensor(*VARIANTS[name].input_size_hw, key))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def golden_onnx_dir(
+    golden_model: Callable[[str, bool], DamoYolo], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A folder with the ONNX form of a variant with its golden weights, classes called "0" to "79"."""
+
+    @functools.cache
+    def export(name: str) -> Path:
+        from export_onnx import export_onnx
+
+        folder = tmp_path_factory.mktemp(name)
+        export_onnx(golden_model(name, True), folder / ONNX_FILE)
+        return folder
+
+    return export
