@@ -160,26 +160,32 @@ def _stays_float(block: Block, names: Sequence[str]) -> bool:
     return any(block.name == name or block.name.startswith(f"{name}.") for name in names)
 
 
-def read_pixels(
-    folder: Path, variant: str, input_size_hw: tuple[int, int], at_most: int
-) -> NDArray[np.uint8]:
-    """Pictures of a folder as the server would feed them, (N, 3, H, W) uint8 RGB, spread over all there are.
+def picture_paths(folder: Path, at_most: int) -> list[Path]:
+    """Pictures of a folder and of those below it; where there are more, spread over all.
 
     Raises:
-        QuantizationError: there is no picture, or one cannot be read.
+        QuantizationError: there are none.
     """
     try:
         found = find_pictures([folder], recursive=True)
     except NoPicturesError as error:
         raise QuantizationError(f"{error}; --calibration takes a folder of pictures") from error
-    paths = [found[index] for index in _spread(range(len(found)), min(at_most, len(found)))]
+    return [found[index] for index in _spread(range(len(found)), min(at_most, len(found)))]
+
+
+def read_pixels(paths: Sequence[Path], variant: str, input_size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """Picture files as the server would feed them, (N, 3, H, W) uint8 RGB.
+
+    Raises:
+        QuantizationError: one cannot be read.
+    """
     preprocessor = ImagePreprocessor(ServingConfig(variant=variant), input_size_hw, torch.device("cpu"))
     try:
         batch = preprocessor.prepare([path.read_bytes() for path in paths])
     finally:
         preprocessor.close()
     for slot, reason in batch.errors.items():
-        raise QuantizationError(f"{paths[slot]}: {reason}")
+        raise QuantizationError(f"{paths[slot]}: {reason}; take it out of the folder of --calibration")
     return batch.pixels.contiguous().numpy()
 
 
@@ -235,6 +241,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.keep_float,
         arguments.progress,
     )
+    paths = picture_paths(arguments.calibration, request.calibration_pictures + request.check_pictures)
     weights = fetch_weights(arguments.weights, arguments.sha256)
     if arguments.class_names:
         class_names = read_class_names(arguments.class_names)
@@ -244,8 +251,7 @@ def _run(arguments: argparse.Namespace) -> None:
     height, width = arguments.input_size or model.variant.input_size_hw
     if height % 32 or width % 32:
         raise QuantizationError(f"--input-size is {height} {width}; accepted are multiples of 32, in pixels")
-    wanted = request.calibration_pictures + request.check_pictures
-    pixels = read_pixels(arguments.calibration, model.variant.name, (height, width), wanted)
+    pixels = read_pixels(paths, model.variant.name, (height, width))
     result = quantize(export_network(model, class_names), pixels, request)
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,6 @@ def demo_network() -> onnx.ModelProto:
 @pytest.fixture(scope="session")
 def smear_pixels() -> NDArray[np.uint8]:
     """(3, 3, 256, 320) uint8 RGB: the sample pictures, small."""
-    from quantize import read_pixels
+    from quantize import picture_paths, read_pixels
 
-    return read_pixels(PROJECT_DIR / "tests/data/smears", "S", (256, 320), at_most=3)
+    return read_pixels(picture_paths(PROJECT_DIR / "tests/data/smears", at_most=3), "S", (256, 320))
