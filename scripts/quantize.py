@@ -51,9 +51,10 @@ from qdq_network import (
 from sensitivity import Deviation, Judge, Sensitivity, fewest_kept, measure_blocks
 from weights_source import WeightsError, fetch_weights
 
-# Prediction convolutions and stem: all that is seen passes through them, and float32 there costs no time that
-# could be measured.
+# Prediction convolutions and stem: all that is seen passes through them. What that costs in speed is in
+# docs/quantization.md.
 ALWAYS_FLOAT = ("head", "backbone.block_list.0", "backbone.csp_stage.0")
+NO_BLOCK = "none"  # on the command line, in place of a name
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class QuantizedNetwork:
 
     network: metadata and all. ranked: the worst block first. kept: float32 for the sake of the loss.
     all_int8: deviation where the sweep keeps nothing. deviation: of `network`.
+    calibration_count, check_count: pictures that were calibrated with, and compared on.
     """
 
     network: onnx.ModelProto
@@ -88,6 +90,8 @@ class QuantizedNetwork:
     kept: tuple[str, ...]
     all_int8: Deviation
     deviation: Deviation
+    calibration_count: int
+    check_count: int
 
 
 def quantize(
@@ -101,7 +105,9 @@ def quantize(
         QuantizationError: too few pictures, nothing found in them, or nothing that may be quantised.
     """
     calibration, check = split_pictures(len(pixels), request)
-    candidates = [block for block in find_blocks(network) if not _stays_float(block, request.float_blocks)]
+    blocks = find_blocks(network)
+    _require_known(request.float_blocks, blocks)
+    candidates = [block for block in blocks if not _stays_float(block, request.float_blocks)]
     if not candidates:
         raise QuantizationError(
             f"every block of the network is to stay float32 ({', '.join(request.float_blocks)}); "
@@ -133,7 +139,13 @@ def quantize(
     helper.set_model_props(quantized, {**facts, "precision": "int8"})
     onnx.checker.check_model(quantized)
     return QuantizedNetwork(
-        quantized, tuple(ranked), tuple(each.block.name for each in ranked[:kept]), attempt(0)[1], deviation
+        quantized,
+        tuple(ranked),
+        tuple(each.block.name for each in ranked[:kept]),
+        attempt(0)[1],
+        deviation,
+        len(calibration),
+        len(check),
     )
 
 
@@ -154,6 +166,16 @@ def split_pictures(count: int, request: QuantizationRequest) -> tuple[list[int],
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
     return [indices[index * len(indices) // count] for index in range(count)]
+
+
+def _require_known(names: Sequence[str], blocks: Sequence[Block]) -> None:
+    known = (*ALWAYS_FLOAT, NO_BLOCK)  # the default is for backbones of every kind
+    for name in names:
+        if name not in known and not any(_stays_float(block, [name]) for block in blocks):
+            raise QuantizationError(
+                f"no block is called {name}; accepted are {NO_BLOCK}, or names and beginnings up to a dot of "
+                f"{', '.join(block.name for block in blocks)}: change --keep-float"
+            )
 
 
 def _stays_float(block: Block, names: Sequence[str]) -> bool:
@@ -284,8 +306,8 @@ def _report(
             "max_loss": request.max_loss,
             "target": request.target,
             "ranges": request.ranges,
-            "calibration_pictures": request.calibration_pictures,
-            "check_pictures": request.check_pictures,
+            "calibration_pictures": result.calibration_count,
+            "check_pictures": result.check_count,
             "always_float32": request.float_blocks,
             "kept_float32": result.kept,
             "all_int8": vars(result.all_int8),
@@ -351,8 +373,8 @@ def _parser() -> argparse.ArgumentParser:
         type=name_list,
         default=ALWAYS_FLOAT,
         metavar="A,B",
-        help="blocks that stay float32 whatever the sweep says, or how their names begin "
-        f"({','.join(ALWAYS_FLOAT)})",
+        help="blocks that stay float32 whatever the sweep says, or how their names begin; "
+        f"{NO_BLOCK} leaves all to the sweep ({','.join(ALWAYS_FLOAT)})",
     )
     parser.add_argument(
         "--input-size",

@@ -78,6 +78,8 @@ def test_what_cannot_be_reached_is_said(
         quantize.quantize(
             fragile, smear_pixels, QuantizationRequest(max_loss=0.0, float_blocks=one_block, progress=False)
         )
+    with pytest.raises(QuantizationError, match=r"no block is called nek; accepted are none, or .*neck\."):
+        quantize.quantize(demo_network, smear_pixels, QuantizationRequest(float_blocks=("nek",)))
     with pytest.raises(QuantizationError, match="every block of the network is to stay float32"):
         quantize.quantize(
             demo_network, smear_pixels, QuantizationRequest(float_blocks=("head", "neck", "backbone"))
