@@ -161,7 +161,7 @@ def _dataset(
         )
     pictures = []
     for image_id, path in paths.items():
-        kept = tuple(found for found in objects.get(image_id, ()) if _is_large_enough(found.box_xyxy))
+        kept = tuple(found for found in objects.get(image_id, ()) if is_large_enough(found.box_xyxy))
         pictures.append(AnnotatedPicture(image_id, path, kept))
     annotated = sum(map(len, objects.values()))
     return DetectionDataset(
@@ -169,7 +169,8 @@ def _dataset(
     )
 
 
-def _is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
+def is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
+    """Whether a box is no slip of the mouse."""
     x1, y1, x2, y2 = box_xyxy
     return x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX
 

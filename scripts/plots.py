@@ -98,6 +98,29 @@ def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str)
     figure.savefig(path, dpi=120)
 
 
+class BlockBar(NamedTuple):
+    """How far a block alone takes a network from float32, 0 up, and whether it stays float32 itself."""
+
+    name: str
+    drift: float
+    kept: bool
+
+
+def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
+    """One bar a block, in the order given, coloured by what becomes of it."""
+    figure, axes = _figure((8, 1.2 + 0.2 * len(bars)))
+    for kept, colour, label in ((True, "C3", "stays float32"), (False, "C0", "INT8")):
+        rows = [(row, bar.drift) for row, bar in enumerate(bars) if bar.kept is kept]
+        if rows:
+            axes.barh(*zip(*rows, strict=True), color=colour, label=label)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="drift from float32 with this block alone in INT8", title=title)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
 def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

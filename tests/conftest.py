@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
@@ -23,3 +29,21 @@ def shared_dir() -> Path:
     if not (folder / "model").is_dir():
         pytest.skip(f"no reference material in {folder}; set DAMOYOLO_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_network() -> onnx.ModelProto:
+    """The demo network as scripts/export_onnx.py writes it, in float32; not to be changed."""
+    from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS
+    from export_onnx import folded_network
+    from quantize import export_network
+
+    return export_network(folded_network(DEMO_WEIGHTS, None, len(DEMO_CLASS_NAMES)), DEMO_CLASS_NAMES)
+
+
+@pytest.fixture(scope="session")
+def smear_pixels() -> NDArray[np.uint8]:
+    """(3, 3, 256, 320) uint8 RGB: the sample pictures, small."""
+    from quantize import picture_paths, read_pixels
+
+    return read_pixels(picture_paths(PROJECT_DIR / "tests/data/smears", at_most=3), "S", (256, 320))

@@ -1,0 +1,218 @@
+"""The QDQ form of an ONNX network: what its blocks are, calibrated ranges, and chosen blocks in INT8.
+
+QDQ is plain ONNX: a pair of QuantizeLinear and DequantizeLinear says at each tensor that an engine may
+compute on 8-bit integers there. Weights are int8, symmetric, with a scale for each output channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QDQQuantizer,
+    QuantType,
+    create_calibrator,
+)
+
+Target = Literal["cpu", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("cpu", "tensorrt")
+RangeMethod = Literal["minmax", "mean"]
+RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
+Ranges = Any  # of the values between two nodes, as onnxruntime's calibration returns them
+
+# All that lies between two convolutions, so that nothing has to become float32 and back in between.
+CPU_OPERATORS = ("Add", "Concat", "Conv", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
+LARGEST_GREY_LEVEL = 255.0
+
+# The part of a weight's name that says in which block it is; `model/` has the names.
+_BLOCK_NAME = re.compile(
+    r"(backbone\.block_list\.0(?=\.conv)"  # the stem
+    r"|backbone\.block_list\.\d+\.block_list\.\d+"
+    r"|backbone\.csp_stage\.0|backbone\.csp_stage\.\d+\.(?:convstem\.\d+|\w+)"
+    r"|neck\.\w+(?:\.convs\.\d+)?"
+    r"|head\.\w+)"
+)
+# These only bring values together for the convolution that they lead to; others belong to what they follow.
+_LEADING_OPERATORS = ("Cast", "Slice", "Concat", "Resize")
+
+
+class QuantizationError(Exception):
+    """A network cannot be quantised as asked."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes that are quantised together or not at all.
+
+    name: as in the checkpoint's keys. nodes: names in the ONNX file. weights: how many numbers they hold.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    weights: int
+
+
+def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
+    """The blocks of a network that scripts/export_onnx.py wrote, in the order of computation.
+
+    Every node from the first convolution on is in one of them.
+
+    Raises:
+        QuantizationError: there are none, or weights have another name than scripts/export_onnx.py gives.
+    """
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in network.graph.initializer}
+    block_of_value: dict[str, str] = {}
+    block_of_node: dict[str, str] = {}
+    order: dict[str, int] = {}
+    weights: dict[str, int] = {}
+    for node in network.graph.node:
+        block = None
+        if node.op_type == "Conv":
+            found = _BLOCK_NAME.search(node.input[1])
+            if found is None:
+                raise QuantizationError(
+                    f"the weights {node.input[1]} lie in no known block; accepted are files that "
+                    "scripts/export_onnx.py wrote"
+                )
+            block = found[1]
+            order.setdefault(block, len(order))
+            weights[block] = weights.get(block, 0) + sizes[node.input[1]]
+        elif node.op_type not in _LEADING_OPERATORS:
+            # A shortcut comes from an earlier block than the sum that it enters.
+            before = [block_of_value[name] for name in node.input if name in block_of_value]
+            block = max(before, key=order.__getitem__, default=None)
+        if block is not None:
+            block_of_node[node.name] = block
+            block_of_value.update(dict.fromkeys(node.output, block))
+    block_of_use: dict[str, str] = {}
+    # What comes before the first convolution only sorts grey levels.
+    for node in reversed(network.graph.node[_first_convolution(network) :]):
+        block = block_of_node.get(node.name)
+        if block is None:
+            block = next((block_of_use[name] for name in node.output if name in block_of_use), None)
+            if block is not None:
+                block_of_node[node.name] = block
+        if block is not None:
+            block_of_use.update(dict.fromkeys(node.input, block))
+    return tuple(
+        Block(
+            name,
+            tuple(node.name for node in network.graph.node if block_of_node.get(node.name) == name),
+            weights[name],
+        )
+        for name in order
+    )
+
+
+def _first_convolution(network: onnx.ModelProto) -> int:
+    for index, node in enumerate(network.graph.node):
+        if node.op_type == "Conv":
+            return index
+    raise QuantizationError(
+        "the network has no convolutions; accepted are files that scripts/export_onnx.py wrote"
+    )
+
+
+class _Pictures(CalibrationDataReader):  # type: ignore[misc]
+    """Pictures, (N, 3, H, W), one after the other."""
+
+    def __init__(self, input_name: str, pixels: NDArray[np.uint8]) -> None:
+        self._feeds = iter({input_name: picture[None]} for picture in pixels)
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        return next(self._feeds, None)
+
+
+def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: RangeMethod = "minmax") -> Ranges:
+    """The range of every value between two nodes, over these pictures, for `quantize_blocks`.
+
+    pixels: (N, 3, H, W) uint8 RGB. method: "minmax" takes the extremes over all pictures; "mean" the mean of
+        each picture's extremes, which cuts off what few pictures have.
+
+    Raises:
+        QuantizationError: there are no pictures.
+    """
+    if not len(pixels):
+        raise QuantizationError("there are no pictures to calibrate with; accepted is one at least")
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder, _quiet():
+        path = Path(folder) / "network.onnx"
+        onnx.save(onnx.shape_inference.infer_shapes(network), path)
+        calibrator = create_calibrator(
+            path,
+            CPU_OPERATORS,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"moving_average": method == "mean"},
+        )
+        # One picture at a time: the memory of the largest layers, and means over pictures.
+        calibrator.collect_data(_Pictures(network.graph.input[0].name, pixels))
+        return calibrator.compute_data()
+
+
+def quantize_blocks(
+    network: onnx.ModelProto, ranges: Ranges, chosen: Collection[Block], target: Target = "cpu"
+) -> onnx.ModelProto:
+    """A copy of the network in which the chosen blocks are INT8.
+
+    ranges: what `calibrate` returned for this network.
+    target: "cpu" quantises to uint8 with zero points, and whatever lies between the convolutions too, which
+        onnxruntime and OpenVINO need to be fast; "tensorrt" to int8 without zero points, the inputs of
+        convolutions alone and no biases, which is all that TensorRT takes.
+    """
+    quantized = onnx.shape_inference.infer_shapes(network)
+    if chosen:
+        options: dict[str, Any] = {"ActivationSymmetric": target == "tensorrt", "WeightSymmetric": True}
+        operators: tuple[str, ...] = CPU_OPERATORS
+        activations = QuantType.QUInt8
+        if target == "tensorrt":
+            operators, activations = ("Conv",), QuantType.QInt8
+            options |= {
+                "QuantizeBias": False,
+                "AddQDQPairToWeight": True,
+                "OpTypesToExcludeOutputQuantization": list(operators),
+            }
+        else:
+            # Grey levels are whole numbers: with a scale of 1 they pass exactly.
+            entry = network.graph.node[_first_convolution(network)].input[0]
+            exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
+            options["TensorQuantOverrides"] = {entry: [exact]}
+        with _quiet():
+            quantizer = QDQQuantizer(
+                quantized,
+                per_channel=True,
+                reduce_range=False,
+                weight_qType=QuantType.QInt8,
+                activation_qType=activations,
+                tensors_range=ranges,
+                nodes_to_quantize=[name for block in chosen for name in block.nodes],
+                nodes_to_exclude=[],
+                op_types_to_quantize=list(operators),
+                extra_options=options,
+            )
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()  # it appends what it inserts
+        quantized = quantizer.model.model
+    return quantized
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantiser's advice on models in general from the log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
