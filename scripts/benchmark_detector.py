@@ -31,11 +31,10 @@ from damoyolo.structures import DetectionOptions, RawPredictions
 from detection_dataset import DetectionDataset, read_voc
 from evaluate import detector_predictor, gather_predictions
 from in_process import batch_calls, cycled, load_detector, read_pictures
-from ladder import BASELINE, Network, Rung, ready_calls, rungs
+from ladder import BASELINE, Network, Rung, flop_a_picture, ready_calls, rungs
 from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
-GFLOP_A_PICTURE = 37.8  # DAMO-YOLO-S, 640x640, folded
 EVALUATION_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
 Row = dict[str, Any]
 
@@ -180,10 +179,11 @@ def _climb(arguments: argparse.Namespace, pictures: Sequence[bytes], device: tor
     rows = []
     for batch_size in arguments.batch_sizes:
         rows += measure_ladder(ladder, detector.preprocessor.prepare(cycled(pictures, batch_size)).pixels)
+    flop = flop_a_picture(Path(arguments.weights), len(names))
     for row in rows:
         row["ap"] = accuracies.get(row["rung"])
         if "pictures_per_s" in row and device.type == "cuda":
-            row["peak_share"] = row["pictures_per_s"] * GFLOP_A_PICTURE / arguments.peak_tflops / 1e3
+            row["peak_share"] = row["pictures_per_s"] * flop / arguments.peak_tflops / 1e12
     return rows
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import project_paths  # noqa: F401  (makes damoyolo importable)
 from damoyolo.backends.pytorch_backend import PyTorchBackend
@@ -74,6 +75,17 @@ def rungs(weights: Path, num_classes: int, device: torch.device, *, compile_too:
             )
         )
     return ladder
+
+
+def flop_a_picture(weights: Path, num_classes: int) -> int:
+    """Floating-point operations of the folded network for one picture of its variant's size.
+
+    Those of convolutions, a multiplication and an addition counting as two.
+    """
+    variant = load_checkpoint(weights, num_classes=num_classes).variant
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes alone, no memory
+        build_model(variant, num_classes, folded=True)(torch.empty(1, 3, *variant.input_size_hw))
+    return int(counter.get_total_flops())
 
 
 def _model(checkpoint: Checkpoint, *, folded: bool) -> DamoYolo:

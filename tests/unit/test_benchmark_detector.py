@@ -10,7 +10,7 @@ import torch
 import benchmark_detector
 from benchmark_detector import LADDER_COLUMNS, measure_ladder
 from build_archive import DEMO_WEIGHTS
-from ladder import REWRITES_IN_ORDER, Rung, rungs
+from ladder import REWRITES_IN_ORDER, Rung, flop_a_picture, rungs
 from measuring import format_table
 
 CPU = torch.device("cpu")
@@ -34,6 +34,12 @@ def test_every_rung_stands_beside_float32(pixels: torch.Tensor) -> None:
         assert row["pictures_per_s"] == pytest.approx(2 / row["ms"] * 1e3)
     table = format_table(rows, LADDER_COLUMNS)
     assert all(name in table for name in by_name)
+
+
+def test_operations_are_those_of_the_network_and_its_classes() -> None:
+    """37.8 GFLOP are published for S with the 80 classes of COCO; the demo has 3."""
+    head = sum(2 * 9 * channels * side**2 for channels, side in ((128, 80), (256, 40), (512, 20)))
+    assert flop_a_picture(DEMO_WEIGHTS, 3) == pytest.approx(37.8e9 - 77 * head, rel=0.01)
 
 
 def test_a_rung_that_runs_out_of_memory_does_not_end_the_ladder(pixels: torch.Tensor) -> None:
