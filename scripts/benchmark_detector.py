@@ -135,6 +135,7 @@ def measure_detector(
             network_s, detector_s = medians_s[f"network {precision}"], medians_s[f"detector {precision}"]
             rows.append(
                 {
+                    "backend": detectors[precision].engine.name,
                     "precision": precision,
                     "batch_size": batch_size,
                     "network_ms": network_s * 1e3,
@@ -159,6 +160,7 @@ LADDER_COLUMNS = {
     "peak_share": ("of peak", ".1%"),
 }
 DETECTOR_COLUMNS = {
+    "backend": ("engine", ""),
     "precision": ("precision", ""),
     "batch_size": ("batch", "d"),
     "network_ms": ("network ms", ".2f"),
