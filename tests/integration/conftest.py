@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from answers import BACKEND, PRECISION
+from answers import BACKEND, ONNX, PRECISION
 from build_archive import ArchiveReport, ArchiveRequest, build_archive
 from damoyolo.detector import Detector
 from in_process import load_detector
@@ -45,6 +45,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
     """The archive of the demo weights, with a delay long enough for concurrent requests to share batches."""
     return build_archive(
         ArchiveRequest(
+            onnx=Path(ONNX) if ONNX else None,
             output_dir=tmp_path_factory.mktemp("model_store"),
             model_settings={"batchSize": 8, "maxBatchDelay": 100},
             serving={"backend": BACKEND, "precision": PRECISION, "max_image_pixels": 20_000_000},
