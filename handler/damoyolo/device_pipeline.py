@@ -2,7 +2,7 @@
 
 A graph is bound to its shapes and addresses. So there is one pair of graphs for each of a few batch sizes, a
 batch is padded to the next of them, pixels are written into one buffer, and the postprocessing has fixed
-shapes (`device_postprocess`). `backends.pytorch_backend` followed by `postprocess` is the plain form of all this.
+shapes (`device_postprocess`). The plain form of all this is `backends.pytorch_backend`, then `postprocess`.
 """
 
 from __future__ import annotations
