@@ -59,7 +59,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
             use_compiled_kernels(model_dir)
         with turn_on_device(device):
             detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
-        detector.warm_up(detector.config.warmup_batch_sizes)
+            detector.warm_up(detector.config.warmup_batch_sizes)
 
         self.service = DetectionService(detector)
         self.clock = StageClock(device)

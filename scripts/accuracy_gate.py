@@ -180,7 +180,7 @@ def compare(
     report = GateReport(
         candidate.engine.precision,
         tolerances,
-        tuple(measure_parity(candidate.engine, pixels, expected, size) for size in sizes),
+        tuple(measure_parity(served_network(candidate), pixels, expected, size) for size in sizes),
         tuple(name for name, score in zip(names, scores, strict=True) if score <= SEEN_SCORE),
     )
     # A wrong engine can make AP slow to compute, or impossible.
@@ -188,6 +188,28 @@ def compare(
         return report
     aps = [average_precision(each, dataset) for each in (reference, candidate)]
     return dataclasses.replace(report, reference_ap=aps[0], ap=aps[1])
+
+
+def served_network(detector: Detector) -> Network:
+    """The network that the detector answers with: the rewritten and recorded one where it has that."""
+    pipeline = detector.pipeline
+    if pipeline is None:
+        return detector.engine
+
+    @torch.inference_mode()
+    def predict(pixels: Tensor) -> RawPredictions:
+        count = len(pixels)
+        if count > pipeline.largest_batch:
+            raise GateError(
+                f"batch size {count} is compared, and the archive cuts up batches of more than "
+                f"{pipeline.largest_batch} (setting graph_batch_sizes); give --batch-sizes up to that"
+            )
+        pipeline.pixels[:count].copy_(pixels)
+        raw = pipeline.network_call(count)()
+        # Copies: the next call overwrites what a recording wrote.
+        return RawPredictions(*(tuple(level[:count].clone() for level in levels) for levels in raw))
+
+    return predict
 
 
 def with_variations(pixels: Tensor, at_least: int) -> Tensor:
@@ -335,25 +357,52 @@ def chosen_dataset(arguments: argparse.Namespace) -> DetectionDataset | None:
     return None if arguments.coco is None else read_coco(arguments.coco, arguments.coco_pictures)
 
 
+class Evidence(NamedTuple):
+    """What engines are compared on: JPEG files, and a data set for AP."""
+
+    pictures: list[bytes]
+    dataset: DetectionDataset | None
+
+
+def read_evidence(arguments: argparse.Namespace) -> Evidence:
+    """What the options of `add_gate_arguments` name.
+
+    Raises:
+        DatasetError, OSError: it cannot be read.
+    """
+    return Evidence(read_pictures(arguments.pictures), chosen_dataset(arguments))
+
+
+def require_enough(evidence: Evidence, precision: str) -> None:
+    """Refuse evidence that cannot prove an engine of this precision.
+
+    Raises:
+        GateError: it is int8, and there is no data set.
+    """
+    if precision == "int8" and evidence.dataset is None:
+        raise GateError(
+            "an int8 engine differs too much for its raw predictions to prove it; give a data set to compare "
+            "AP on: --voc DIR, or --coco FILE --coco-pictures DIR"
+        )
+
+
 def run_gate(
-    archive: Path, device: torch.device, batch_sizes: Sequence[int], arguments: argparse.Namespace
+    archive: Path,
+    device: torch.device,
+    batch_sizes: Sequence[int],
+    arguments: argparse.Namespace,
+    evidence: Evidence,
 ) -> None:
     """Compare as the options of `add_gate_arguments` say, print the figures, write the report.
 
     Raises:
         GateError, DamoYoloError, DatasetError, OSError: the engine must not be used.
     """
-    dataset = chosen_dataset(arguments)
-    pictures = read_pictures(arguments.pictures)
     reference, candidate = load_pair(archive, device)
     precision = candidate.engine.precision
-    if precision == "int8" and dataset is None:
-        raise GateError(
-            "an int8 engine differs too much for its raw predictions to prove it; give a data set to compare "
-            "AP on: --voc DIR, or --coco FILE --coco-pictures DIR"
-        )
+    require_enough(evidence, precision)
     tolerances = chosen_tolerances(arguments, precision)
-    report = compare(reference, candidate, pictures, batch_sizes, tolerances, dataset)
+    report = compare(reference, candidate, evidence.pictures, batch_sizes, tolerances, evidence.dataset)
     for detector in (reference, candidate):
         detector.close()
     print("\n".join(report.lines()))
@@ -377,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        run_gate(arguments.archive, device, arguments.batch_sizes, arguments)
+        run_gate(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
     except (GateError, DamoYoloError, DatasetError, OSError) as error:
         print(f"accuracy_gate: {error}", file=sys.stderr)
         return 1

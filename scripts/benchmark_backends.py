@@ -38,7 +38,8 @@ from damoyolo.detector import Detector
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
-from detection_dataset import DetectionDataset, read_voc
+from detection_dataset import DatasetError, DetectionDataset, read_voc
+from evaluate import EvaluationError
 from export_onnx import compare_decoded, export_onnx, folded_network
 from in_process import batch_calls, cycled, read_pictures
 from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         rows = _measure(arguments)
-    except (DamoYoloError, OSError) as error:
+    except (DamoYoloError, DatasetError, EvaluationError, OSError) as error:
         print(f"benchmark_backends: {error}", file=sys.stderr)
         return 1
     facts = environment()

@@ -239,6 +239,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.archive and (arguments.limit_empty or arguments.limit_network == "measure"):
         print("benchmark_server: --limit-empty and --limit-network measure need --archive", file=sys.stderr)
         return 2
+    if arguments.mps and not arguments.archive:
+        print("benchmark_server: --mps needs --archive: a running server has it or not", file=sys.stderr)
+        return 2
     pictures = read_pictures(arguments.pictures)
     setting = None
     if arguments.archive:
@@ -292,6 +295,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     facts = {
         **knobs,
+        "mps": arguments.mps,
         "pictures": len(pictures),
         "mean_picture_bytes": sum(map(len, pictures)) / len(pictures),
         "arrivals": arguments.arrivals,

@@ -36,6 +36,7 @@ from damoyolo.config import BACKENDS, PRECISIONS, ServingConfig, graph_batch_siz
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import VARIANTS
+from serving_archives import queue_size
 from weights_source import WeightsError, fetch_weights
 
 HANDLER_DIR = project_paths.PROJECT_DIR / "handler"
@@ -102,6 +103,9 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
     settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
     settings.update(request.model_settings)
+    if "jobQueueSize" not in request.model_settings:
+        needed = queue_size(settings["batchSize"], settings["minWorkers"])
+        settings["jobQueueSize"] = max(settings["jobQueueSize"], needed)
     serving = {
         "graph_batch_sizes": graph_batch_sizes_up_to(settings["batchSize"]),
         **(settings["handler"] or {}),

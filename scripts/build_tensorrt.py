@@ -20,7 +20,7 @@ import onnx
 import torch
 
 import project_paths
-from accuracy_gate import GateError, add_gate_arguments, run_gate
+from accuracy_gate import GateError, add_gate_arguments, read_evidence, require_enough, run_gate
 from argument_types import positive_int
 from build_archive import DEMO_WEIGHTS, ArchiveError, ArchiveReport, ArchiveRequest, build_archive
 from damoyolo.backends.onnx_form import weights_digest
@@ -100,7 +100,10 @@ def build_proven_archive(
     Raises:
         One of ERRORS: there is no archive; what was there before is untouched.
     """
+    # Ahead of minutes of building: all that can be refused beforehand.
     require_weights(network, archive)
+    evidence = read_evidence(engine)
+    require_enough(evidence, engine.precision or network.facts.precision)
     best_size_hw = engine.input_size or get_variant(network.facts.variant).input_size_hw
     archive.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=archive.output_dir) as name:
@@ -127,7 +130,7 @@ def build_proven_archive(
         )
         built = build_archive(unproven)
         bounds = sorted({size for each in request.batch_ranges for size in each})
-        run_gate(built.path, device, bounds, engine)
+        run_gate(built.path, device, bounds, engine, evidence)
         path = archive.output_dir / built.path.name
         built.path.replace(path)
     return dataclasses.replace(built, path=path)
@@ -145,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_name=arguments.model_name,
         version=arguments.version,
         output_dir=arguments.output_dir,
+        model_settings={
+            # A smaller one would never use the largest profile.
+            "batchSize": arguments.batch_size or max(last for _, last in arguments.batch_ranges),
+            "minWorkers": arguments.workers,
+            "maxWorkers": arguments.workers,
+        },
     )
     try:
         report = build_proven_archive(
@@ -175,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIRST-LAST",
         help="batch sizes, an optimisation profile each (1 2-8 9-32)",
     )
+    parser.add_argument(
+        "--batch-size", type=positive_int, help="most requests that share a batch (end of the last range)"
+    )
+    parser.add_argument("--workers", type=positive_int, default=1, help="(%(default)s)")
     parser.add_argument("--input-size", **size, help="network input in pixels (the variant's)")
     parser.add_argument("--min-input-size", **size, help="smallest that it has to take (the same)")
     parser.add_argument("--max-input-size", **size, help="largest that it has to take (the same)")

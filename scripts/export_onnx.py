@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import project_paths  # noqa: F401  (makes damoyolo importable)
 from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, SAMPLE_PICTURES, read_class_names
-from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, as_predictions, facts_of
+from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, RawForm, as_predictions, facts_of
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores, decode_predictions
 from damoyolo.checkpoint import load_checkpoint, load_packaged, save_packaged
 from damoyolo.class_names import COCO_CLASS_NAMES
@@ -66,18 +66,6 @@ class Agreement:
     box_difference_px: float
 
 
-class _RawForm(nn.Module):
-    """Grey levels as bytes in, the tensors of RawPredictions in a row out."""
-
-    def __init__(self, model: DamoYolo) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        raw: RawPredictions = self.model(images.float())
-        return (*raw.class_logits, *raw.distance_logits)
-
-
 class _BoxesForm(nn.Module):
     """Grey levels as bytes in, scores and boxes of every anchor point out, for pictures of any size."""
 
@@ -106,7 +94,7 @@ def export_onnx(
     model: folded, in float32; left as it is. class_names: for the metadata; None numbers the classes.
     """
     names = class_names or [str(index) for index in range(model.num_classes)]
-    network: nn.Module = (_RawForm if form == "raw" else _BoxesForm)(copy.deepcopy(model).cpu())
+    network: nn.Module = (RawForm if form == "raw" else _BoxesForm)(copy.deepcopy(model).cpu())
     outputs = OUTPUT_NAMES if form == "raw" else ("scores", "boxes_xyxy")
     written = _export(network.eval(), outputs)
     _name_sizes(written)

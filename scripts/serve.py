@@ -18,6 +18,7 @@ from argument_types import positive_seconds
 from cuda_mps import MpsError, cuda_mps
 from torchserve_process import ServerStartError, TorchServeProcess, busy_ports, read_properties
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE_PICTURE = "tests/data/smears/smear_3.jpg"
 
 
@@ -60,7 +61,7 @@ def serve(server: TorchServeProcess, timeout_s: float, ready_file: Path | None =
         return 1
     finally:
         # A second signal while ending must not leave processes behind.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         server.stop()
 
@@ -95,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if busy:
         print(f"port {', '.join(map(str, busy))} is taken; using free ports instead", flush=True)
     overrides: dict[str, str | None] = {"load_models": arguments.models} if arguments.models else {}
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     try:
         with cuda_mps(arguments.mps) as environment:
             server = TorchServeProcess(
@@ -108,12 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments=["--enable-model-api"] if arguments.enable_model_api else [],
                 environment=environment,
             )
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, _stop)
             return serve(server, arguments.timeout, arguments.ready_file)
     except MpsError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
+    except _StopSignal as stopped:  # while the service started
+        print(f"serve: {stopped}", file=sys.stderr)
+        return 0
 
 
 if __name__ == "__main__":

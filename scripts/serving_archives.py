@@ -24,6 +24,11 @@ EMPTY_HANDLER = Path(__file__).with_name("empty_handler.py")
 SMALLEST_QUEUE = 256
 
 
+def queue_size(batch_size: int, workers: int) -> int:
+    """Requests that may wait: four rounds of what all workers take at once."""
+    return max(SMALLEST_QUEUE, 4 * batch_size * workers)
+
+
 @dataclass(frozen=True, order=True)
 class BatchingSetting:
     """How the server batches: most requests of a batch, longest wait for it to fill in ms, workers."""
@@ -33,13 +38,13 @@ class BatchingSetting:
     workers: int
 
     def model_settings(self) -> dict[str, Any]:
-        """As keys of model-config.yaml; the queue holds four rounds of what all workers take at once."""
+        """As keys of model-config.yaml."""
         return {
             "minWorkers": self.workers,
             "maxWorkers": self.workers,
             "batchSize": self.batch_size,
             "maxBatchDelay": self.delay_ms,
-            "jobQueueSize": max(SMALLEST_QUEUE, 4 * self.batch_size * self.workers),
+            "jobQueueSize": queue_size(self.batch_size, self.workers),
         }
 
     def serving_settings(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -117,8 +118,8 @@ def free_device_memory() -> None:
 class ServerMeasurer:
     """Measures settings, each with a TorchServe of its own; ends the last one on leaving.
 
-    On a GPU another number of workers is scaled without a new start. On a CPU it is not: a worker takes its
-    share of the cores when it loads.
+    On a GPU another number of workers is scaled without a new start, where that gives what a start would.
+    On a CPU it is not: a worker takes its share of the cores when it loads.
 
     environment: variables for the servers.
     """
@@ -186,7 +187,7 @@ class ServerMeasurer:
             current, served = self._served
             if current == setting:
                 return served
-            if self._can_scale and replace(current, workers=setting.workers) == setting:
+            if self._can_scale and _scales_into(current, setting):
                 scale_workers(served.management_url, served.model_name, setting.workers)
                 self._served = (setting, served)
                 return served
@@ -198,6 +199,19 @@ class ServerMeasurer:
     def _stop(self) -> None:
         self._served = None
         self._stack.close()
+
+
+def _scales_into(current: BatchingSetting, setting: BatchingSetting) -> bool:
+    """Whether scaling the workers of a running server makes it what the setting would start.
+
+    The length of the queue, and by `device_wait` how a worker waits, are settled at the start.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return (
+        replace(current, workers=setting.workers) == setting
+        and current.model_settings()["jobQueueSize"] == setting.model_settings()["jobQueueSize"]
+        and (2 * current.workers > cores) == (2 * setting.workers > cores)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,7 +230,7 @@ def _say(message: str) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     pictures = read_pictures(arguments.pictures)
-    facts = environment()
+    facts = {"mps": arguments.mps, **environment()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows: list[dict[str, Any]] = []
     batch_sizes = sorted(set(arguments.batch_sizes))

@@ -7,8 +7,11 @@ another version, is not found and compiled as if nothing were there.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 COMPILED_KERNELS_DIR = "compiled_kernels"
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
@@ -19,13 +22,20 @@ _GROUP_PATTERN = "__grp__*"
 def use_compiled_kernels(model_dir: Path) -> bool:
     """Have Triton look into the archive's folder first; whether there is one, and nobody set another cache.
 
-    Call before the first kernel is asked for. What is missing there is compiled into it.
+    Call before the first kernel is asked for. What is missing there is compiled into it. A folder that is
+    damaged or cannot be written is left out of account.
     """
     folder = model_dir / COMPILED_KERNELS_DIR
     if not folder.is_dir() or CACHE_VARIABLE in os.environ:
         return False
-    for group in folder.rglob(_GROUP_PATTERN):
-        _relocate(group)
+    try:
+        for group in folder.rglob(_GROUP_PATTERN):
+            _relocate(group)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        logger.warning(
+            "the compiled kernels of the archive are not used: %s: %s", type(error).__name__, error
+        )
+        return False
     os.environ[CACHE_VARIABLE] = str(folder)
     return True
 

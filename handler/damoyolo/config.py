@@ -24,7 +24,8 @@ class ServingConfig:
     class_names: one name a class, in the order of the network's channels.
     input_size_hw: height and width of the network input in pixels, multiples of 32; None takes the
         variant's own.
-    backend: engine that runs the network; "auto" takes the fastest that the machine has the library of.
+    backend: engine that runs the network; "auto" is PyTorch on CUDA, and OpenVINO, where it is installed, on
+        a CPU.
     precision: arithmetic of the network; "auto" takes the fastest that keeps accuracy on the device.
     score_threshold, iou_threshold, max_detections: what a request gets that does not say otherwise.
     max_detections_limit: the most that a request may ask for.

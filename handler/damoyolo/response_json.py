@@ -48,6 +48,12 @@ def format_json_of_batch(batch: Sequence[Detections], class_names: Sequence[str]
     return texts
 
 
+def prepare_tables(class_names: Sequence[str]) -> None:
+    """Build what the first batch would have to build: the texts of numbers, and of these classes."""
+    _class_texts(tuple(class_names))
+    _number_texts()
+
+
 def _detection_rows(
     class_ids: NDArray[np.int64],
     scores: NDArray[np.float32],

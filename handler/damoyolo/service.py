@@ -21,7 +21,7 @@ from damoyolo.errors import (
 from damoyolo.preprocess import EncodedImage, decode_image
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
-from damoyolo.response_json import format_json_of_batch
+from damoyolo.response_json import format_json_of_batch, prepare_tables
 from damoyolo.stages import PARSE, RESPOND, StageObserver, unobserved
 from damoyolo.structures import DetectionOptions, Detections
 
@@ -46,6 +46,7 @@ class DetectionService:
     def __init__(self, detector: Detector) -> None:
         self.detector = detector
         self._parser = RequestParser(detector.config)
+        prepare_tables(detector.config.class_names)  # so that no request pays for them
         self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
 
     def answer(

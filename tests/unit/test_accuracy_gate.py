@@ -200,8 +200,10 @@ def test_an_int8_engine_needs_a_data_set(
 ) -> None:
     pair = (reference, with_engine(reference, lambda raw: raw, "int8"))
     monkeypatch.setattr(accuracy_gate, "load_pair", lambda *_: pair)
+    arguments = parse()
+    evidence = accuracy_gate.read_evidence(arguments)
     with pytest.raises(GateError, match="give a data set"):
-        accuracy_gate.run_gate(archive_dir, torch.device("cpu"), [1], parse())
+        accuracy_gate.run_gate(archive_dir, torch.device("cpu"), [1], arguments, evidence)
 
 
 def test_the_command_passes_an_archive_and_writes_its_figures(

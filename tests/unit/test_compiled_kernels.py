@@ -37,6 +37,36 @@ def test_kernels_of_another_machine_are_found_where_they_lie_now(tmp_path: Path)
     assert [each.name for each in group.parent.iterdir() if each.name.startswith(".")] == []
 
 
+def test_what_triton_wrote_elsewhere_is_what_it_reads_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = pytest.importorskip("triton.runtime.cache")
+    there = tmp_path / "there"
+    monkeypatch.setenv(CACHE_VARIABLE, str(there))
+    writer = cache.FileCacheManager("HASH")
+    path = writer.put(b"code", "stem.cubin")
+    writer.put_group("stem.json", {"stem.cubin": path})
+    monkeypatch.delenv(CACHE_VARIABLE)
+    model_dir = tmp_path / "here"
+    model_dir.mkdir()
+    there.rename(model_dir / "compiled_kernels")
+    assert use_compiled_kernels(model_dir)
+    found = cache.FileCacheManager("HASH").get_group("stem.json")
+    assert Path(found["stem.cubin"]).read_bytes() == b"code"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"child_paths": 3}'])
+def test_a_damaged_folder_is_left_out_of_account(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
+    make_group(tmp_path).write_text(text)
+    assert not use_compiled_kernels(tmp_path)
+    assert CACHE_VARIABLE not in os.environ
+    assert "not used" in caplog.text
+
+
 def test_a_cache_that_the_operator_names_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

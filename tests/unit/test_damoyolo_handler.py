@@ -15,9 +15,10 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
 from damoyolo.checkpoint import load_checkpoint, save_packaged
+from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DeviceLostError
-from damoyolo_handler import DamoYoloHandler
+from damoyolo_handler import DamoYoloHandler, _share_machine
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,27 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
     yield made
     handler.service.close()
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("device_wait", "workers", "sleeps"),
+    [
+        ("auto", 8, False),
+        ("auto", 9, True),
+        ("sleep", 1, True),
+        ("spin", 16, False),
+    ],
+)
+def test_workers_wait_asleep_where_they_need_the_cores(
+    monkeypatch: pytest.MonkeyPatch, device_wait: str, workers: int, sleeps: bool
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("damoyolo_handler.sleep_while_waiting", lambda _: calls.append("sleep"))
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: calls.append("set device"))
+    _share_machine(torch.device("cuda", 0), ServingConfig(device_wait=device_wait), workers)
+    # Ahead of the context, which takes its flags when it is made.
+    assert calls == (["sleep", "set device"] if sleeps else ["set device"])
 
 
 def test_the_threads_are_set_before_an_engine_takes_its_number_from_them(

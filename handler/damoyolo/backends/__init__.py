@@ -74,11 +74,9 @@ def open_backend(
         from damoyolo.backends.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(model, config, device, onnx_file)
-    if name == "tensorrt":
-        from damoyolo.backends.tensorrt_backend import TensorRTBackend
+    from damoyolo.backends.tensorrt_backend import TensorRTBackend
 
-        return TensorRTBackend.from_archive_dir(model_dir, model, config, device)
-    raise ConfigError(f"backend is {name!r}, which this version does not have yet; set backend to auto")
+    return TensorRTBackend.from_archive_dir(model_dir, model, config, device)
 
 
 def choose_backend(config: ServingConfig, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
@@ -113,6 +113,19 @@ def require_fitting(facts: OnnxFacts, path: Path, config: ServingConfig, model: 
             )
     if facts.precision not in ("fp32", "int8"):
         raise ConfigError(f"{path.name} is of precision {facts.precision!r}; accepted are fp32 and int8")
+
+
+class RawForm(nn.Module):
+    """The network as the raw form has it: bytes in, the tensors of RawPredictions in a row out."""
+
+    def __init__(self, model: DamoYolo) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images: (B, 3, H, W) uint8 RGB. Returns them in the order of OUTPUT_NAMES."""
+        raw: RawPredictions = self.model(images.float())
+        return (*raw.class_logits, *raw.distance_logits)
 
 
 def as_predictions(outputs: Sequence[Tensor]) -> RawPredictions:

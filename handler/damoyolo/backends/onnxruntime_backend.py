@@ -79,13 +79,24 @@ class OnnxRuntimeBackend:
         # Threads that wait busily take cores from those that decode pictures and compute boxes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         index = self.device.index or 0
-        provider_options = {"device_id": str(index)} if self.device.type == "cuda" else {}
+        # By default it computes in TF32 on CUDA, which is not what fp32 promises.
+        on_cuda = {"device_id": str(index), "use_tf32": "0"}
+        provider_options = on_cuda if self.device.type == "cuda" else {}
         try:
-            return onnxruntime.InferenceSession(onnx_file, options, providers=[(provider, provider_options)])
+            session = onnxruntime.InferenceSession(
+                onnx_file, options, providers=[(provider, provider_options)]
+            )
         except Exception as error:  # it has a class of its own for each code, all directly below Exception
             raise ConfigError(
                 f"{onnx_file.name} cannot be opened by onnxruntime: {error}; build the archive anew"
             ) from error
+        # Where CUDA's libraries do not load, it takes the CPU without a word.
+        if session.get_providers()[0] != provider:
+            raise ConfigError(
+                f"backend is {self.name!r} on {self.device}, but onnxruntime could not start {provider}; "
+                "install the CUDA and cuDNN that its version needs, or set backend to auto"
+            )
+        return session
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> RawPredictions:

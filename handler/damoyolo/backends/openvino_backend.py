@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from damoyolo.accelerate import cpu_computes_bf16
 from damoyolo.backends import missing_library
-from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, as_predictions, require_fitting
+from damoyolo.backends.onnx_form import (
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    OnnxFacts,
+    RawForm,
+    as_predictions,
+    require_fitting,
+)
 from damoyolo.backends.openvino_library import import_openvino
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -88,25 +95,13 @@ def _resolve_precision(requested: str) -> str:
     return requested
 
 
-class _BytesIn(nn.Module):
-    """The network as the ONNX form has it: bytes in, the tensors of RawPredictions in a row out."""
-
-    def __init__(self, model: DamoYolo) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        raw: RawPredictions = self.model(images.float())
-        return (*raw.class_logits, *raw.distance_logits)
-
-
 def _convert(openvino: Any, model: DamoYolo) -> Any:
     """The network as OpenVINO's own model, of any batch and picture size."""
     with warnings.catch_warnings():
         # It traces, which PyTorch deprecates; by way of torch.export the same takes several times as long.
         warnings.simplefilter("ignore")
         network = openvino.convert_model(
-            _BytesIn(model).eval(),
+            RawForm(model).eval(),
             example_input=torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
             input=[([-1, 3, -1, -1], openvino.Type.u8)],
         )

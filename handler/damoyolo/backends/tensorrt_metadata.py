@@ -117,8 +117,8 @@ class EngineMetadata:
         if config.precision not in ("auto", self.network.precision):
             raise ConfigError(
                 f"precision is {config.precision!r}, the TensorRT engine is {self.network.precision}; set "
-                f"precision to auto, or build the engine anew: {REBUILD_COMMAND} --precision "
-                f"{config.precision}"
+                f"precision to auto, or build an engine of another (fp32, fp16; int8 from a quantised file): "
+                f"{REBUILD_COMMAND}"
             )
         self.require_size(input_size_hw)
 
