@@ -63,13 +63,13 @@ def _split(document: Path, device: str) -> tuple[str, str, str]:
     return content[:start], content[start:end], content[end:]
 
 
-def section_text(rows: Sequence[Row], device: str, machine: str | None) -> str:
+def section_text(rows: Sequence[Row], device: str, measured_on: str | None) -> str:
     """The table of a device.
 
     rows: in their order. Each has "variant" and "engine", and either figures or "not_run" with the reason.
         Figures have the "turn" in which they were measured: rows of a variant that were not measured together
         with its first measured row are marked, since only those of one turn compare well in speed.
-    machine: hardware and versions, or None if nothing was measured.
+    measured_on: hardware, versions and method, or None if nothing was measured.
     """
     columns = {key: each for key, each in COLUMNS.items() if device == "cuda" or key not in ON_CUDA_ONLY}
     lines = [
@@ -88,7 +88,10 @@ def section_text(rows: Sequence[Row], device: str, machine: str | None) -> str:
                 any_other_run = True
                 name += f" {OTHER_RUN}"
         lines.append(f"| {' | '.join([row['variant'], name, *cells])} |")
-    texts = [f"{MEASURED_ON}{machine}." if machine is not None else "Nothing measured.", "\n".join(lines)]
+    texts = [
+        f"{MEASURED_ON}{measured_on}." if measured_on is not None else "Nothing measured.",
+        "\n".join(lines),
+    ]
     if any_other_run:
         texts.append(
             f"{OTHER_RUN} measured in another run than the first row of its model: compare speeds with care."

@@ -280,6 +280,8 @@ def _run(arguments: argparse.Namespace) -> None:
         }
 
     line = machine_line(device)
+    sizes = ", ".join(map(str, method.batch_sizes))
+    how = f"{line}; batch sizes {sizes}, medians of {method.rounds} rounds of {method.slice_s:g} s"
     rows: list[Row] = []
     for model in models:
         found = measure_model(
@@ -289,7 +291,7 @@ def _run(arguments: argparse.Namespace) -> None:
         append_json_rows(arguments.json, [row for row in found if row.pop("new", False)], {})
         rows += found
     any_figures = any("not_run" not in row for row in rows)
-    write_section(arguments.document, device, section_text(rows, device, line if any_figures else None))
+    write_section(arguments.document, device, section_text(rows, device, how if any_figures else None))
     if not machine.has_gpu and not has_figures(arguments.document, "cuda"):
         absent: list[Row] = [
             {"variant": model.variant, "engine": name, "not_run": reason}

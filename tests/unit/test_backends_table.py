@@ -123,6 +123,7 @@ def test_the_command_measures_each_engine_in_a_process_and_measures_nothing_twic
     assert rows["onnxruntime fp32"]["score_difference"] > 0
     assert rows["onnxruntime fp32"]["archive_mb"] > rows["pytorch fp32"]["archive_mb"] + 1
 
+    assert "; batch sizes 1, 2, medians of 2 rounds of 0.01 s." in document.read_text()
     table = cells(document)
     assert set(table) == {row.name for device in ("cpu", "cuda") for row in rows_of(device)}
     assert table["pytorch fp32"][0] == "not run"  # no data set for an AP
