@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 import project_paths
+from agreement import compare_decoded
 from argument_types import positive_int
+from backends_rows import LIBRARIES, REFERENCE, EngineRow, rows_of
 from benchmark_detector import accuracy_of
 from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
 from damoyolo.accelerate import WEIGHT_DTYPE
@@ -40,12 +42,11 @@ from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
 from detection_dataset import DatasetError, DetectionDataset, read_voc
 from evaluate import EvaluationError
-from export_onnx import compare_decoded, export_onnx, folded_network
+from export_onnx import export_onnx, folded_network
 from in_process import batch_calls, cycled, read_pictures
 from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
 
 CPU = torch.device("cpu")
-REFERENCE = "pytorch fp32"
 Network = Callable[[Tensor], RawPredictions]
 Row = dict[str, Any]
 
@@ -86,38 +87,31 @@ def cpu_engines(
     quantised: that file is an int8 one; only what differs by it is listed beside the reference.
     """
 
-    def served(backend: str, precision: str, folder: Path | None = None) -> Callable[[], Network]:
+    def served(row: EngineRow) -> Engine:
         config = ServingConfig(
-            variant=model.variant.name, class_names=tuple(class_names), backend=backend, precision=precision
+            variant=model.variant.name,
+            class_names=tuple(class_names),
+            backend=row.backend,
+            precision=row.precision,
         )
-        return lambda: open_backend(copy.deepcopy(model), config, CPU, folder)
+        folder = onnx_dir if row.quantised or row.backend == "onnxruntime" else None
+        return Engine(
+            row.name,
+            LIBRARIES[row.backend][0],
+            lambda: open_backend(copy.deepcopy(model), config, CPU, folder),
+        )
 
-    def compiled(precision: str) -> Callable[[], Network]:
-        return lambda: _CompiledNetwork(copy.deepcopy(model), precision)
+    def compiled(precision: str) -> Engine:
+        return Engine(
+            f"torch.compile {precision}",
+            "torch",
+            lambda: _CompiledNetwork(copy.deepcopy(model), precision),
+        )
 
-    reference = Engine(REFERENCE, "torch", served("pytorch", "fp32"))
-    if quantised:
-        return [
-            reference,
-            Engine("onnxruntime int8", "onnxruntime", served("onnxruntime", "auto", onnx_dir)),
-            Engine("openvino int8, rest fp32", "openvino", served("openvino", "fp32", onnx_dir)),
-            Engine("openvino int8, rest bf16", "openvino", served("openvino", "bf16", onnx_dir)),
-        ]
-    return [
-        reference,
-        Engine("pytorch bf16", "torch", served("pytorch", "bf16")),
-        *(
-            [
-                Engine("torch.compile fp32", "torch", compiled("fp32")),
-                Engine("torch.compile bf16", "torch", compiled("bf16")),
-            ]
-            if compile_too
-            else []
-        ),
-        Engine("onnxruntime fp32", "onnxruntime", served("onnxruntime", "fp32", onnx_dir)),
-        Engine("openvino fp32", "openvino", served("openvino", "fp32")),
-        Engine("openvino bf16", "openvino", served("openvino", "bf16")),
-    ]
+    engines = [served(row) for row in rows_of("cpu") if row.quantised == quantised or row.name == REFERENCE]
+    if compile_too and not quantised:
+        engines += [compiled("fp32"), compiled("bf16")]
+    return engines
 
 
 def measure_engines(

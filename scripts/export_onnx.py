@@ -20,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import project_paths  # noqa: F401  (makes damoyolo importable)
+from agreement import Agreement, compare_decoded
 from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, SAMPLE_PICTURES, read_class_names
 from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, RawForm, as_predictions, facts_of
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores, decode_predictions
@@ -49,21 +49,12 @@ Form = Literal["raw", "boxes", "detections"]
 FORMS: tuple[Form, ...] = ("raw", "boxes", "detections")
 OPSET = 18  # the oldest that PyTorch's exporter writes without converting
 SCORE_TOLERANCE, BOX_TOLERANCE_PX = 2e-5, 1e-2  # those of the golden outputs
-LIKELY_SCORE = 0.05  # boxes below it answer no request, and wander most
 CHECK_OPTIONS = DetectionOptions(score_threshold=0.25, iou_threshold=0.45, max_detections=100_000)
 MAX_SIDE = 32 * 1024  # pixels; the exporter wants a bound
 
 
 class ExportError(Exception):
     """The file that was written does not give what the network gives."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Largest differences of a file from the network in float32: of scores, and of likely boxes in pixels."""
-
-    score_difference: float
-    box_difference_px: float
 
 
 class _BoxesForm(nn.Module):
@@ -309,16 +300,6 @@ def _compare_raw(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement
 def _compare_boxes(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
     scores, boxes_xyxy = _run(session, {INPUT_NAME: pixels.numpy()})
     return compare_decoded((scores, boxes_xyxy), decode_predictions(raw))
-
-
-def compare_decoded(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Agreement:
-    """How far scores (B, A, K) and boxes (B, A, 4) of all anchor points lie from those expected."""
-    (scores, boxes_xyxy), (expected_scores, expected_boxes_xyxy) = found, expected
-    likely = expected_scores.amax(dim=-1) > LIKELY_SCORE  # B, A
-    off_px = (boxes_xyxy - expected_boxes_xyxy)[likely].abs()
-    return Agreement(
-        float((scores - expected_scores).abs().max()), float(off_px.max()) if likely.any() else 0.0
-    )
 
 
 def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:

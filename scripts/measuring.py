@@ -28,8 +28,7 @@ def interleaved_medians_s(
     """Median seconds of one execution of each call.
 
     The calls take turns, `rounds` times, `slice_s` seconds each turn (at least one execution), so that a
-    machine that slows down or speeds up meanwhile does so for all of them. A turn is timed as a whole, from
-    an idle device to an idle device, and gives one sample: its mean.
+    machine that slows down or speeds up meanwhile does so for all of them. A turn gives one sample: its mean.
     """
     for call in calls.values():
         call()
@@ -37,14 +36,22 @@ def interleaved_medians_s(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            executions = 0
-            started = time.perf_counter()
-            while executions == 0 or time.perf_counter() - started < slice_s:
-                call()
-                executions += 1
-            synchronize(device)
-            samples[name].append((time.perf_counter() - started) / executions)
+            samples[name].append(mean_of_slice_s(call, device, slice_s))
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def mean_of_slice_s(call: Call, device: torch.device, slice_s: float) -> float:
+    """Mean seconds of one execution, of as many as `slice_s` seconds hold and at least one.
+
+    Timed as a whole, from an idle device to an idle device.
+    """
+    executions = 0
+    started = time.perf_counter()
+    while executions == 0 or time.perf_counter() - started < slice_s:
+        call()
+        executions += 1
+    synchronize(device)
+    return (time.perf_counter() - started) / executions
 
 
 def environment() -> dict[str, Any]:
