@@ -26,14 +26,13 @@ from coco_metrics import MetricsError, compute_metrics
 from damoyolo.boxes import decode_predictions
 from damoyolo.detector import Detector
 from damoyolo.errors import DamoYoloError
-from damoyolo.structures import DetectionOptions, RawPredictions
+from damoyolo.structures import RawPredictions
 from detection_dataset import DatasetError, DetectionDataset, read_coco, read_voc
 from evaluate import EvaluationError, detector_predictor, gather_predictions
-from in_process import load_detector, read_pictures
+from in_process import EVALUATION_OPTIONS, load_detector, read_pictures, served_network
 
 DEFAULT_PICTURES = project_paths.PROJECT_DIR / "tests" / "data" / "smears"
 SEEN_SCORE = 0.25  # an anchor point sees an object at such a score; only its box is of interest
-AP_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
 
 Network = Callable[[Tensor], RawPredictions]
 
@@ -190,28 +189,6 @@ def compare(
     return dataclasses.replace(report, reference_ap=aps[0], ap=aps[1])
 
 
-def served_network(detector: Detector) -> Network:
-    """The network that the detector answers with: the rewritten and recorded one where it has that."""
-    pipeline = detector.pipeline
-    if pipeline is None:
-        return detector.engine
-
-    @torch.inference_mode()
-    def predict(pixels: Tensor) -> RawPredictions:
-        count = len(pixels)
-        if count > pipeline.largest_batch:
-            raise GateError(
-                f"batch size {count} is compared, and the archive cuts up batches of more than "
-                f"{pipeline.largest_batch} (setting graph_batch_sizes); give --batch-sizes up to that"
-            )
-        pipeline.pixels[:count].copy_(pixels)
-        raw = pipeline.network_call(count)()
-        # Copies: the next call overwrites what a recording wrote.
-        return RawPredictions(*(tuple(level[:count].clone() for level in levels) for levels in raw))
-
-    return predict
-
-
 def with_variations(pixels: Tensor, at_least: int) -> Tensor:
     """Pictures, then mirrored and shifted ones, so that an engine cannot mix up a batch unseen.
 
@@ -242,7 +219,7 @@ def measure_parity(
     worst = Parity(batch_size, 0.0, 0.0, 0.0)
     for first in range(0, len(pixels), batch_size):
         rows = [(first + row) % len(pixels) for row in range(batch_size)]
-        wanted = _stacked([expected[row] for row in rows])
+        wanted = RawPredictions.joined([expected[row] for row in rows])
         try:
             found = network(pixels[rows])
         except RuntimeError as error:
@@ -270,7 +247,9 @@ def average_precision(detector: Detector, dataset: DetectionDataset) -> float:
         GateError: the data set does not fit, or nothing is found in it.
     """
     try:
-        predictions, _ = gather_predictions(dataset, detector_predictor(detector, AP_OPTIONS, 8), None)
+        predictions, _ = gather_predictions(
+            dataset, detector_predictor(detector, EVALUATION_OPTIONS, 8), None
+        )
         return compute_metrics(dataset, predictions).overall.ap
     except (EvaluationError, MetricsError) as error:
         raise GateError(f"no AP: {error}") from error
@@ -295,12 +274,6 @@ def _logit_noise(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     )  # K, B * A
     noise = (columns - wanted_columns).square().mean(dim=1).sqrt()
     return float((noise / wanted_columns.std(dim=1).clamp(min=1e-6)).max())
-
-
-def _stacked(predictions: Sequence[RawPredictions]) -> RawPredictions:
-    classes = zip(*(each.class_logits for each in predictions), strict=True)
-    distances = zip(*(each.distance_logits for each in predictions), strict=True)
-    return RawPredictions(tuple(map(torch.cat, classes)), tuple(map(torch.cat, distances)))
 
 
 def load_pair(archive: Path, device: torch.device) -> tuple[Detector, Detector]:

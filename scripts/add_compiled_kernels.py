@@ -9,7 +9,6 @@ and Triton: for others the kernels are of no use, and of no harm.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import project_paths
 from damoyolo.compiled_kernels import CACHE_VARIABLE, COMPILED_KERNELS_DIR
+from in_process import archive_environment
 
 COMPILE_TIMEOUT_S = 600.0
 # Run inside the unpacked archive by a fresh interpreter, as the server's worker would.
@@ -47,11 +47,10 @@ def add_compiled_kernels(archive: Path, device: str) -> int:
         folder, kernels = Path(name) / "archive", Path(name) / COMPILED_KERNELS_DIR
         with zipfile.ZipFile(archive) as source:
             source.extractall(folder)
-        search_path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(
             [sys.executable, "-c", COMPILE, device],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": search_path, CACHE_VARIABLE: str(kernels)},
+            env=archive_environment(folder, **{CACHE_VARIABLE: str(kernels)}),
             capture_output=True,
             text=True,
             timeout=COMPILE_TIMEOUT_S,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
+from in_process import archive_environment
 
 WORKER = Path(__file__).with_name("backends_worker.py")
 ANSWER_TIMEOUT_S = 900.0
@@ -75,12 +76,11 @@ class WorkerProcess:
         command += ["--pictures", str(method.pictures.resolve())]
         if method.threads is not None:
             command += ["--threads", str(method.threads)]
-        search_path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
         self._process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": search_path, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=archive_environment(folder, PYTHONDONTWRITEBYTECODE="1"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -17,12 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from damoyolo.structures import RawPredictions
+from typing import Any
 
 Answer = dict[str, Any]
 
@@ -72,10 +67,13 @@ class MeasuredDetector:
 
         from agreement import compare_decoded
         from damoyolo.boxes import decode_predictions
+        from in_process import served_network
 
         expected = torch.load(reference, weights_only=True)
         with torch.inference_mode():
-            found = decode_predictions(self._predict(expected["pixels"].to(self.detector.device)))
+            found = decode_predictions(
+                served_network(self.detector)(expected["pixels"].to(self.detector.device))
+            )
         scores, boxes_xyxy = (each.cpu() for each in found)
         agreement = compare_decoded((scores, boxes_xyxy), (expected["scores"], expected["boxes_xyxy"]))
         return {
@@ -104,22 +102,6 @@ class MeasuredDetector:
             call()  # once untimed
             self._calls[part, batch_size] = call
         return self._calls[part, batch_size]
-
-    def _predict(self, pixels: Tensor) -> RawPredictions:
-        """Raw predictions by whatever serves: pixels (B, 3, H, W) uint8 on the device."""
-        from damoyolo.structures import RawPredictions
-        from measuring import synchronize
-
-        pipeline, count = self.detector.pipeline, len(pixels)
-        if pipeline is None:
-            return self.detector.engine(pixels)
-        pipeline.pixels[:count].copy_(pixels)
-        found = pipeline.network_call(count)()  # as many rows as were recorded
-        synchronize(self.detector.device)
-        return RawPredictions(
-            tuple(level[:count] for level in found.class_logits),
-            tuple(level[:count] for level in found.distance_logits),
-        )
 
 
 def _memory_mib(entry: str) -> float | None:

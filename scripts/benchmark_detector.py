@@ -27,15 +27,14 @@ from coco_metrics import compute_metrics
 from damoyolo.accelerate import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.detector import Detector
-from damoyolo.structures import DetectionOptions, RawPredictions
+from damoyolo.structures import RawPredictions
 from detection_dataset import DetectionDataset, read_voc
 from evaluate import detector_predictor, gather_predictions
-from in_process import batch_calls, cycled, load_detector, read_pictures
+from in_process import EVALUATION_OPTIONS, batch_calls, cycled, load_detector, read_pictures
 from ladder import BASELINE, Network, Rung, flop_a_picture, ready_calls, rungs
 from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
-EVALUATION_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
 Row = dict[str, Any]
 
 

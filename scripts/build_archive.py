@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from damoyolo.config import BACKENDS, PRECISIONS, ServingConfig, graph_batch_siz
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import VARIANTS
+from in_process import archive_environment
 from serving_archives import queue_size
 from weights_source import WeightsError, fetch_weights
 
@@ -98,8 +98,7 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     class_names = request.class_names
     weights = fetch_weights(request.weights, request.sha256)
     if class_names is None:
-        is_demo = weights.resolve() == DEMO_WEIGHTS.resolve()
-        class_names = DEMO_CLASS_NAMES if is_demo else COCO_CLASS_NAMES
+        class_names = default_class_names(weights)
     checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
     settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
     settings.update(request.model_settings)
@@ -233,11 +232,10 @@ def verify_archive(archive: Path) -> list[str]:
             raise ArchiveError(f"{archive} lacks {', '.join(missing)}")
         with tempfile.TemporaryDirectory(prefix="verify-") as folder:
             opened.extractall(folder)
-            search_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
             check = subprocess.run(
                 [sys.executable, "-c", VERIFY],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": search_path, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=archive_environment(folder, PYTHONDONTWRITEBYTECODE="1"),
                 capture_output=True,
                 text=True,
                 timeout=VERIFY_TIMEOUT_S,
@@ -245,6 +243,11 @@ def verify_archive(archive: Path) -> list[str]:
     if check.returncode != 0:
         raise ArchiveError(f"{archive.name} was packed but does not work:\n{check.stderr}")
     return names
+
+
+def default_class_names(weights: Path) -> tuple[str, ...]:
+    """Those of a file of weights if nobody names them: the demo's for the demo weights, else COCO's 80."""
+    return DEMO_CLASS_NAMES if weights.resolve() == DEMO_WEIGHTS.resolve() else COCO_CLASS_NAMES
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -32,11 +32,10 @@ from torch import Tensor, nn
 
 import project_paths  # noqa: F401  (makes damoyolo importable)
 from agreement import Agreement, compare_decoded
-from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, SAMPLE_PICTURES, read_class_names
+from build_archive import DEMO_WEIGHTS, SAMPLE_PICTURES, default_class_names, read_class_names
 from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, RawForm, as_predictions, facts_of
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores, decode_predictions
 from damoyolo.checkpoint import load_checkpoint, load_packaged, save_packaged
-from damoyolo.class_names import COCO_CLASS_NAMES
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError, DamoYoloError
 from damoyolo.model.damoyolo import DamoYolo
@@ -370,12 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         weights = fetch_weights(arguments.weights, arguments.sha256)
-        if arguments.class_names:
-            class_names = read_class_names(arguments.class_names)
-        else:
-            class_names = (
-                DEMO_CLASS_NAMES if weights.resolve() == DEMO_WEIGHTS.resolve() else COCO_CLASS_NAMES
-            )
+        given = arguments.class_names
+        class_names = read_class_names(given) if given else default_class_names(weights)
         model = folded_network(weights, arguments.variant, len(class_names))
         batches = sample_batches(model, arguments.pictures)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 import project_paths  # noqa: F401  -- makes damoyolo importable
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
+from damoyolo.errors import ConfigError
+from damoyolo.structures import DetectionOptions, RawPredictions
 from measuring import Call, interleaved_medians_s
+
+# What accuracy is stated for; `evaluate.py` has the same defaults.
+EVALUATION_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
 
 
 @contextlib.contextmanager
@@ -35,6 +42,40 @@ def load_detector(archive: Path, device: torch.device, **serving: Any) -> Detect
     with unpacked(archive) as folder:
         settings = yaml.safe_load((folder / SETTINGS_FILE).read_text())["handler"]
         return Detector.from_settings({**settings, **serving}, folder / WEIGHTS_FILE, device)
+
+
+def archive_environment(folder: Path | str, **variables: str) -> dict[str, str]:
+    """Environment variables of a process that runs the modules of an unpacked archive, as a worker would.
+
+    variables: further ones, in place of those of this process.
+    """
+    search_path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": search_path, **variables}
+
+
+def served_network(detector: Detector) -> Callable[[Tensor], RawPredictions]:
+    """The network that the detector answers with: the rewritten and recorded one where it has that.
+
+    Takes (B, 3, H, W) uint8 pixels on the device; raises ConfigError for more than a recording holds.
+    """
+    pipeline = detector.pipeline
+    if pipeline is None:
+        return detector.engine
+
+    @torch.inference_mode()
+    def predict(pixels: Tensor) -> RawPredictions:
+        count = len(pixels)
+        if count > pipeline.largest_batch:
+            raise ConfigError(
+                f"batch size {count} is compared, and the archive cuts up batches of more than "
+                f"{pipeline.largest_batch} (setting graph_batch_sizes); give --batch-sizes up to that"
+            )
+        pipeline.pixels[:count].copy_(pixels)
+        raw = pipeline.network_call(count)()
+        # Copies: the next call overwrites what a recording wrote.
+        return RawPredictions(*(tuple(level[:count].clone() for level in levels) for levels in raw))
+
+    return predict
 
 
 def read_pictures(folder: Path) -> list[bytes]:

@@ -27,8 +27,7 @@ from onnx import helper
 from tqdm import tqdm
 
 from argument_types import fraction, name_list, positive_int
-from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
-from damoyolo.class_names import COCO_CLASS_NAMES
+from build_archive import DEMO_WEIGHTS, default_class_names, read_class_names
 from damoyolo.config import ServingConfig
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.damoyolo import DamoYolo
@@ -265,10 +264,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     paths = picture_paths(arguments.calibration, request.calibration_pictures + request.check_pictures)
     weights = fetch_weights(arguments.weights, arguments.sha256)
-    if arguments.class_names:
-        class_names = read_class_names(arguments.class_names)
-    else:
-        class_names = DEMO_CLASS_NAMES if weights.resolve() == DEMO_WEIGHTS.resolve() else COCO_CLASS_NAMES
+    given = arguments.class_names
+    class_names = read_class_names(given) if given else default_class_names(weights)
     model = folded_network(weights, arguments.variant, len(class_names))
     height, width = arguments.input_size or model.variant.input_size_hw
     if height % 32 or width % 32:

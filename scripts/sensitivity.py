@@ -30,12 +30,13 @@ from damoyolo.backends.onnx_form import INPUT_NAME, OUTPUT_NAMES, as_predictions
 from damoyolo.boxes import decode_predictions
 from damoyolo.config import ServingConfig
 from damoyolo.postprocess import postprocess
-from damoyolo.structures import DetectionOptions, Detections
+from damoyolo.structures import Detections
 from detection_dataset import AnnotatedObject, AnnotatedPicture, DetectionDataset, is_large_enough
+from in_process import EVALUATION_OPTIONS
 from qdq_network import Block, QuantizationError, Ranges, Target, quantize_blocks
 
-LIKELY_SCORE = 0.05  # below it, a candidate is no detection in any evaluation here
-EVALUATION_OPTIONS = DetectionOptions(score_threshold=LIKELY_SCORE, iou_threshold=0.7, max_detections=500)
+# Below it, a candidate is no detection in any evaluation here.
+LIKELY_SCORE = EVALUATION_OPTIONS.score_threshold
 CONFIDENT_SCORE = 0.5
 # Deviation of a side, relative to the box's width or height. The demo network's AP is 0.71 by this truth, and
 # 0.63 by annotators.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,6 +40,13 @@ class RawPredictions(NamedTuple):
 
     class_logits: tuple[Tensor, ...]
     distance_logits: tuple[Tensor, ...]
+
+    @classmethod
+    def joined(cls, batches: Sequence[RawPredictions]) -> RawPredictions:
+        """One batch of several, at least one, in their order."""
+        classes = zip(*(batch.class_logits for batch in batches), strict=True)
+        distances = zip(*(batch.distance_logits for batch in batches), strict=True)
+        return cls(tuple(map(torch.cat, classes)), tuple(map(torch.cat, distances)))
 
 
 @dataclass(frozen=True)

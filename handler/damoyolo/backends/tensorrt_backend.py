@@ -151,7 +151,7 @@ class TensorRTBackend:
         """
         largest = self.metadata.batch_ranges[-1].largest
         if len(pixels) > largest:
-            return _joined([self(part) for part in torch.split(pixels, largest)])
+            return RawPredictions.joined([self(part) for part in torch.split(pixels, largest)])
         self.metadata.require_size((pixels.shape[2], pixels.shape[3]))
         # Pictures come with the channels innermost; an engine reads plain rows from an address.
         pixels = pixels.contiguous()
@@ -228,9 +228,3 @@ def _require(done: bool, what: str) -> None:
     """TensorRT answers False where it failed."""
     if not done:
         raise RuntimeError(f"TensorRT could not {what}; it says why in its own lines above")
-
-
-def _joined(parts: list[RawPredictions]) -> RawPredictions:
-    classes = zip(*(part.class_logits for part in parts), strict=True)
-    distances = zip(*(part.distance_logits for part in parts), strict=True)
-    return RawPredictions(tuple(map(torch.cat, classes)), tuple(map(torch.cat, distances)))
