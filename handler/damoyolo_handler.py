@@ -47,6 +47,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         # The server keeps every line that a worker prints; metrics travel the same way at level INFO.
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("ts.metrics.caching_metric").setLevel(logging.INFO)
+        logger.setLevel(logging.INFO)
 
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
@@ -60,6 +61,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         with turn_on_device(device):
             detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
             detector.warm_up(detector.config.warmup_batch_sizes)
+        engine = detector.engine
+        logger.info("the network runs in %s, %s, on %s", engine.name, engine.precision, device)
 
         self.service = DetectionService(detector)
         self.clock = StageClock(device)

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,26 @@ def test_workers_wait_asleep_where_they_need_the_cores(
     _share_machine(torch.device("cuda", 0), ServingConfig(device_wait=device_wait), workers)
     # Ahead of the context, which takes its flags when it is made.
     assert calls == (["sleep", "set device"] if sleeps else ["set device"])
+
+
+def test_the_log_names_the_engine(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class StubDetector:
+        """Ready at once."""
+
+        config = ServingConfig(class_names=("cell",))
+        engine = SimpleNamespace(name="openvino", precision="bf16")
+
+        def warm_up(self, batch_sizes: object) -> None:
+            """Nothing to run."""
+
+    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", lambda *_: StubDetector())
+    monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
+    handler = DamoYoloHandler()
+    handler.initialize(service.context)
+    handler.service._drawing_pool.shutdown()
+    assert "the network runs in openvino, bf16, on cpu" in caplog.text
 
 
 def test_the_threads_are_set_before_an_engine_takes_its_number_from_them(

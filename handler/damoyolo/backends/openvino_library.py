@@ -5,6 +5,7 @@ Importing this module is enough; it does not import the package itself.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -13,6 +14,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 # TorchServe's base handler imports its bridge for torch.compile, which nothing here uses: seconds at every
 # start of a worker, and a warning of deprecation.
 sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
+# It then warns "OpenVINO is not enabled", meaning that bridge, while the network may run in OpenVINO.
+logging.getLogger("ts.torch_handler.base_handler").setLevel(logging.ERROR)
 
 
 def import_openvino() -> Any:
