@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from damoyolo.backends import openvino_library  # noqa: F401  (has to come before TorchServe's base handler)
+from damoyolo.backends import openvino_import  # noqa: F401  (has to come before TorchServe's base handler)
 
 # isort: split
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from damoyolo.compiled_kernels import use_compiled_kernels
 from damoyolo.config import ServingConfig
+from damoyolo.counters import CounterKey, CounterTotals
+from damoyolo.cuda.blocking_sync import sleep_while_waiting
+from damoyolo.cuda.kernel_cache import use_compiled_kernels
+from damoyolo.cuda.startup_lock import turn_on_device
 from damoyolo.detector import WEIGHTS_FILE, Detector
-from damoyolo.device_turns import turn_on_device
-from damoyolo.device_waiting import sleep_while_waiting
 from damoyolo.errors import DeviceLostError
 from damoyolo.service import DetectionService
-from damoyolo.stages import StageClock
-from damoyolo.telemetry import CounterKey, CounterTotals
+from damoyolo.stage_timing import StageClock
 
 logger = logging.getLogger(__name__)
 

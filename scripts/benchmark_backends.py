@@ -1,261 +1,354 @@
-"""How fast each engine runs the network on this machine's CPU, in this process.
+"""Writes the table of models, engines and precisions into docs/backends.md, measured on this machine.
 
-    python scripts/benchmark_backends.py                              speed alone
-    python scripts/benchmark_backends.py --voc ../shared/bccd         accuracy too
-    python scripts/benchmark_backends.py --onnx quantised.onnx        a quantised file of the same weights
+    python scripts/benchmark_backends.py --voc ../shared/bccd
+    python scripts/benchmark_backends.py --weights s.pth t.pth --class-names names.txt --onnx s_int8.onnx
 
-All engines take turns in one run. The network alone starts from pixels and ends with raw predictions; the
-whole detector starts from JPEG files and ends with detections. Every row stands beside float32 in plain
-PyTorch: largest difference of a score and of a likely box, AP where a data set is given.
+For each of the weights, engines and precisions an archive is built (scripts/build_archive.py) and measured
+in a process of its own. Those of one model take turns. On a machine with a GPU the GPU's section is written,
+else the CPU's; the other one stays. Rows that cannot run here are listed with the reason. Rows of the same
+archive, machine and method are taken from the JSON file if it has them.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
+import importlib.util
+import json
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import project_paths
-from agreement import compare_decoded
-from argument_types import positive_int
-from backends_rows import LIBRARIES, REFERENCE, EngineRow, rows_of
-from benchmark_detector import accuracy_of
-from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
-from damoyolo.accelerate import WEIGHT_DTYPE
-from damoyolo.backends import ONNX_FILE, open_backend
-from damoyolo.boxes import decode_predictions
-from damoyolo.config import ServingConfig
-from damoyolo.detector import Detector
+from lib.accuracy.datasets import DatasetError, read_voc
+from lib.archive.reader import unpacked
+from lib.cli import positive_int, positive_seconds
+from lib.images import read_pictures
+from lib.measure.backend_document import DocumentError, has_figures, section_text, write_section
+from lib.measure.backend_process import Method, measure_in_turn, write_reference
+from lib.measure.backend_rows import LIBRARIES, EngineRow, Machine, reason_not_run, rows_of
+from lib.measure.environment import environment, installed_versions
+from lib.measure.timing import append_json_rows
+from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive, content_digest
+from lib.packaging.class_names import DEMO_CLASS_NAMES, read_class_names
+from lib.packaging.weights import WeightsError, fetch_weights
+from lib.paths import DEMO_WEIGHTS, PROJECT_DIR, SAMPLE_IMAGES
+
 from damoyolo.errors import DamoYoloError
-from damoyolo.model.damoyolo import DamoYolo
-from damoyolo.structures import RawPredictions
-from detection_dataset import DatasetError, DetectionDataset, read_voc
-from evaluate import EvaluationError
-from export_onnx import export_onnx, folded_network
-from in_process import batch_calls, cycled, read_pictures
-from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
+from damoyolo.model.checkpoint import load_checkpoint
 
-CPU = torch.device("cpu")
-Network = Callable[[Tensor], RawPredictions]
+DEFAULT_DOCUMENT = PROJECT_DIR / "docs" / "backends.md"
+DEFAULT_ROWS = PROJECT_DIR / "output" / "benchmark_backends.jsonl"
+DEFAULT_BATCH_SIZES = {"cpu": (1, 4, 8), "cuda": (1, 8, 32, 64)}
+COMPARED_PICTURES = 8  # as many raw predictions are compared with float32
+BUILD_TIMEOUT_S = 3600.0
 Row = dict[str, Any]
 
 
+class TableError(Exception):
+    """The options do not fit together."""
+
+
 @dataclass(frozen=True)
-class Engine:
-    """One row: how to make the network ready, and the library whose version it depends on."""
+class Model:
+    """Weights to measure, and the INT8 file that is made from them, if there is one."""
 
-    name: str
-    library: str
-    open: Callable[[], Network]
-
-
-class _CompiledNetwork:
-    """The network through torch.compile, pixels and all; batch sizes are compiled one by one."""
-
-    def __init__(self, model: DamoYolo, precision: str) -> None:
-        self.dtype = WEIGHT_DTYPE.get(precision, torch.float32)
-        self.model = torch.compile(
-            model.to(self.dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            dynamic=False,
-        )
-
-    def __call__(self, pixels: Tensor) -> RawPredictions:
-        # Not under inference_mode, which the compiler guards against at every call.
-        with torch.no_grad():
-            images = pixels.to(self.dtype, memory_format=torch.channels_last)
-            predictions: RawPredictions = self.model(images)
-        return predictions
+    weights: Path
+    variant: str
+    class_names: tuple[str, ...]
+    int8_file: Path | None = None
 
 
-def cpu_engines(
-    model: DamoYolo, class_names: Sequence[str], onnx_dir: Path, *, compile_too: bool, quantised: bool = False
-) -> list[Engine]:
-    """Every engine and precision of a CPU; the first is REFERENCE.
+@dataclass(frozen=True)
+class Archive:
+    """What was built for a row, or why it was not."""
 
-    model: folded, float32; every engine gets a copy. onnx_dir: folder with the ONNX form as ONNX_FILE.
-    quantised: that file is an int8 one; only what differs by it is listed beside the reference.
+    path: Path | None
+    digest: str = ""
+    reason: str = ""
+
+
+def read_models(
+    weights: Sequence[str], class_names: tuple[str, ...], onnx_files: Sequence[Path]
+) -> list[Model]:
+    """The weights with their variants; each INT8 file goes to the weights that it says it is made from.
+
+    Raises:
+        TableError: two of a variant, or a file that belongs to none of them.
+        WeightsError, DamoYoloError: something cannot be read.
     """
+    models: dict[str, Model] = {}
+    for source in weights:
+        path = fetch_weights(source)
+        variant = load_checkpoint(path, num_classes=len(class_names)).variant.name
+        if variant in models:
+            raise TableError(
+                f"{models[variant].weights} and {path} are both of variant {variant}; accepted is one each"
+            )
+        models[variant] = Model(path, variant, class_names)
+    for file in onnx_files:
+        from lib.onnx.export import read_facts
+        from lib.packaging.weights import folded_network
 
-    def served(row: EngineRow) -> Engine:
-        config = ServingConfig(
-            variant=model.variant.name,
-            class_names=tuple(class_names),
-            backend=row.backend,
-            precision=row.precision,
-        )
-        folder = onnx_dir if row.quantised or row.backend == "onnxruntime" else None
-        return Engine(
-            row.name,
-            LIBRARIES[row.backend][0],
-            lambda: open_backend(copy.deepcopy(model), config, CPU, folder),
-        )
+        from damoyolo.backends.onnx_metadata import weights_digest
 
-    def compiled(precision: str) -> Engine:
-        return Engine(
-            f"torch.compile {precision}",
-            "torch",
-            lambda: _CompiledNetwork(copy.deepcopy(model), precision),
-        )
-
-    engines = [served(row) for row in rows_of("cpu") if row.quantised == quantised or row.name == REFERENCE]
-    if compile_too and not quantised:
-        engines += [compiled("fp32"), compiled("bf16")]
-    return engines
+        facts = read_facts(file)
+        model = models.get(facts.variant)
+        if model is None or facts.weights_digest != weights_digest(
+            folded_network(model.weights, model.variant, len(class_names))
+        ):
+            raise TableError(
+                f"{file} is made from weights of variant {facts.variant} that are not among --weights"
+            )
+        if facts.precision != "int8":
+            raise TableError(f"{file} is of precision {facts.precision}; accepted are int8 files")
+        if model.int8_file is not None:
+            raise TableError(f"{model.int8_file} and {file} are both INT8 files of variant {facts.variant}")
+        models[facts.variant] = Model(model.weights, model.variant, class_names, file)
+    return list(models.values())
 
 
-def measure_engines(
-    engines: Sequence[Engine],
-    detector: Detector,
-    pictures: Sequence[bytes],
-    batch_sizes: Sequence[int],
-    rounds: int = 5,
-    dataset: DetectionDataset | None = None,
+def build_row_archive(model: Model, row: EngineRow, method: Method, folder: Path) -> Archive:
+    """The archive of a row, in a new folder."""
+    if row.backend == "tensorrt":
+        return _build_tensorrt(model, row, method, folder)
+    request = ArchiveRequest(
+        weights=str(model.weights),
+        variant=model.variant,
+        class_names=model.class_names,
+        onnx=model.int8_file if row.quantised else None,
+        output_dir=folder,
+        # Sizes up to it are recorded on CUDA.
+        model_settings={"batchSize": max(COMPARED_PICTURES, *method.batch_sizes)},
+        serving={"backend": row.backend, "precision": row.precision},
+    )
+    try:
+        report = build_archive(request)
+    except (ArchiveError, DamoYoloError, WeightsError) as error:
+        say(f"{row.name}: {error}")
+        return Archive(None, reason="archive not built")
+    return Archive(report.path, report.digest)
+
+
+def _build_tensorrt(model: Model, row: EngineRow, method: Method, folder: Path) -> Archive:
+    """By scripts/build_tensorrt.py, which proves the engine before there is an archive."""
+    from lib.onnx.export import export_onnx
+    from lib.packaging.weights import folded_network
+
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(PROJECT_DIR / "scripts" / "build_tensorrt.py")]
+    command += ["--weights", str(model.weights), "--output-dir", str(folder)]
+    if row.quantised:
+        command += ["--onnx", str(model.int8_file)]
+    else:
+        network = folded_network(model.weights, model.variant, len(model.class_names))
+        export_onnx(network, folder / "network.onnx", class_names=model.class_names)
+        command += ["--onnx", str(folder / "network.onnx"), "--precision", row.precision]
+    if method.voc is not None:
+        command += ["--voc", str(method.voc)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+    path = folder / "damoyolo.mar"
+    if built.returncode != 0 or not path.is_file():
+        say(f"{row.name}: {built.stderr}")
+        return Archive(None, reason="engine not built or refused")
+    return Archive(path, content_digest(path))
+
+
+def measured_before(file: Path, wanted: Mapping[str, Any]) -> Row | None:
+    """The last row of a file of JSON lines with figures that has all these entries."""
+    if not file.is_file():
+        return None
+    found = None
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row: Row = json.loads(line)
+        if "not_run" not in row and all(row.get(key) == value for key, value in wanted.items()):
+            found = row
+    return found
+
+
+def measure_model(
+    model: Model,
+    device: str,
+    reasons: Mapping[str, str | None],
+    method: Method,
+    machine: str,
+    known: Path | None,
 ) -> list[Row]:
-    """One row an engine and batch size, in the order of the engines.
+    """A row for each engine of a device, in the order of the table; new ones have "new": True.
 
-    detector: the plain one; its engine is exchanged for each in turn, and is back in its place afterwards.
-    pictures: JPEG files. dataset: for the AP of each engine, in every row of it.
+    reasons: by the names of the rows, why they are not run, or None. known: file of rows measured before.
     """
-    opened: dict[str, Network] = {}
-    facts: dict[str, Row] = {}
-    for engine in engines:
-        started = time.perf_counter()
-        opened[engine.name] = engine.open()
-        facts[engine.name] = {
-            "engine": engine.name,
-            "library": f"{engine.library} {metadata.version(engine.library)}",
-            "open_s": time.perf_counter() - started,
-        }
-        if dataset is not None:
-            facts[engine.name]["ap"] = accuracy_of(opened[engine.name], detector, dataset)
-    rows = []
-    for batch_size in batch_sizes:
-        pixels = detector.preprocessor.prepare(cycled(pictures, batch_size)).pixels.clone()
-        expected = decode_predictions(opened[engines[0].name](pixels))
-        calls: dict[str, Call] = {}
-        for name, network in opened.items():
-            calls[f"network {name}"] = functools.partial(network, pixels)
-            calls[f"detector {name}"] = _with_engine(detector, network, pictures, batch_size)
-        medians_s = interleaved_medians_s(calls, detector.device, rounds)
-        for name, network in opened.items():
-            agreement = compare_decoded(decode_predictions(network(pixels)), expected)
-            network_s, detector_s = medians_s[f"network {name}"], medians_s[f"detector {name}"]
-            rows.append(
-                {
-                    **facts[name],
-                    "batch_size": batch_size,
-                    "network_ms": network_s * 1e3,
-                    "network_pictures_per_s": batch_size / network_s,
-                    "detector_ms": detector_s * 1e3,
-                    "detector_pictures_per_s": batch_size / detector_s,
-                    "score_difference": agreement.score_difference,
-                    "box_difference_px": agreement.box_difference_px,
-                }
-            )
-    return rows
+    rows: dict[str, Row] = {}
+    to_measure: dict[str, Path] = {}
+    turn = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="backends-") as name, ExitStack() as stack:
+        for row in rows_of(device):
+            facts: Row = {"variant": model.variant, "device": device, "engine": row.name}
+            if (reason := reasons[row.name]) is not None:
+                rows[row.name] = {**facts, "not_run": reason}
+                continue
+            say(f"{model.variant} {row.name}: building")
+            archive = build_row_archive(model, row, method, Path(name) / f"archive-{len(rows)}")
+            if archive.path is None:
+                rows[row.name] = {**facts, "not_run": archive.reason}
+                continue
+            facts |= {
+                "archive_digest": archive.digest,
+                "machine": machine,
+                "method": method.to_mapping(),
+            }
+            before = None if known is None else measured_before(known, facts)
+            if before is not None:
+                rows[row.name] = before
+                continue
+            size_mb = archive.path.stat().st_size / 1e6
+            rows[row.name] = {**facts, "archive_mb": size_mb, "turn": turn, "new": True}
+            to_measure[row.name] = stack.enter_context(unpacked(archive.path))
+        if to_measure:
+            reference = Path(name) / "reference.pt"
+            write_reference(reference, next(iter(to_measure.values())), device, compared_pictures(method))
+            for engine, figures in measure_in_turn(to_measure, device, method, reference, say).items():
+                rows[engine] |= figures
+    return list(rows.values())
 
 
-def _with_engine(detector: Detector, network: Network, pictures: Sequence[bytes], batch_size: int) -> Call:
-    """A call of the whole detector with another network in the place of its own."""
-    detect = batch_calls(detector, pictures, batch_size)["detector"]
-
-    def call() -> None:
-        before, detector.engine = detector.engine, network  # type: ignore[assignment]
-        try:
-            detect()
-        finally:
-            detector.engine = before
-
-    return call
+def compared_pictures(method: Method) -> list[bytes]:
+    """The pictures whose raw predictions are compared: of the data set, if there is one."""
+    if method.voc is None:
+        return read_pictures(method.pictures)[:COMPARED_PICTURES]
+    pictures = read_voc(method.voc, "test").pictures[:COMPARED_PICTURES]
+    return [picture.path.read_bytes() for picture in pictures]
 
 
-COLUMNS = {
-    "engine": ("engine", ""),
-    "batch_size": ("batch", "d"),
-    "network_ms": ("network ms", ".0f"),
-    "network_pictures_per_s": ("pictures/s", ".1f"),
-    "detector_ms": ("detector ms", ".0f"),
-    "detector_pictures_per_s": ("pictures/s", ".1f"),
-    "score_difference": ("score diff", ".1e"),
-    "box_difference_px": ("box diff px", ".1e"),
-    "ap": ("AP", ".4f"),
-    "open_s": ("open s", ".1f"),
-}
+def machine_line(device: str) -> str:
+    """Hardware and versions, in words."""
+    facts, versions = environment(), installed_versions()
+    hardware = [f"{facts['cpu']}, {facts['cpu_threads']} threads"]
+    names = ["torch", "torchvision", "onnxruntime"]
+    if device == "cuda":
+        hardware = [f"{facts['gpu']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}", *hardware]
+        if importlib.util.find_spec("tensorrt") is not None:  # its package has several names
+            versions["tensorrt"] = importlib.import_module("tensorrt").__version__
+            names.append("tensorrt")
+    else:
+        names.append("openvino")
+    software = [f"Python {versions['python']}"]
+    software += [f"{name} {version}" for name in names if (version := versions[name]) is not None]
+    return "; ".join([*hardware, ", ".join(software)])
 
 
-def _measure(arguments: argparse.Namespace) -> list[Row]:
+def say(message: str) -> None:
+    """Progress and failures go to stderr."""
+    print(f"benchmark_backends: {message}", file=sys.stderr, flush=True)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    machine = Machine.here()
+    device = arguments.device or ("cuda" if machine.has_gpu else "cpu")
+    method = Method(
+        batch_sizes=tuple(sorted({1, *(arguments.batch_sizes or DEFAULT_BATCH_SIZES[device])})),
+        rounds=arguments.rounds,
+        slice_s=arguments.slice_s,
+        pictures=arguments.pictures,
+        voc=arguments.voc,
+        threads=arguments.threads,
+    )
+    # Mistakes that would show after minutes only.
+    has_figures(arguments.document, device)
+    read_pictures(method.pictures)
+    if method.voc is not None:
+        read_voc(method.voc, "test")
     class_names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
-    pictures = read_pictures(arguments.pictures)
-    dataset = read_voc(arguments.voc, "test") if arguments.voc else None
-    model = folded_network(Path(arguments.weights), None, len(class_names))
-    with tempfile.TemporaryDirectory(prefix="engines-") as name:
-        folder = Path(name)
-        if arguments.onnx:
-            (folder / ONNX_FILE).symlink_to(arguments.onnx.resolve())
-        else:
-            export_onnx(model, folder / ONNX_FILE, class_names=class_names)
-        engines = cpu_engines(
-            model,
-            class_names,
-            folder,
-            compile_too=arguments.compile,
-            quantised=arguments.onnx is not None,
+    models = read_models(arguments.weights, class_names, arguments.onnx)
+
+    def reasons(model: Model, of_device: str) -> dict[str, str | None]:
+        left_out = {
+            row.name: "left out" for row in rows_of(of_device) if row.backend not in arguments.engines
+        }
+        return {
+            row.name: left_out.get(row.name)
+            or reason_not_run(row, machine, has_int8_file=model.int8_file is not None)
+            for row in rows_of(of_device)
+        }
+
+    line = machine_line(device)
+    sizes = ", ".join(map(str, method.batch_sizes))
+    how = f"{line}; batch sizes {sizes}, medians of {method.rounds} rounds of {method.slice_s:g} s"
+    rows: list[Row] = []
+    for model in models:
+        found = measure_model(
+            model, device, reasons(model, device), method, line, None if arguments.fresh else arguments.json
         )
-        plain = ServingConfig(
-            variant=model.variant.name, class_names=class_names, backend="pytorch", precision="fp32"
-        )
-        detector = Detector(copy.deepcopy(model), plain, CPU)
-        try:
-            return measure_engines(
-                engines, detector, pictures, arguments.batch_sizes, arguments.rounds, dataset
-            )
-        finally:
-            detector.close()
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        append_json_rows(arguments.json, [row for row in found if row.pop("new", False)], {})
+        rows += found
+    any_figures = any("not_run" not in row for row in rows)
+    write_section(arguments.document, device, section_text(rows, device, how if any_figures else None))
+    if not machine.has_gpu and not has_figures(arguments.document, "cuda"):
+        absent: list[Row] = [
+            {"variant": model.variant, "engine": name, "not_run": reason}
+            for model in models
+            for name, reason in reasons(model, "cuda").items()
+        ]
+        write_section(arguments.document, "cuda", section_text(absent, "cuda", None))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table, write JSON."""
-    root = project_paths.PROJECT_DIR
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--weights", default=str(DEMO_WEIGHTS), help="file as trained (the demo's)")
-    parser.add_argument("--class-names", type=Path, help="of --weights (default: the demo's)")
-    parser.add_argument("--onnx", type=Path, help="quantised file of the same weights, measured instead")
-    parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8])
-    parser.add_argument("--threads", type=positive_int, help="of every engine (default: PyTorch's own)")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each engine (%(default)s)")
-    parser.add_argument("--pictures", type=Path, default=root / "tests/data/smears", help="folder of JPEGs")
-    parser.add_argument("--voc", type=Path, help="data set in Pascal-VOC form for the AP of each engine")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too"
-    )
-    parser.add_argument("--json", type=Path, help="file that gets one JSON row a measurement")
-    arguments = parser.parse_args(argv)
+    """Measure what is not measured yet, write the table and the JSON rows."""
+    arguments = _parser().parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        rows = _measure(arguments)
-    except (DamoYoloError, DatasetError, EvaluationError, OSError) as error:
+        _run(arguments)
+    except (TableError, DocumentError, DatasetError, WeightsError, DamoYoloError, OSError) as error:
         print(f"benchmark_backends: {error}", file=sys.stderr)
         return 1
-    facts = environment()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(format_table(rows, COLUMNS))
-    if arguments.json:
-        append_json_rows(arguments.json, rows, facts)
+    print(f"{arguments.document} written, rows in {arguments.json}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights", nargs="+", default=[str(DEMO_WEIGHTS)], help="one file a variant (the demo's)"
+    )
+    parser.add_argument("--class-names", type=Path, help="of all --weights (default: the demo's)")
+    parser.add_argument(
+        "--onnx", nargs="+", type=Path, default=[], help="INT8 files of scripts/quantize.py, one a variant"
+    )
+    parser.add_argument("--voc", type=Path, help="data set in Pascal-VOC form for the AP of each row")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="section to measure (a GPU where there is one)"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="to measure (all)"
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=positive_int, help="beside 1 (CPU: 4 8, GPU: 8 32 64)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each row (%(default)s)")
+    parser.add_argument(
+        "--slice-s", type=positive_seconds, default=0.3, help="seconds of a turn (%(default)s)"
+    )
+    parser.add_argument("--threads", type=positive_int, help="of every engine (default: PyTorch's own)")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        default=SAMPLE_IMAGES,
+        help="folder of JPEGs for the timing",
+    )
+    parser.add_argument("--document", type=Path, default=DEFAULT_DOCUMENT, help="(%(default)s)")
+    parser.add_argument("--json", type=Path, default=DEFAULT_ROWS, help="rows measured (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the JSON file holds")
+    return parser
 
 
 if __name__ == "__main__":

@@ -20,19 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import project_paths
-from argument_types import positive_int
-from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS, read_class_names
-from coco_metrics import compute_metrics
-from damoyolo.accelerate import PRECISIONS_OF_DEVICE
+from lib.accuracy.coco_metrics import compute_metrics
+from lib.accuracy.datasets import DetectionDataset, read_voc
+from lib.accuracy.predictors import EVALUATION_OPTIONS, detector_predictor, gather_predictions
+from lib.archive.reader import load_detector
+from lib.cli import positive_int
+from lib.images import cycled, read_pictures
+from lib.measure.ablation import BASELINE, Network, Rung, flop_a_picture, ready_calls, rungs
+from lib.measure.calls import batch_calls
+from lib.measure.environment import environment
+from lib.measure.timing import Call, append_json_rows, format_table, interleaved_medians_s
+from lib.packaging.class_names import DEMO_CLASS_NAMES, read_class_names
+from lib.paths import DEMO_ARCHIVE, DEMO_WEIGHTS, SAMPLE_IMAGES
+
+from damoyolo.backends.precision import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.detector import Detector
 from damoyolo.structures import RawPredictions
-from detection_dataset import DetectionDataset, read_voc
-from evaluate import detector_predictor, gather_predictions
-from in_process import EVALUATION_OPTIONS, batch_calls, cycled, load_detector, read_pictures
-from ladder import BASELINE, Network, Rung, flop_a_picture, ready_calls, rungs
-from measuring import Call, append_json_rows, environment, format_table, interleaved_medians_s
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
 Row = dict[str, Any]
@@ -190,18 +194,17 @@ def _climb(arguments: argparse.Namespace, pictures: Sequence[bytes], device: tor
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
-    root = project_paths.PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--detector", action="store_true", help="the whole detector instead of the ladder")
-    parser.add_argument("--archive", type=Path, default=root / "model_store" / "damoyolo.mar")
+    parser.add_argument("--archive", type=Path, default=DEMO_ARCHIVE)
     parser.add_argument("--weights", default=str(DEMO_WEIGHTS), help="of the ladder, as trained")
     parser.add_argument("--class-names", type=Path, help="of --weights (default: the demo's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", nargs="+", help="of --detector (default: all of the device)")
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8, 32])
-    parser.add_argument("--pictures", type=Path, default=root / "tests/data/smears", help="folder of JPEGs")
+    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEGs")
     parser.add_argument("--voc", type=Path, help="data set in Pascal-VOC form for the AP of each rung")
     parser.add_argument("--compile", action="store_true", help="add torch.compile to the ladder")
     parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, help="of the chip, 16-bit products")

@@ -28,24 +28,21 @@ from typing import Any
 import requests
 import torch
 
-import project_paths
-from argument_types import fraction, positive_int, positive_seconds
-from cuda_mps import MpsError, cuda_mps
-from external_generators import perf_analyzer_command, run_wrk, write_perf_analyzer_input
-from in_process import batch_seconds, load_detector, read_pictures
-from load_generator import Load, LoadError, default_processes, generate_load
-from measuring import append_json_rows, environment, format_table
-from plots import RatePoint, plot_latency_against_throughput
-from server_metrics import CounterWindow, UtilisationSampler, describe_model
-from serving_archives import (
-    BatchingSetting,
-    ServedModel,
-    batching_of,
-    read_settings,
-    serve_empty,
-    serve_with_setting,
-)
-from torchserve_process import ServerStartError
+from lib.archive.members import BatchingSetting, batching_of, read_settings
+from lib.archive.reader import load_detector
+from lib.cli import fraction, positive_int, positive_seconds
+from lib.images import read_pictures
+from lib.load.external import perf_analyzer_command, run_wrk, write_perf_analyzer_input
+from lib.load.generator import Load, LoadError, default_processes, generate_load
+from lib.measure.calls import batch_seconds
+from lib.measure.environment import environment
+from lib.measure.plots import RatePoint, plot_latency_against_throughput
+from lib.measure.timing import append_json_rows, format_table
+from lib.paths import SAMPLE_IMAGES
+from lib.server.metrics import CounterWindow, UtilisationSampler, describe_model
+from lib.server.mps import MpsError, cuda_mps
+from lib.server.process import ServerStartError
+from lib.server.served_archive import ServedModel, serve_empty, serve_with_setting
 
 Row = dict[str, Any]
 GENERATOR_BUSY_SHARE = 0.9  # above, the figures are those of the generator
@@ -346,7 +343,6 @@ def _network_limit(text: str) -> float | str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    root = project_paths.PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -381,9 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes", type=positive_int, default=0, help="of the generator (default: a quarter of the cores)"
     )
-    parser.add_argument(
-        "--pictures", type=Path, default=root / "tests" / "data" / "smears", help="folder of JPEG files"
-    )
+    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     parser.add_argument(
         "--limit-network", type=_network_limit, metavar="RATE", help='"measure", or known pictures/s'
     )

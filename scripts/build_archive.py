@@ -9,256 +9,19 @@ python scripts/build_archive.py --onnx quantised.onnx           with that form o
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-from model_archiver.model_archiver_config import ModelArchiverConfig
-from model_archiver.model_packaging import generate_model_archive
+from lib.cli import fraction, positive_int
+from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive
+from lib.packaging.class_names import read_class_names
+from lib.packaging.weights import WeightsError
+from lib.paths import DEMO_WEIGHTS, MODEL_STORE
 
-import project_paths
-from argument_types import fraction, positive_int
-from damoyolo.backends import ONNX_FILE
-from damoyolo.backends.onnx_form import require_fitting
-from damoyolo.checkpoint import load_checkpoint, load_packaged, save_packaged
-from damoyolo.class_names import COCO_CLASS_NAMES
-from damoyolo.config import BACKENDS, PRECISIONS, ServingConfig, graph_batch_sizes_up_to
-from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
+from damoyolo.config import BACKENDS, PRECISIONS
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import VARIANTS
-from in_process import archive_environment
-from serving_archives import queue_size
-from weights_source import WeightsError, fetch_weights
-
-HANDLER_DIR = project_paths.PROJECT_DIR / "handler"
-DEMO_WEIGHTS = project_paths.PROJECT_DIR / "model_store" / "weights" / "damoyolo_s_bccd.pth"
-SAMPLE_PICTURES = project_paths.PROJECT_DIR / "tests" / "data" / "smears"
-DEMO_CLASS_NAMES = ("Platelets", "RBC", "WBC")
-MANIFEST = "MAR-INF/MANIFEST.json"
-VERIFY_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class ArchiveRequest:
-    """What to build.
-
-    weights: file, https address or name of an official checkpoint. sha256: of that file, if known.
-    variant: name of the variant; None takes the one that the weights fit.
-    class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
-    onnx: file of scripts/export_onnx.py, or of a quantiser of it, to pack beside the weights; the engines
-        that take such files run it in their place. None exports one where the backend needs it.
-    model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
-    serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
-    engine_files: what another backend than PyTorch needs, packed under their own names.
-    """
-
-    weights: str = str(DEMO_WEIGHTS)
-    sha256: str | None = None
-    variant: str | None = None
-    class_names: tuple[str, ...] | None = None
-    model_name: str = "damoyolo"
-    version: str = "1.0"
-    onnx: Path | None = None
-    output_dir: Path = project_paths.PROJECT_DIR / "model_store"
-    model_settings: dict[str, Any] = field(default_factory=dict)
-    serving: dict[str, Any] = field(default_factory=dict)
-    engine_files: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True)
-class ArchiveReport:
-    """What was built; `digest` is equal for archives of equal content."""
-
-    path: Path
-    digest: str
-    variant: str
-    num_classes: int
-    files: int
-
-
-class ArchiveError(Exception):
-    """The archive could not be built, or what was built does not work."""
-
-
-def build_archive(request: ArchiveRequest) -> ArchiveReport:
-    """Build, open again and verify an archive.
-
-    Raises:
-        WeightsError, DamoYoloError, ArchiveError: with what has to change.
-    """
-    class_names = request.class_names
-    weights = fetch_weights(request.weights, request.sha256)
-    if class_names is None:
-        class_names = default_class_names(weights)
-    checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
-    settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
-    settings.update(request.model_settings)
-    if "jobQueueSize" not in request.model_settings:
-        needed = queue_size(settings["batchSize"], settings["minWorkers"])
-        settings["jobQueueSize"] = max(settings["jobQueueSize"], needed)
-    serving = {
-        "graph_batch_sizes": graph_batch_sizes_up_to(settings["batchSize"]),
-        **(settings["handler"] or {}),
-        "variant": checkpoint.variant.name,
-        "class_names": list(class_names),
-        **request.serving,
-    }
-    config = ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
-    settings["handler"] = serving
-    if config.backend == "tensorrt" and not request.engine_files:
-        raise ArchiveError(
-            "backend is tensorrt, whose engine is built and proven on the GPU that serves: "
-            "scripts/build_tensorrt.py builds it and the archive"
-        )
-
-    request.output_dir.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the finished archive moves into place in one step.
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=request.output_dir) as name:
-        private = Path(name)
-        save_packaged(private / WEIGHTS_FILE, checkpoint)
-        (private / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        if request.onnx is not None or config.backend == "onnxruntime":
-            _add_onnx(request.onnx, private, config)
-        built = _run_archiver(request, private)
-        digest = content_digest(built)
-        names = verify_archive(built)
-        path = request.output_dir / built.name
-        built.replace(path)
-    return ArchiveReport(path, digest, checkpoint.variant.name, checkpoint.num_classes, len(names))
-
-
-def _add_onnx(source: Path | None, private: Path, config: ServingConfig) -> None:
-    """ONNX_FILE in the folder `private`: a copy of `source`, or made from the weights there."""
-    try:
-        from export_onnx import ExportError, check_onnx, export_onnx, read_facts, sample_batches
-    except ImportError as error:
-        raise ArchiveError(
-            f"ONNX files need packages that are not there ({error}): pip install onnx onnxscript onnxruntime"
-        ) from error
-    model, target = load_packaged(private / WEIGHTS_FILE), private / ONNX_FILE
-    if source is not None:
-        require_fitting(read_facts(source), source, config, model)
-        shutil.copyfile(source, target)
-        return
-    export_onnx(model, target, class_names=config.class_names)
-    try:
-        check_onnx(target, model, sample_batches(model, SAMPLE_PICTURES))
-    except ExportError as error:
-        raise ArchiveError(str(error)) from error
-
-
-def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
-    """The archive, in a folder of its own below `private`."""
-    export_dir, scratch_dir = private / "export", private / "scratch"
-    export_dir.mkdir()
-    scratch_dir.mkdir()
-    config = ModelArchiverConfig(
-        model_name=request.model_name,
-        version=request.version,
-        handler=str(HANDLER_DIR / "damoyolo_handler.py"),
-        serialized_file=str(private / WEIGHTS_FILE),
-        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.engine_files))),
-        config_file=str(private / SETTINGS_FILE),
-        export_path=str(export_dir),
-        # Weights hardly shrink, and the server would unpack them at each start.
-        archive_format="zip-store",
-        force=True,
-    )
-    # The archiver empties $TMPDIR/<model name> and would meet another run of its own there.
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch_dir)
-    try:
-        generate_model_archive(config)
-    finally:
-        tempfile.tempdir = before
-    return export_dir / f"{request.model_name}.mar"
-
-
-def content_digest(archive: Path) -> str:
-    """SHA-256 over names and contents, in hexadecimal; blind to when and in which order it was packed."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(archive) as opened:
-        for name in sorted(opened.namelist()):
-            content = opened.read(name)
-            if name == MANIFEST:
-                manifest = json.loads(content)
-                del manifest["createdOn"]
-                content = json.dumps(manifest, sort_keys=True).encode()
-            digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-# Run inside the unpacked archive by a fresh interpreter, as the server's worker would.
-VERIFY = """
-import io, pathlib, sys
-import numpy
-import yaml
-from PIL import Image
-import damoyolo_handler
-from damoyolo.detector import SETTINGS_FILE, Detector
-from damoyolo.structures import Detections
-here = pathlib.Path.cwd()
-assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
-# Engines of a GPU are proven on the GPU, by accuracy_gate.py.
-on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
-detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
-picture = io.BytesIO()
-Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(picture, "PNG")
-(outcome,) = detector.detect([picture.getvalue()], [detector.config.default_options()])
-assert isinstance(outcome, Detections), outcome
-assert numpy.isfinite(outcome.boxes_xyxy).all()
-"""
-
-
-def verify_archive(archive: Path) -> list[str]:
-    """Check that an archive is whole and detects; the names of its files.
-
-    Raises:
-        ArchiveError: a module is missing, or a fresh process cannot import it or detect with it.
-    """
-    with zipfile.ZipFile(archive) as opened:
-        names = opened.namelist()
-        modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
-        missing = sorted((modules | {WEIGHTS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
-        if missing:
-            raise ArchiveError(f"{archive} lacks {', '.join(missing)}")
-        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-            opened.extractall(folder)
-            check = subprocess.run(
-                [sys.executable, "-c", VERIFY],
-                cwd=folder,
-                env=archive_environment(folder, PYTHONDONTWRITEBYTECODE="1"),
-                capture_output=True,
-                text=True,
-                timeout=VERIFY_TIMEOUT_S,
-            )
-    if check.returncode != 0:
-        raise ArchiveError(f"{archive.name} was packed but does not work:\n{check.stderr}")
-    return names
-
-
-def default_class_names(weights: Path) -> tuple[str, ...]:
-    """Those of a file of weights if nobody names them: the demo's for the demo weights, else COCO's 80."""
-    return DEMO_CLASS_NAMES if weights.resolve() == DEMO_WEIGHTS.resolve() else COCO_CLASS_NAMES
-
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Class names of a text file (one a line) or a JSON file (a list, or an object of index to name)."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
-    content = json.loads(text)
-    if isinstance(content, dict):
-        content = [content[str(index)] for index in range(len(content))]
-    return tuple(map(str, content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -338,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=positive_int)
     parser.add_argument("--model-name", default="damoyolo")
     parser.add_argument("--version", default="1.0")
-    parser.add_argument("--output-dir", type=Path, default=project_paths.PROJECT_DIR / "model_store")
+    parser.add_argument("--output-dir", type=Path, default=MODEL_STORE)
     return parser
 
 

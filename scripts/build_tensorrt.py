@@ -19,23 +19,23 @@ from typing import Any
 import onnx
 import torch
 
-import project_paths
-from accuracy_gate import GateError, add_gate_arguments, read_evidence, require_enough, run_gate
-from argument_types import positive_int
-from build_archive import DEMO_WEIGHTS, ArchiveError, ArchiveReport, ArchiveRequest, build_archive
-from damoyolo.backends.onnx_form import weights_digest
-from damoyolo.backends.tensorrt_backend import Gpu
+from lib.accuracy.datasets import DatasetError
+from lib.accuracy.parity import GateError, add_gate_arguments, read_evidence, require_enough, run_gate
+from lib.cli import positive_int
+from lib.onnx.float16 import HalfError, to_half
+from lib.packaging.builder import ArchiveError, ArchiveReport, ArchiveRequest, build_archive
+from lib.packaging.weights import WeightsError, fetch_weights, folded_network
+from lib.paths import DEMO_WEIGHTS, MODEL_STORE, PROJECT_DIR
+from lib.tensorrt.builder import EngineBuildError, EngineRequest, OnnxNetwork, build_engine, read_onnx
+
+from damoyolo.backends.onnx_metadata import weights_digest
+from damoyolo.backends.tensorrt import Gpu
 from damoyolo.backends.tensorrt_metadata import ENGINE_FILE, METADATA_FILE, BatchRange
 from damoyolo.errors import DamoYoloError
 from damoyolo.model.variants import get_variant
-from detection_dataset import DatasetError
-from export_onnx import folded_network
-from onnx_half import HalfError, to_half
-from tensorrt_builder import EngineBuildError, EngineRequest, OnnxNetwork, build_engine, read_onnx
-from weights_source import WeightsError, fetch_weights
 
 DEFAULT_RANGES = (BatchRange(1, 1), BatchRange(2, 8), BatchRange(9, 32))
-DEFAULT_TIMING_CACHE = project_paths.PROJECT_DIR / ".cache" / "tensorrt-timing.bin"
+DEFAULT_TIMING_CACHE = PROJECT_DIR / ".cache" / "tensorrt-timing.bin"
 ERRORS = (
     EngineBuildError,
     HalfError,
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sha256", help="what the weights have to have, in hexadecimal")
     parser.add_argument("--model-name", default="damoyolo")
     parser.add_argument("--version", default="1.0")
-    parser.add_argument("--output-dir", type=Path, default=project_paths.PROJECT_DIR / "model_store")
+    parser.add_argument("--output-dir", type=Path, default=MODEL_STORE)
     add_gate_arguments(parser)
     return parser
 

@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from argument_types import fraction, name_list, positive_int, positive_seconds
-from detection_client import (
+from lib.cli import fraction, name_list, positive_int, positive_seconds
+from lib.images import NoPicturesError, find_pictures
+from lib.server.client import (
     DEFAULT_URL,
     DetectionClient,
     DetectionClientError,
@@ -25,37 +26,6 @@ from detection_client import (
     RequestOptions,
     ServerAnswerError,
 )
-
-# What a folder is searched for; a file named on the command line is sent whatever it is called.
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-class NoPicturesError(Exception):
-    """A path on the command line leads to no picture."""
-
-
-def find_pictures(paths: Sequence[Path], recursive: bool) -> list[Path]:
-    """The files among `paths`, and the pictures of its folders in alphabetical order.
-
-    Raises:
-        NoPicturesError: a path does not exist, or a folder holds no picture.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            if not path.exists():
-                raise NoPicturesError(f"{path} does not exist")
-            found.append(path)
-            continue
-        entries = path.rglob("*") if recursive else path.iterdir()
-        pictures = sorted(
-            file for file in entries if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
-        )
-        if not pictures:
-            hint = "" if recursive else "; --recursive searches its sub-folders too"
-            raise NoPicturesError(f"{path} holds no pictures ({', '.join(PICTURE_SUFFIXES)}){hint}")
-        found.extend(pictures)
-    return found
 
 
 def drawn_names(pictures: Sequence[Path]) -> list[str]:

@@ -8,145 +8,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from argument_types import fraction, name_list, positive_int, positive_seconds
-from coco_metrics import CocoMetrics, CocoPrediction, MetricsError, compute_metrics, plot_precision_recall
-from detection_client import DEFAULT_URL, DetectionClient, DetectionClientError, RequestOptions
-from detection_dataset import DatasetError, DetectionDataset, read_coco, read_voc
+from lib.accuracy.coco_metrics import (
+    CocoMetrics,
+    MetricsError,
+    compute_metrics,
+    plot_precision_recall,
+)
+from lib.accuracy.datasets import DatasetError, DetectionDataset, read_coco, read_voc
+from lib.accuracy.predictors import (
+    EvaluationError,
+    gather_predictions,
+    in_process_predictor,
+    match_labels,
+    server_predictor,
+)
+from lib.cli import fraction, name_list, positive_int, positive_seconds
+from lib.measure.environment import installed_versions
+from lib.server.client import DEFAULT_URL, DetectionClient, DetectionClientError, RequestOptions
 
 if TYPE_CHECKING:
-    from damoyolo.detector import Detector
-    from damoyolo.structures import DetectionOptions
-
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "torchserve",
-    "onnxruntime",
-    "openvino",
-    "pycocotools",
-    "numpy",
-    "pillow",
-)
-
-
-class EvaluationError(Exception):
-    """The evaluation cannot be carried through; no figure would be right."""
-
-
-class LabelledBox(NamedTuple):
-    """A detection; box_xyxy in pixels of the picture."""
-
-    label: str
-    score: float
-    box_xyxy: Sequence[float]
-
-
-# Detections of each picture file, in the order of the files.
-Predictor = Callable[[Sequence[Path]], Iterator[list[LabelledBox]]]
-
-
-def server_predictor(client: DetectionClient, options: RequestOptions, in_flight: int) -> Predictor:
-    """Detections by a running server, with `in_flight` requests at a time."""
-
-    def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
-        for outcome in client.detect_many(paths, options, in_flight):
-            if outcome.answer is None:
-                raise EvaluationError(f"{paths[outcome.index]}: {outcome.error}")
-            yield [
-                LabelledBox(found["label"], found["score"], found["bbox"])
-                for found in outcome.answer["detections"]
-            ]
-
-    return predict
-
-
-def in_process_predictor(
-    archive: Path,
-    options: RequestOptions,
-    batch_size: int,
-    device: str | None,
-    precision: str | None,
-    backend: str | None = None,
-) -> tuple[Predictor, Sequence[str], dict[str, str]]:
-    """Detections by a detector in this process.
-
-    archive: .mar file, or the folder of an unpacked one. device: None takes a GPU where there is one.
-
-    Returns the predictor, the detector's class names, and its device, engine and precision for the record.
-
-    Raises:
-        EvaluationError: the archive does not load, or the detector lacks one of the classes asked for.
-    """
-    import torch
-
-    import project_paths  # noqa: F401  -- makes damoyolo importable
-    from damoyolo.detector import Detector
-    from damoyolo.errors import DamoYoloError
-    from damoyolo.structures import DetectionOptions
-    from in_process import unpacked
-
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        with unpacked(archive) as model_dir:
-            detector = Detector.from_archive_dir(model_dir, torch_device, precision, backend)
-    except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
-        raise EvaluationError(
-            f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
-        ) from error
-    names = detector.config.class_names
-    if options.classes is not None:
-        ids = match_labels(dict(enumerate(names)), options.classes)
-    defaults = detector.config.default_options()
-    detection_options = DetectionOptions(
-        defaults.score_threshold if options.score_threshold is None else options.score_threshold,
-        defaults.iou_threshold if options.iou_threshold is None else options.iou_threshold,
-        defaults.max_detections if options.max_detections is None else options.max_detections,
-        None if options.classes is None else tuple(ids.values()),
-        bool(options.class_agnostic),
-    )
-
-    predict = detector_predictor(detector, detection_options, batch_size)
-    hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
-    record = {
-        "device": f"{torch_device} ({hardware})",
-        "backend": detector.engine.name,
-        "precision": detector.engine.precision,
-    }
-    return predict, names, record
-
-
-def detector_predictor(detector: Detector, options: DetectionOptions, batch_size: int) -> Predictor:
-    """Detections by a detector that is there already, so many pictures at a time."""
-    from damoyolo.structures import Detections
-
-    names = detector.config.class_names
-
-    def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            answers = detector.detect([path.read_bytes() for path in batch], [options] * len(batch))
-            for path, found in zip(batch, answers, strict=True):
-                if not isinstance(found, Detections):
-                    raise EvaluationError(f"{path}: {found}")
-                labels = [names[class_id] for class_id in found.class_ids]
-                yield list(map(LabelledBox, labels, found.scores.tolist(), found.boxes_xyxy.tolist()))
-
-    return predict
+    pass
 
 
 def package_weights(
@@ -157,76 +46,16 @@ def package_weights(
     Raises:
         EvaluationError: the weights cannot be had, or do not fit.
     """
-    from build_archive import ArchiveError, ArchiveRequest, build_archive
+    from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive
+    from lib.packaging.weights import WeightsError
+
     from damoyolo.errors import DamoYoloError
-    from weights_source import WeightsError
 
     request = ArchiveRequest(weights=weights, variant=variant, class_names=class_names, output_dir=output_dir)
     try:
         return build_archive(request).path
     except (ArchiveError, WeightsError, DamoYoloError) as error:
         raise EvaluationError(str(error)) from error
-
-
-def match_labels(class_names: Mapping[int, str], labels: Iterable[str]) -> dict[str, int]:
-    """The id in `class_names` of each label; upper and lower case do not matter.
-
-    Raises:
-        EvaluationError: a label is none of the class names; names them all.
-    """
-    ids = {name.casefold(): class_id for class_id, name in class_names.items()}
-    distinct = dict.fromkeys(labels)
-    unknown = [label for label in distinct if label.casefold() not in ids]
-    if unknown:
-        raise EvaluationError(
-            f"no class is called {', '.join(unknown)}; there are {', '.join(class_names.values())}. "
-            "--classes makes the detector look for some of its classes only"
-        )
-    return {label: ids[label.casefold()] for label in distinct}
-
-
-def gather_predictions(
-    dataset: DetectionDataset, predictor: Predictor, progress: bool | None
-) -> tuple[list[CocoPrediction], float]:
-    """Detections in all pictures in COCO form, and the seconds that took.
-
-    progress: whether to show a bar on stderr; None shows it on a terminal.
-
-    Raises:
-        EvaluationError: a picture failed, or a label is no class of the data set.
-    """
-    paths = [picture.path for picture in dataset.pictures]
-    # Ahead of the clock: a cold start, and mistakes that every picture would repeat.
-    for boxes in islice(predictor(paths[:1]), 1):
-        match_labels(dataset.class_names, (box.label for box in boxes))
-    predictions: list[CocoPrediction] = []
-    start_s = time.perf_counter()
-    with tqdm(total=len(paths), unit="picture", disable=None if progress is None else not progress) as bar:
-        for picture, boxes in zip(dataset.pictures, predictor(paths), strict=True):
-            ids = match_labels(dataset.class_names, (box.label for box in boxes))
-            for box in boxes:
-                x1, y1, x2, y2 = box.box_xyxy
-                predictions.append(
-                    {
-                        "image_id": picture.image_id,
-                        "category_id": ids[box.label],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": box.score,
-                    }
-                )
-            bar.update()
-    return predictions, time.perf_counter() - start_s
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that the figures may depend on, in this environment."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def main(argv: Sequence[str] | None = None) -> int:

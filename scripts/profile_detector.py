@@ -29,16 +29,19 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-import project_paths
-from argument_types import positive_int
+from lib.archive.members import BatchingSetting
+from lib.archive.reader import load_detector
+from lib.cli import positive_int
+from lib.images import cycled, read_pictures
+from lib.measure.environment import environment
+from lib.measure.plots import plot_shares
+from lib.measure.timing import append_json_rows, format_table, synchronize
+from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
+
 from damoyolo.detector import Detector
 from damoyolo.preprocess import decode_image
 from damoyolo.service import DetectionService
-from damoyolo.stages import NETWORK, POSTPROCESS, StageClock, StageObserver, unobserved
-from in_process import cycled, load_detector, read_pictures
-from measuring import append_json_rows, environment, format_table, synchronize
-from plots import plot_shares
-from serving_archives import BatchingSetting
+from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageClock, StageObserver, unobserved
 
 OTHER = "other"
 TOTAL = "total"
@@ -389,11 +392,10 @@ def _run(arguments: argparse.Namespace, service: DetectionService, pictures: Seq
 
 
 def _parser() -> argparse.ArgumentParser:
-    root = project_paths.PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", type=Path, default=root / "model_store" / "damoyolo.mar")
+    parser.add_argument("--archive", type=Path, default=DEMO_ARCHIVE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", help="default: the archive's")
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8, 32])
@@ -401,9 +403,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batches", type=positive_int, default=50, metavar="N", help="measured (%(default)s)"
     )
     parser.add_argument("--warm-up", type=positive_int, default=5, metavar="N", help="batches before")
-    parser.add_argument(
-        "--pictures", type=Path, default=root / "tests" / "data" / "smears", help="folder of JPEG files"
-    )
+    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="chrome trace of 5 batches of the largest size"
     )

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import project_paths
-from argument_types import positive_seconds
-from cuda_mps import MpsError, cuda_mps
-from torchserve_process import ServerStartError, TorchServeProcess, busy_ports, read_properties
+from lib.cli import positive_seconds
+from lib.paths import MODEL_STORE, PROJECT_DIR
+from lib.server.mps import MpsError, cuda_mps
+from lib.server.process import ServerStartError, TorchServeProcess, busy_ports, read_properties
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE_PICTURE = "tests/data/smears/smear_3.jpg"
@@ -68,12 +68,12 @@ def serve(server: TorchServeProcess, timeout_s: float, ready_file: Path | None =
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal comes."""
-    root = project_paths.PROJECT_DIR
+    root = PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ts-config", type=Path, default=root / "config.properties")
-    parser.add_argument("--model-store", type=Path, default=root / "model_store")
+    parser.add_argument("--model-store", type=Path, default=MODEL_STORE)
     parser.add_argument(
         "--models", help="archives to load, separated by commas (default: load_models of the config)"
     )

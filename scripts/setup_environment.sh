@@ -34,7 +34,7 @@ setup_environment() {
         fi
     done
     local java_home
-    java_home=$(.venv/bin/python scripts/java_runtime.py) || return 1
+    java_home=$(.venv/bin/python scripts/lib/server/java.py) || return 1
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
     # So that a plain `torchserve` in the activated environment finds the same Java.
     if [ "$(readlink -f "$(command -v java)")" != "$(readlink -f "$java_home/bin/java")" ]; then

@@ -24,17 +24,21 @@ from typing import Any, NamedTuple
 import requests
 import torch
 
-import project_paths
-from argument_types import positive_int, positive_seconds
-from cuda_mps import MpsError, cuda_mps
-from in_process import batch_seconds, load_detector, read_pictures
-from load_generator import Load, LoadError, generate_load
-from measuring import append_json_rows, environment, format_table
-from plots import RatePoint, plot_latency_against_throughput
-from server_metrics import scale_workers
-from serving_archives import BatchingSetting, ServedModel, serve_with_setting, settings_text_with
-from setting_search import Measurement, SearchResult, SearchSpace, find_setting
-from torchserve_process import ServerStartError
+from lib.archive.members import BatchingSetting, settings_text_with
+from lib.archive.reader import load_detector
+from lib.cli import positive_int, positive_seconds
+from lib.images import read_pictures
+from lib.load.generator import Load, LoadError, generate_load
+from lib.measure.batching_search import Measurement, SearchResult, SearchSpace, find_setting
+from lib.measure.calls import batch_seconds
+from lib.measure.environment import environment
+from lib.measure.plots import RatePoint, plot_latency_against_throughput
+from lib.measure.timing import append_json_rows, format_table
+from lib.paths import DEMO_ARCHIVE, HANDLER_DIR, PROJECT_DIR, SAMPLE_IMAGES
+from lib.server.metrics import scale_workers
+from lib.server.mps import MpsError, cuda_mps
+from lib.server.process import ServerStartError
+from lib.server.served_archive import ServedModel, serve_with_setting
 
 WITHIN = 0.05  # of the best rate: a smaller batch that comes so close waits less and needs less memory
 # Closed loops of a setting, in multiples of what its workers take at once. One round in work and one waiting
@@ -328,7 +332,7 @@ def _recommend(arguments: argparse.Namespace, result: SearchResult, space: Searc
         f"{verdict}: {best}: {measured.requests_per_s:.1f}/s, p50 {measured.p50_ms:.1f} ms, "
         f"p99 {measured.p99_ms:.1f} ms at concurrency {measured.concurrency}"
     )
-    template = project_paths.HANDLER_DIR / "model-config.yaml"
+    template = HANDLER_DIR / "model-config.yaml"
     arguments.write.parent.mkdir(parents=True, exist_ok=True)
     arguments.write.write_text(settings_text_with(template.read_text(), best))
     print(f"written to {arguments.write}")
@@ -365,11 +369,11 @@ def _plot(path: Path, result: SearchResult, space: SearchSpace, budget_ms: float
 
 
 def _parser() -> argparse.ArgumentParser:
-    root = project_paths.PROJECT_DIR
+    root = PROJECT_DIR
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", type=Path, default=root / "model_store" / "damoyolo.mar")
+    parser.add_argument("--archive", type=Path, default=DEMO_ARCHIVE)
     parser.add_argument(
         "--p99-ms",
         type=positive_seconds,
@@ -389,9 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--duration", type=positive_seconds, default=5.0, metavar="S", help="of each load")
     parser.add_argument("--warm-up", type=positive_seconds, default=1.5, metavar="S")
     parser.add_argument("--timeout", type=positive_seconds, default=10.0, metavar="S", help="of each request")
-    parser.add_argument(
-        "--pictures", type=Path, default=root / "tests" / "data" / "smears", help="folder of JPEG files"
-    )
+    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--sweep-only", action="store_true", help="stop after the sweep in this process")
     only.add_argument("--no-sweep", action="store_true", help="search with the server alone")

@@ -34,9 +34,10 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def demo_network() -> onnx.ModelProto:
     """The demo network as scripts/export_onnx.py writes it, in float32; not to be changed."""
-    from build_archive import DEMO_CLASS_NAMES, DEMO_WEIGHTS
-    from export_onnx import folded_network
-    from quantize import export_network
+    from lib.onnx.quantization import export_network
+    from lib.packaging.class_names import DEMO_CLASS_NAMES
+    from lib.packaging.weights import folded_network
+    from lib.paths import DEMO_WEIGHTS
 
     return export_network(folded_network(DEMO_WEIGHTS, None, len(DEMO_CLASS_NAMES)), DEMO_CLASS_NAMES)
 
@@ -44,6 +45,6 @@ def demo_network() -> onnx.ModelProto:
 @pytest.fixture(scope="session")
 def smear_pixels() -> NDArray[np.uint8]:
     """(3, 3, 256, 320) uint8 RGB: the sample pictures, small."""
-    from quantize import picture_paths, read_pixels
+    from lib.onnx.quantization import picture_paths, read_pixels
 
     return read_pixels(picture_paths(PROJECT_DIR / "tests/data/smears", at_most=3), "S", (256, 320))

@@ -12,22 +12,22 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from damoyolo.accelerate import WEIGHT_DTYPE, resolve_precision
 from damoyolo.backends import ONNX_FILE as ONNX_FILE
 from damoyolo.backends import open_backend
-from damoyolo.checkpoint import load_packaged
+from damoyolo.backends.precision import WEIGHT_DTYPE, resolve_precision
 from damoyolo.config import ServingConfig
-from damoyolo.device_preprocess import DevicePreprocessor
+from damoyolo.cuda.fuse import rewrite
+from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError
+from damoyolo.model.checkpoint import load_packaged
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.postprocess import postprocess
 from damoyolo.preprocess import EncodedImage, ImagePreprocessor
-from damoyolo.rewrite import rewrite
-from damoyolo.stages import NETWORK, POSTPROCESS, PREPROCESS, StageObserver, unobserved
+from damoyolo.stage_timing import NETWORK, POSTPROCESS, PREPROCESS, StageObserver, unobserved
 from damoyolo.structures import DetectionOptions, Detections
 
 if TYPE_CHECKING:
-    from damoyolo.device_pipeline import DevicePipeline
+    from damoyolo.cuda.pipeline import DevicePipeline
 
 WEIGHTS_FILE = "damoyolo.pth"
 SETTINGS_FILE = "model-config.yaml"
@@ -60,7 +60,7 @@ class Detector:
 
     def _record_pipeline(self, model: DamoYolo, dtype: torch.dtype) -> DevicePipeline:
         # Imported here: a worker on a CPU never needs it.
-        from damoyolo.device_pipeline import DevicePipeline
+        from damoyolo.cuda.pipeline import DevicePipeline
 
         return DevicePipeline(
             rewrite(model).to(self.device, dtype),

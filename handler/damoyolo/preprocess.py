@@ -26,8 +26,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
+from damoyolo.cuda.kernels.resize import StoredPicture, resize_pictures_reference
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
-from damoyolo.kernels.resize import StoredPicture, resize_pictures_reference
 
 EncodedImage = bytes | bytearray | memoryview
 

@@ -21,8 +21,8 @@ from damoyolo.errors import (
 from damoyolo.preprocess import EncodedImage, decode_image
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
-from damoyolo.response_json import format_json_of_batch, prepare_tables
-from damoyolo.stages import PARSE, RESPOND, StageObserver, unobserved
+from damoyolo.response_batch import format_json_of_batch, prepare_tables
+from damoyolo.stage_timing import PARSE, RESPOND, StageObserver, unobserved
 from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from answers import BACKEND, ONNX, PRECISION
-from build_archive import ArchiveReport, ArchiveRequest, build_archive
+from lib.archive.reader import load_detector
+from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive
+from lib.server.process import TorchServeProcess
+
 from damoyolo.detector import Detector
-from in_process import load_detector
-from torchserve_process import TorchServeProcess
+from doubles.answers import BACKEND, ONNX, PRECISION
 
 INTEGRATION_DIR = Path(__file__).parent
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
-from build_archive import ArchiveReport, ArchiveRequest, build_archive
-from torchserve_process import ServerStartError, TorchServeProcess
+from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive
+from lib.server.process import ServerStartError, TorchServeProcess
 
 TIMEOUT_S = 120.0
 

@@ -17,10 +17,11 @@ import pytest
 import requests
 from PIL import Image, ImageOps
 
-from answers import assert_same_detections, encode, iou
+from lib.server.process import TorchServeProcess
+
 from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, Detections
-from torchserve_process import TorchServeProcess
+from doubles.answers import assert_same_detections, encode, iou
 
 TIMEOUT_S = 120.0
 Smears = dict[str, tuple[bytes, list[list[Any]]]]

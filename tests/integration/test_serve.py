@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from build_archive import ArchiveReport
-from java_runtime import find_java_home
-from torchserve_process import ADDRESS_KEYS, GRPC_PORT_KEYS, WORKER_PORT_KEY, free_ports, is_listening
+from lib.packaging.builder import ArchiveReport
+from lib.server.java import find_java_home
+from lib.server.process import ADDRESS_KEYS, GRPC_PORT_KEYS, WORKER_PORT_KEY, free_ports, is_listening
 
 
 def own_config(project_dir: Path, folder: Path) -> tuple[Path, list[str]]:
@@ -103,7 +103,7 @@ def test_torchserve_s_own_command_works_from_the_project_root(
 
 @pytest.mark.parametrize("version_text", ['openjdk version "17.0.15"', 'java version "1.8.0_401"'])
 def test_the_version_of_a_java_program_is_understood(tmp_path: Path, version_text: str) -> None:
-    from java_runtime import java_version
+    from lib.server.java import java_version
 
     program = tmp_path / "java"
     program.write_text(f"#!/bin/sh\necho '{version_text}' >&2\n")

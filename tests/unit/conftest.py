@@ -86,7 +86,7 @@ def golden_onnx_dir(
 
     @functools.cache
     def export(name: str) -> Path:
-        from export_onnx import export_onnx
+        from lib.onnx.export import export_onnx
 
         folder = tmp_path_factory.mktemp(name)
         export_onnx(golden_model(name, True), folder / ONNX_FILE)

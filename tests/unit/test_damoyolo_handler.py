@@ -15,10 +15,10 @@ import yaml
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
-from damoyolo.checkpoint import load_checkpoint, save_packaged
 from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DeviceLostError
+from damoyolo.model.checkpoint import load_checkpoint, save_packaged
 from damoyolo_handler import DamoYoloHandler, _share_machine
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection_dataset import read_coco
-from render_smears import CellCounts, main, smear, varied_counts
+from lib.accuracy.datasets import read_coco
+
+from data.smears.render import CellCounts, main, smear, varied_counts
 
 
 def test_a_seed_always_gives_the_same_picture_and_another_seed_another() -> None:
@@ -63,7 +64,7 @@ def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int
 
 
 def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:
-    assert main([str(tmp_path), "--count", "2", "--first-seed", "10", "--size", "320x240"]) == 0
+    assert main([str(tmp_path), "--count", "2", "--first-seed", "10", "--size", "320", "240"]) == 0
     dataset = read_coco(tmp_path / "annotations.json", tmp_path)
     assert [picture.path.name for picture in dataset.pictures] == ["smear_10.jpg", "smear_11.jpg"]
     assert dataset.object_count > 0
@@ -73,7 +74,7 @@ def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:
 
 
 def test_a_size_it_cannot_draw_is_a_usage_error(tmp_path: Path) -> None:
-    for size in ("100x100", "640", "0x480"):
+    for size in (["100", "100"], ["640"], ["0", "480"]):
         with pytest.raises(SystemExit) as exit_info:
-            main([str(tmp_path), "--size", size])
+            main([str(tmp_path), "--size", *size])
         assert exit_info.value.code == 2

@@ -63,18 +63,18 @@ def open_backend(
         onnx_file = model_dir / ONNX_FILE
     name = choose_backend(config, device) if config.backend == "auto" else config.backend
     if name == "pytorch":
-        from damoyolo.backends.pytorch_backend import PyTorchBackend
+        from damoyolo.backends.pytorch import PyTorchBackend
 
         return PyTorchBackend(model, device, config.precision)
     if name == "openvino":
-        from damoyolo.backends.openvino_backend import OpenVINOBackend
+        from damoyolo.backends.openvino import OpenVINOBackend
 
         return OpenVINOBackend(model, config, device, onnx_file)
     if name == "onnxruntime":
-        from damoyolo.backends.onnxruntime_backend import OnnxRuntimeBackend
+        from damoyolo.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(model, config, device, onnx_file)
-    from damoyolo.backends.tensorrt_backend import TensorRTBackend
+    from damoyolo.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend.from_archive_dir(model_dir, model, config, device)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from damoyolo.backends.onnx_form import OnnxFacts, facts_of
+from damoyolo.backends.onnx_metadata import OnnxFacts, facts_of
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo

@@ -1,0 +1,124 @@
+"""ONNX Runtime as the engine, on a CPU, or on CUDA where its package for that is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from damoyolo.backends import ONNX_FILE, missing_library
+from damoyolo.backends.onnx_metadata import (
+    CLASS_OUTPUTS,
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    OnnxFacts,
+    as_predictions,
+    require_fitting,
+)
+from damoyolo.boxes import STRIDES
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ConfigError
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.structures import RawPredictions
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ERRORS_ONLY = 3  # of its log levels
+
+
+class OnnxRuntimeBackend:
+    """The ONNX file of the archive in ONNX Runtime: float32, or what a quantised file says.
+
+    Call with (B, 3, H, W) uint8 RGB on the device; returns float32.
+
+    Raises:
+        ConfigError: the library, its support of the device or the file is missing, the file is not of this
+            network, or another precision is asked for.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, model: DamoYolo, config: ServingConfig, device: torch.device, onnx_file: Path | None
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise missing_library("onnxruntime", self.name, error) from error
+        if onnx_file is None:
+            raise ConfigError(
+                f"backend is {self.name!r}, but the archive holds no {ONNX_FILE}; build it with "
+                "--backend onnxruntime, or set backend to auto"
+            )
+        if config.precision not in ("auto", "fp32"):
+            raise ConfigError(
+                f"precision is {config.precision!r}; accepted with backend {self.name} are auto and fp32 "
+                "(a file that is quantised already stays so)"
+            )
+        provider = PROVIDERS[device.type]
+        if provider not in onnxruntime.get_available_providers():
+            raise ConfigError(
+                f"backend is {self.name!r} on {device}, but the installed onnxruntime lacks {provider}; "
+                "pip install onnxruntime-gpu in place of onnxruntime, or set backend to auto"
+            )
+        self.device = device
+        self.num_classes = model.num_classes
+        self.bin_channels = 4 * (model.variant.reg_max + 1)
+        self.session = self._open_session(onnxruntime, onnx_file, provider)
+        facts = OnnxFacts.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
+        require_fitting(facts, onnx_file, config, model)
+        self.precision = facts.precision
+
+    def _open_session(self, onnxruntime: Any, onnx_file: Path, provider: str) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        # Threads that wait busily take cores from those that decode pictures and compute boxes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        index = self.device.index or 0
+        # By default it computes in TF32 on CUDA, which is not what fp32 promises.
+        on_cuda = {"device_id": str(index), "use_tf32": "0"}
+        provider_options = on_cuda if self.device.type == "cuda" else {}
+        try:
+            session = onnxruntime.InferenceSession(
+                onnx_file, options, providers=[(provider, provider_options)]
+            )
+        except Exception as error:  # it has a class of its own for each code, all directly below Exception
+            raise ConfigError(
+                f"{onnx_file.name} cannot be opened by onnxruntime: {error}; build the archive anew"
+            ) from error
+        # Where CUDA's libraries do not load, it takes the CPU without a word.
+        if session.get_providers()[0] != provider:
+            raise ConfigError(
+                f"backend is {self.name!r} on {self.device}, but onnxruntime could not start {provider}; "
+                "install the CUDA and cuDNN that its version needs, or set backend to auto"
+            )
+        return session
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> RawPredictions:
+        pixels = pixels.contiguous()
+        batch_size, _, height, width = pixels.shape
+        outputs = [
+            torch.empty(
+                batch_size,
+                self.num_classes if name in CLASS_OUTPUTS else self.bin_channels,
+                height // stride,
+                width // stride,
+                device=self.device,
+            )
+            for name, stride in zip(OUTPUT_NAMES, STRIDES * 2, strict=True)
+        ]
+        # Bound by address, so that on CUDA nothing passes through the host.
+        binding = self.session.io_binding()
+        place = self.device.type, self.device.index or 0
+        binding.bind_input(INPUT_NAME, *place, np.uint8, tuple(pixels.shape), pixels.data_ptr())
+        for name, output in zip(OUTPUT_NAMES, outputs, strict=True):
+            binding.bind_output(name, *place, np.float32, tuple(output.shape), output.data_ptr())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # it computes on a stream of its own
+        self.session.run_with_iobinding(binding)
+        return as_predictions(outputs)

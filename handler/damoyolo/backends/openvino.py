@@ -1,0 +1,127 @@
+"""OpenVINO as the engine, on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from damoyolo.backends import missing_library
+from damoyolo.backends.onnx_metadata import (
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    OnnxFacts,
+    RawForm,
+    as_predictions,
+    require_fitting,
+)
+from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.precision import cpu_computes_bf16
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ConfigError
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.structures import RawPredictions
+
+PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVINOBackend:
+    """The ONNX file of the archive, or else the PyTorch network converted on the spot, in OpenVINO.
+
+    Call with (B, 3, H, W) uint8 RGB on the CPU; returns float32.
+
+    Raises:
+        ConfigError: the library is missing, the device is no CPU, the precision is one that it lacks, or the
+            file is not of this network.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self, model: DamoYolo, config: ServingConfig, device: torch.device, onnx_file: Path | None = None
+    ) -> None:
+        if device.type != "cpu":
+            raise ConfigError(f"backend {self.name} runs on a CPU, not on {device}; set backend to auto")
+        try:
+            openvino = import_openvino()
+        except ImportError as error:
+            raise missing_library("openvino", self.name, error) from error
+        computed_in = _resolve_precision(config.precision)
+        self.device = device
+        core = openvino.Core()
+        if onnx_file is None:
+            self.precision = computed_in
+            network = _convert(openvino, model)
+        else:
+            network = _read(core, onnx_file)
+            facts = OnnxFacts.from_metadata(_metadata(network), onnx_file)
+            require_fitting(facts, onnx_file, config, model)
+            self.precision = facts.precision if facts.precision == "int8" else computed_in
+        compiled = core.compile_model(
+            network,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": PRECISION_HINTS[computed_in],
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                # One batch at a time, all threads on it.
+                "PERFORMANCE_HINT": "LATENCY",
+                "NUM_STREAMS": 1,
+                # Workers do not know of each other, and would all bind themselves to the first cores.
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+        self.outputs = [compiled.output(name) for name in OUTPUT_NAMES]
+        self.request = compiled.create_infer_request()
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> RawPredictions:
+        # The results are copies: the library overwrites its own memory at the next call.
+        found = self.request.infer({INPUT_NAME: pixels.contiguous().numpy()}, share_inputs=True)
+        return as_predictions([torch.from_numpy(found[output]) for output in self.outputs])
+
+
+def _resolve_precision(requested: str) -> str:
+    """As `precision.resolve_precision`, for what OpenVINO computes in."""
+    if requested == "auto":
+        return "bf16" if cpu_computes_bf16() else "fp32"
+    if requested not in PRECISION_HINTS:
+        raise ConfigError(
+            f"precision is {requested!r}; accepted with backend openvino are auto, "
+            f"{', '.join(PRECISION_HINTS)}"
+        )
+    return requested
+
+
+def _convert(openvino: Any, model: DamoYolo) -> Any:
+    """The network as OpenVINO's own model, of any batch and picture size."""
+    with warnings.catch_warnings():
+        # It traces, which PyTorch deprecates; by way of torch.export the same takes several times as long.
+        warnings.simplefilter("ignore")
+        network = openvino.convert_model(
+            RawForm(model).eval(),
+            example_input=torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+            input=[([-1, 3, -1, -1], openvino.Type.u8)],
+        )
+    network.input(0).get_tensor().set_names({INPUT_NAME})
+    for output, name in zip(network.outputs, OUTPUT_NAMES, strict=True):
+        output.get_tensor().set_names({name})
+    return network
+
+
+def _read(core: Any, onnx_file: Path) -> Any:
+    try:
+        return core.read_model(onnx_file)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{onnx_file.name} cannot be read by openvino: {error}; build the archive anew"
+        ) from error
+
+
+def _metadata(network: Any) -> dict[str, str]:
+    """The `metadata_props` of the ONNX file that a model was read from."""
+    if not network.has_rt_info("framework"):
+        return {}
+    return {key: value.astype(str) for key, value in network.get_rt_info("framework").astype(dict).items()}

@@ -1,0 +1,442 @@
+"""Exact rewrites of a folded network for inference: the same values within rounding, in less time.
+
+`rewrite` copies the network and replaces the blocks that it knows; every other block stays in plain form.
+What comes out takes pixels as they are (uint8), can be recorded in a CUDA graph, and can be moved and
+converted with `.to`. It must not run under autocast, which does not know the fused calls.
+"""
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from damoyolo.cuda.kernels import Activation, activate
+from damoyolo.cuda.kernels.epilogue import add_bias_and_activate
+from damoyolo.cuda.kernels.pointwise import pointwise_conv
+from damoyolo.cuda.kernels.pooling import pyramid_max_pool
+from damoyolo.cuda.kernels.stem import focus_stem, focus_stem_reference
+from damoyolo.model.backbone import CspStage, Stage
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.model.head import ZeroHead
+from damoyolo.model.layers import ConvNormAct, Focus, NasConvAct, ResidualBlock, SpatialPyramidPooling
+from damoyolo.model.neck import FusionStage, RepBlock, RepGfpn
+from damoyolo.structures import RawPredictions
+
+ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+# What pointwise_conv takes at once.
+POINTWISE_INPUTS = 5
+POINTWISE_CHANNEL_MULTIPLE = 8
+HEAD_CHANNEL_MULTIPLE = 8  # cuDNN's 16-bit tensor-core kernels otherwise pad the output in a pass of its own
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    """Which rewrites to apply.
+
+    stem: Focus, its convolution and, where one follows, the 1x1 convolution as one call on the pixels.
+    pooling: the maxima of the spatial pyramid pooling in one pass.
+    pointwise: 1x1 convolutions that read their inputs where they are, instead of from a concatenation of
+        upsampled copies; two of them over the same input as one.
+    merged_head: class and distance convolution of a level as one.
+    cudnn_epilogue: bias, shortcut and ReLU inside of cuDNN's convolution; where it is not ReLU, they and the
+        activation in one pass after it.
+    """
+
+    stem: bool = True
+    pooling: bool = True
+    pointwise: bool = True
+    merged_head: bool = True
+    cudnn_epilogue: bool = True
+
+
+class RewrittenDamoYolo(DamoYolo):
+    """What `rewrite` makes: pixels in, raw predictions out."""
+
+    def forward(self, pixels: Tensor) -> RawPredictions:
+        """Predict for a batch.
+
+        pixels: (B, 3, H, W), RGB, uint8 or any floating-point type with values 0..255; best in
+            channels_last. H and W multiples of 32.
+
+        Returns:
+            Predictions in the type of the weights; with `merged_head` they are views of one tensor a level.
+        """
+        return self.head(self.neck(self.backbone(pixels)))
+
+
+def rewrite(model: DamoYolo, options: RewriteOptions | None = None) -> RewrittenDamoYolo:
+    """The rewritten copy of a folded network; the network itself is left alone. All rewrites by default.
+
+    Raises:
+        ValueError: the network is in the form as trained.
+    """
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ValueError("the network has BatchNorm; rewrite takes one of build_model(..., folded=True)")
+    options = options or RewriteOptions()
+    plain = copy.deepcopy(model).requires_grad_(False).eval()
+    rewritten = RewrittenDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
+    rewrite_stem(rewritten.backbone, fuse=options.stem)
+    if options.pooling:
+        replace_modules(rewritten, pooled_in_one_pass)
+    if options.pointwise:
+        rewrite_upsampling(cast(RepGfpn, rewritten.neck))
+        replace_modules(rewritten, without_copies)
+    if options.merged_head:
+        rewritten.head = MergedHead(cast(ZeroHead, rewritten.head))
+    if options.cudnn_epilogue:
+        replace_modules(rewritten, with_fused_epilogue)
+    return rewritten.to(memory_format=torch.channels_last).eval()
+
+
+def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put `replacement(module)` in the place of each module below `root`, where it is not None.
+
+    From the outside in: what a replacement took over is looked at in turn.
+    """
+    for name, child in list(root.named_children()):
+        replaced = replacement(child)
+        if replaced is not None:
+            setattr(root, name, replaced)
+        replace_modules(child if replaced is None else replaced, replacement)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A copy of a weight that moves with `.to`, laid out for channels_last, and is not trained."""
+    memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return nn.Parameter(tensor.detach().clone(memory_format=memory_format), requires_grad=False)
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """The bias of a convolution of a folded network, which all have one."""
+    assert conv.bias is not None
+    return conv.bias
+
+
+# ---- stem --------------------------------------------------------------------------------------------------
+
+
+class PlainStem(nn.Module):
+    """A stem as it is, behind the conversion of pixels to the type of its weights."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        dtype = next(self.stem.parameters()).dtype
+        return self.stem(pixels.to(dtype, memory_format=torch.channels_last))
+
+
+class PixelStem(nn.Module):
+    """Focus and its convolution, perhaps also a 1x1 convolution with the same activation, as one call."""
+
+    def __init__(self, focus: Focus, pointwise: nn.Conv2d | None) -> None:
+        super().__init__()
+        self.weight = frozen(focus_weight_on_pixels(focus.conv.conv.weight))
+        self.bias = frozen(bias_of(focus.conv.conv))
+        self.pointwise_weight = None if pointwise is None else frozen(pointwise.weight.flatten(1))
+        self.pointwise_bias = None if pointwise is None else frozen(bias_of(pointwise))
+        self.activation = ACTIVATION_NAMES[type(focus.conv.act)]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # Values of another type may lie between the grey levels, which the kernel does not know.
+        stem = focus_stem if pixels.dtype == torch.uint8 else focus_stem_reference
+        return stem(
+            pixels.contiguous(memory_format=torch.channels_last),
+            self.weight,
+            self.bias,
+            self.pointwise_weight,
+            self.pointwise_bias,
+            self.weight.dtype,
+            self.activation,
+        )
+
+
+class StridedBlockTail(nn.Module):
+    """What is left of a `ResidualBlock` without shortcut when the stem has done its first convolution."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        self.conv2 = cast(nn.Conv2d, block.conv2)
+        self.act = block.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(x))
+
+
+def focus_weight_on_pixels(weight: Tensor) -> Tensor:
+    """The weight on pixels, (O, 3, 6, 6), of a 3x3 convolution of Focus' grids.
+
+    Stride 1 and padding 1 of the grids' 2x2 cells are stride 2 and padding 2 of pixels.
+    Channel (x * 2 + y) * 3 + c of the grids is colour c of the pixel in row y, column x of a 2x2 cell.
+    """
+    cells = weight.view(-1, 2, 2, 3, 3, 3)  # O,12,3,3 -> O,x,y,c,i,j for row i, column j of cells
+    return cells.permute(0, 3, 4, 2, 5, 1).reshape(-1, 3, 6, 6)  # O,c,(i,y),(j,x)
+
+
+def rewrite_stem(backbone: nn.Module, *, fuse: bool) -> None:
+    """Have the stem of a backbone take pixels, and with `fuse` also do the work of what surrounds it."""
+    blocks = next(backbone.children())
+    assert isinstance(blocks, nn.ModuleList)
+    stem, first_stage = blocks[0], blocks[1]
+    if not fuse or not isinstance(stem, Focus):
+        blocks[0] = PlainStem(stem)
+        return
+    pointwise = None
+    if isinstance(first_stage, Stage):
+        first = next(first_stage.block_list.children())
+        # With a shortcut, the output of the stem would be needed a second time.
+        if (
+            isinstance(first, ResidualBlock)
+            and not first.has_shortcut
+            and first.conv1.conv1.kernel_size == (1, 1)
+        ):
+            pointwise = first.conv1.conv1
+            first_stage.block_list[0] = StridedBlockTail(first)
+    blocks[0] = PixelStem(stem, pointwise)
+
+
+# ---- pooling -----------------------------------------------------------------------------------------------
+
+
+class OnePassPyramidPooling(nn.Module):
+    """`SpatialPyramidPooling` with the three maxima and the concatenation in one pass."""
+
+    def __init__(self, pooling: SpatialPyramidPooling) -> None:
+        super().__init__()
+        self.conv1 = pooling.conv1
+        self.conv2 = pooling.conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(pyramid_max_pool(self.conv1(x)))  # B,C,h,w -> B,C/2 * 4,h,w -> B,C,h,w
+
+
+def pooled_in_one_pass(module: nn.Module) -> nn.Module | None:
+    """The rewrite `pooling`."""
+    return OnePassPyramidPooling(module) if isinstance(module, SpatialPyramidPooling) else None
+
+
+# ---- pointwise ---------------------------------------------------------------------------------------------
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolutions with activation over the same inputs, which are concatenated nowhere.
+
+    upsampled: for each input, whether it has half of the size and is read twice along both sides.
+    """
+
+    def __init__(
+        self, convs: Sequence[nn.Conv2d], activation: nn.Module, upsampled: tuple[bool, ...] | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = frozen(torch.cat([conv.weight for conv in convs]).flatten(1))  # sum of O,sum of I
+        self.bias = frozen(torch.cat([bias_of(conv) for conv in convs]))
+        self.out_channels = tuple(conv.out_channels for conv in convs)
+        self.activation = ACTIVATION_NAMES[type(activation)]
+        self.upsampled = upsampled
+
+    def split(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The output of each convolution, in a tensor of its own."""
+        return pointwise_conv(
+            inputs, self.weight, self.bias, self.activation, self.upsampled, self.out_channels
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The output of the only convolution."""
+        (output,) = self.split(*inputs)
+        return output
+
+
+def takes_pointwise(channels: Sequence[int]) -> bool:
+    """Whether `PointwiseConv` takes inputs of so many channels."""
+    return len(channels) <= POINTWISE_INPUTS and not any(C % POINTWISE_CHANNEL_MULTIPLE for C in channels)
+
+
+class OnConcatenation(nn.Module):
+    """A convolution of inputs that must be concatenated."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.conv(torch.cat(inputs, dim=1))
+
+
+class CopylessFusionStage(nn.Module):
+    """`FusionStage` without concatenations, its two projections as one."""
+
+    def __init__(self, stage: FusionStage, upsampled: tuple[bool, ...] | None = None) -> None:
+        super().__init__()
+        self.projections = PointwiseConv([stage.conv1.conv, stage.conv2.conv], stage.conv1.act, upsampled)
+        self.convs = stage.convs
+        kept = (stage.conv1.conv.out_channels, *[stage.conv2.conv.out_channels] * len(stage.convs))
+        self.conv3: nn.Module
+        if takes_pointwise(kept):
+            self.conv3 = PointwiseConv([stage.conv3.conv], stage.conv3.act)
+        else:
+            self.conv3 = OnConcatenation(stage.conv3)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        bypass, y = self.projections.split(*inputs)  # B,Ci,h,w each -> two of B,C,h,w
+        kept = [bypass]
+        for block in self.convs:
+            y = block(y)
+            kept.append(y)
+        return self.conv3(*kept)  # -> B,out,h,w
+
+
+class CopylessCspStage(nn.Module):
+    """`CspStage` without the concatenation, its two projections as one."""
+
+    def __init__(self, stage: CspStage) -> None:
+        super().__init__()
+        self.downsampler = stage.downsampler
+        self.spp = stage.spp
+        starts = [stage.conv_start.conv.conv1, stage.conv_shortcut.conv.conv1]
+        self.projections = PointwiseConv(starts, stage.conv_start.act)
+        self.convstem = stage.convstem
+        self.conv_fuse = PointwiseConv([stage.conv_fuse.conv.conv1], stage.conv_fuse.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.spp(self.downsampler(x))  # B,C,H,W -> B,out,H/2,W/2
+        y, shortcut = self.projections.split(x)  # -> two of B,out/2,H/2,W/2
+        return self.conv_fuse(self.convstem(y), shortcut)
+
+
+def without_copies(module: nn.Module) -> nn.Module | None:
+    """The rewrite `pointwise` of one module."""
+    if isinstance(module, FusionStage):
+        return CopylessFusionStage(module)
+    if isinstance(module, CspStage):
+        return CopylessCspStage(module)
+    if (
+        isinstance(module, ConvNormAct)
+        and module.conv.kernel_size == (1, 1)
+        and isinstance(module.act, nn.SiLU)  # with ReLU, cuDNN has it in one call as well
+        and takes_pointwise([module.conv.in_channels])
+    ):
+        return PointwiseConv([module.conv], module.act)
+    return None
+
+
+def rewrite_upsampling(neck: RepGfpn) -> None:
+    """The rewrite `pointwise` of the stages of a neck that read the smaller features of the one before."""
+    neck.add_module("upsample", nn.Identity())
+    neck.merge_4 = CopylessFusionStage(cast(FusionStage, neck.merge_4), upsampled=(False, False, True))
+    neck.merge_5 = CopylessFusionStage(cast(FusionStage, neck.merge_5), upsampled=(False, True))
+
+
+# ---- head --------------------------------------------------------------------------------------------------
+
+
+class MergedHead(nn.Module):
+    """`ZeroHead` with one convolution a level; the output channels are distances, classes, padding."""
+
+    def __init__(self, head: ZeroHead) -> None:
+        super().__init__()
+        pairs = [
+            (cast(nn.Conv2d, distances), cast(nn.Conv2d, classes))
+            for distances, classes in zip(head.gfl_reg, head.gfl_cls, strict=True)
+        ]
+        self.distance_channels = pairs[0][0].out_channels
+        self.class_channels = pairs[0][1].out_channels
+        self.convs = nn.ModuleList(merge_convs(pair, HEAD_CHANNEL_MULTIPLE) for pair in pairs)
+
+    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> RawPredictions:
+        merged = [conv(x) for conv, x in zip(self.convs, features, strict=True)]  # B,4*(R+1)+K+padding,h,w
+        return RawPredictions(
+            class_logits=tuple(y.narrow(1, self.distance_channels, self.class_channels) for y in merged),
+            distance_logits=tuple(y.narrow(1, 0, self.distance_channels) for y in merged),
+        )
+
+
+def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
+    """Convolutions of one input as one, followed by channels of zeros up to a multiple."""
+    padding = -sum(conv.out_channels for conv in convs) % channel_multiple
+    weight = F.pad(torch.cat([conv.weight for conv in convs]), (0, 0) * 3 + (0, padding))
+    bias = F.pad(torch.cat([bias_of(conv) for conv in convs]), (0, padding))
+    first = convs[0]
+    merged = nn.Conv2d(first.in_channels, len(bias), first.kernel_size[0], padding=first.kernel_size[0] // 2)
+    merged.weight, merged.bias = frozen(weight), frozen(bias)
+    return merged
+
+
+# ---- epilogue ----------------------------------------------------------------------------------------------
+
+
+class FusedConv(nn.Module):
+    """activation(convolution + bias), or activation(convolution + bias + addend).
+
+    With ReLU one call of cuDNN on CUDA, otherwise the convolution and one pass over its output.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
+        super().__init__()
+        self.weight = frozen(conv.weight)
+        self.bias = frozen(bias_of(conv))
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.activation = activation
+
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        if not x.is_cuda:
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            return activate(y if addend is None else y.add_(addend), self.activation)
+        if self.activation != "relu":
+            y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+            return add_bias_and_activate(y, self.bias, self.activation, addend)
+        geometry = (self.stride, self.padding, (1, 1), 1)  # and dilation, groups
+        if addend is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, addend, 1.0, self.bias, *geometry)
+
+
+class FusedResidualBlock(nn.Module):
+    """`ResidualBlock` of fused convolutions."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        activation = ACTIVATION_NAMES[type(block.act)]
+        self.conv1 = FusedConv(block.conv1.conv1, activation)
+        self.conv2 = FusedConv(cast(nn.Conv2d, block.conv2), activation)
+        self.has_shortcut = block.has_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x), x if self.has_shortcut else None)
+
+
+class FusedRepBlock(nn.Module):
+    """`RepBlock` of fused convolutions; its sum is one of activated values and stays on its own."""
+
+    def __init__(self, block: RepBlock) -> None:
+        super().__init__()
+        self.conv1 = FusedConv(block.conv1.conv, ACTIVATION_NAMES[type(block.conv1.act)])
+        self.conv2 = FusedConv(cast(nn.Conv2d, block.conv2), ACTIVATION_NAMES[type(block.act)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.conv2(x)).add_(x)
+
+
+def with_fused_epilogue(module: nn.Module) -> nn.Module | None:
+    """The rewrite `cudnn_epilogue` of one module; depthwise convolutions stay."""
+    if isinstance(module, ResidualBlock):
+        return FusedResidualBlock(module)
+    if isinstance(module, RepBlock):
+        return FusedRepBlock(module)
+    if isinstance(module, ConvNormAct):
+        return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)])
+    if isinstance(module, NasConvAct):
+        return FusedConv(module.conv.conv1, ACTIVATION_NAMES[type(module.act)])
+    if isinstance(module, StridedBlockTail):
+        return FusedConv(module.conv2, ACTIVATION_NAMES[type(module.act)])
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        return FusedConv(module, "none")
+    return None

@@ -1,0 +1,165 @@
+"""COCO average precision (AP) of predictions on an annotated data set, computed by pycocotools.
+
+AP is the mean over the IoU thresholds 0.50, 0.55 .. 0.95 and over the classes that have objects, of the
+precision at 101 recall levels, with the best 100 boxes of each picture (Lin et al., Microsoft COCO, 2014).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from lib.accuracy.datasets import DetectionDataset
+
+MAX_BOXES_PER_PICTURE = 100
+RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
+IOU_50, IOU_75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55 .. 0.95
+
+
+class MetricsError(Exception):
+    """There is nothing that a metric could be computed from."""
+
+
+class CocoPrediction(TypedDict):
+    """A detection in COCO's results form; bbox is x, y, width, height in pixels."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    score: float
+
+
+class AveragePrecision(NamedTuple):
+    """AP over all IoU thresholds, at 0.50 and at 0.75, each 0..1."""
+
+    ap: float
+    ap50: float
+    ap75: float
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """Metrics over all classes and of each.
+
+    per_class: by class name; only classes with objects.
+    precision: by class name, (10, 101) float64, precision at the ten IoU thresholds and at RECALL_LEVELS.
+    """
+
+    overall: AveragePrecision
+    per_class: dict[str, AveragePrecision]
+    precision: dict[str, NDArray[np.float64]]
+
+
+def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPrediction]) -> CocoMetrics:
+    """COCO metrics of `predictions`, whose ids are those of `dataset`.
+
+    Raises:
+        MetricsError: there are no pictures, no objects or no predictions.
+    """
+    if not dataset.pictures:
+        raise MetricsError(f"the data set {dataset.name} has no pictures")
+    if not any(not found.ignored for picture in dataset.pictures for found in picture.objects):
+        raise MetricsError(
+            f"the {len(dataset.pictures)} pictures of {dataset.name} have no objects to be found"
+        )
+    if not predictions:
+        raise MetricsError(
+            f"nothing was detected in the {len(dataset.pictures)} pictures of {dataset.name}; lower "
+            "--score-threshold, or look whether the weights belong to these classes"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step on stdout
+        truth = _ground_truth(dataset)
+        # loadRes writes into what it is given.
+        results = truth.loadRes([{**prediction} for prediction in predictions])
+        evaluation = COCOeval(truth, results, "bbox")
+        evaluation.params.maxDets = [MAX_BOXES_PER_PICTURE]
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    tables = evaluation.eval["precision"][..., 0, 0]  # 10, 101, K
+    precision = {
+        dataset.class_names[category_id]: np.asarray(tables[:, :, index], dtype=np.float64)
+        for index, category_id in enumerate(evaluation.params.catIds)
+        if tables[0, 0, index] >= 0  # -1 marks a class without objects
+    }
+    return CocoMetrics(
+        overall=_average(np.stack(list(precision.values()))),
+        per_class={name: _average(table[None]) for name, table in precision.items()},
+        precision=precision,
+    )
+
+
+def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
+    """Draw precision over recall of each class, at IoU 0.50 and 0.75, into a picture file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)  # draws into memory, so no screen is needed
+    axes = figure.add_subplot()
+    many = len(metrics.precision) > 10
+    for index, (name, table) in enumerate(metrics.precision.items()):
+        ap = metrics.per_class[name]
+        # The colour cycle has ten entries; of more classes only the mean gets a legend.
+        colour, width = ("0.8", 0.6) if many else (f"C{index}", 1.8)
+        label50, label75 = (
+            (None, None) if many else (f"{name}, AP50 {ap.ap50:.3f}", f"{name}, AP75 {ap.ap75:.3f}")
+        )
+        axes.plot(RECALL_LEVELS, table[IOU_50], color=colour, linewidth=width, label=label50)
+        axes.plot(RECALL_LEVELS, table[IOU_75], "--", color=colour, linewidth=width, label=label75)
+    mean = np.mean(list(metrics.precision.values()), axis=0)
+    axes.plot(RECALL_LEVELS, mean[IOU_50], color="black", label=f"mean, AP50 {metrics.overall.ap50:.3f}")
+    axes.plot(
+        RECALL_LEVELS, mean[IOU_75], "--", color="black", label=f"mean, AP75 {metrics.overall.ap75:.3f}"
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+    axes.set_title(f"{title}: AP {metrics.overall.ap:.3f}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def _ground_truth(dataset: DetectionDataset) -> COCO:
+    """The data set as pycocotools holds it."""
+    annotations: list[dict[str, Any]] = []
+    for picture in dataset.pictures:
+        for found in picture.objects:
+            x1, y1, x2, y2 = found.box_xyxy
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # 0 would read as "not matched"
+                    "image_id": picture.image_id,
+                    "category_id": found.category_id,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": int(found.ignored),
+                }
+            )
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": picture.image_id} for picture in dataset.pictures],
+        "categories": [
+            {"id": category_id, "name": name} for category_id, name in dataset.class_names.items()
+        ],
+        "annotations": annotations,
+    }
+    truth.createIndex()
+    return truth
+
+
+def _average(tables: NDArray[np.float64]) -> AveragePrecision:
+    """tables: (K, 10, 101) precision of K classes."""
+    return AveragePrecision(
+        ap=float(tables.mean()), ap50=float(tables[:, IOU_50].mean()), ap75=float(tables[:, IOU_75].mean())
+    )

@@ -1,0 +1,102 @@
+"""The rows of the table of engines: each engine in each precision, and whether this machine can run it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from damoyolo.backends.precision import cpu_computes_bf16
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One engine in one precision.
+
+    device: "cpu" or "cuda". backend, precision: settings of the archive (ServingConfig).
+    arithmetic: the precision as people are told it. quantised: the archive holds an INT8 file.
+    """
+
+    device: str
+    backend: str
+    precision: str
+    arithmetic: str
+    quantised: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.backend} {self.arithmetic}"
+
+
+ROWS = (
+    EngineRow("cpu", "pytorch", "fp32", "fp32"),
+    EngineRow("cpu", "pytorch", "bf16", "bf16"),
+    EngineRow("cpu", "onnxruntime", "fp32", "fp32"),
+    EngineRow("cpu", "onnxruntime", "auto", "int8", quantised=True),
+    EngineRow("cpu", "openvino", "fp32", "fp32"),
+    EngineRow("cpu", "openvino", "bf16", "bf16"),
+    EngineRow("cpu", "openvino", "fp32", "int8, rest fp32", quantised=True),
+    EngineRow("cpu", "openvino", "bf16", "int8, rest bf16", quantised=True),
+    EngineRow("cuda", "pytorch", "fp32", "fp32"),
+    EngineRow("cuda", "pytorch", "tf32", "tf32"),
+    EngineRow("cuda", "pytorch", "amp", "amp"),
+    EngineRow("cuda", "pytorch", "fp16", "fp16"),
+    EngineRow("cuda", "pytorch", "bf16", "bf16"),
+    EngineRow("cuda", "onnxruntime", "fp32", "fp32"),
+    EngineRow("cuda", "tensorrt", "fp32", "fp32"),
+    EngineRow("cuda", "tensorrt", "fp16", "fp16"),
+    EngineRow("cuda", "tensorrt", "auto", "int8", quantised=True),
+)
+REFERENCE = ROWS[0].name  # what every row stands beside, on either device
+# Modules that building and running an archive takes, the engine's own first.
+LIBRARIES = {
+    "pytorch": ("torch",),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "onnx", "onnxscript"),
+}
+
+
+def rows_of(device: str) -> list[EngineRow]:
+    """The rows of a device, in the order of the table."""
+    return [row for row in ROWS if row.device == device]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides which rows can run: a GPU, libraries, ONNX Runtime for CUDA, bfloat16 in the CPU."""
+
+    has_gpu: bool
+    libraries: frozenset[str]
+    onnxruntime_has_cuda: bool
+    cpu_computes_bf16: bool
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine."""
+        wanted = {name for names in LIBRARIES.values() for name in names}
+        found = frozenset(name for name in wanted if importlib.util.find_spec(name) is not None)
+        on_cuda = False
+        if torch.cuda.is_available() and "onnxruntime" in found:
+            import onnxruntime
+
+            on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return cls(torch.cuda.is_available(), found, on_cuda, cpu_computes_bf16())
+
+
+def reason_not_run(row: EngineRow, machine: Machine, *, has_int8_file: bool) -> str | None:
+    """Why a row cannot run on a machine, in a few words; None if it can."""
+    if row.device == "cuda" and not machine.has_gpu:
+        return "no GPU"
+    for library in LIBRARIES[row.backend]:
+        if library not in machine.libraries:
+            return f"{library} not installed"
+    if row.device == "cuda" and row.backend == "onnxruntime" and not machine.onnxruntime_has_cuda:
+        return "onnxruntime without CUDA"
+    if row.device == "cpu" and row.precision == "bf16" and not machine.cpu_computes_bf16:
+        return "CPU without bfloat16"  # emulated it runs, to no purpose
+    if row.quantised and not has_int8_file:
+        return "no INT8 file given"
+    return None

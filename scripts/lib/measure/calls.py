@@ -1,0 +1,32 @@
+"""The calls that are timed: the network alone, and the whole detector."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from lib.images import cycled
+from lib.measure.timing import Call, interleaved_medians_s
+
+from damoyolo.detector import Detector
+
+
+def batch_seconds(
+    detector: Detector, pictures: Sequence[bytes], batch_size: int, rounds: int = 5, slice_s: float = 0.3
+) -> tuple[float, float]:
+    """Median seconds of a batch: of the network (pixels to raw predictions), and of the whole detector."""
+    medians_s = interleaved_medians_s(
+        batch_calls(detector, pictures, batch_size), detector.device, rounds, slice_s
+    )
+    return medians_s["network"], medians_s["detector"]
+
+
+def batch_calls(detector: Detector, pictures: Sequence[bytes], batch_size: int) -> dict[str, Call]:
+    """The "network" alone and the whole "detector", each for one batch."""
+    batch = cycled(pictures, batch_size)
+    options = [detector.config.default_options()] * batch_size
+    if detector.pipeline is not None:
+        network: Call = detector.pipeline.network_call(batch_size)
+    else:
+        network = functools.partial(detector.engine, detector.preprocessor.prepare(batch).pixels)
+    return {"network": network, "detector": functools.partial(detector.detect, batch, options)}

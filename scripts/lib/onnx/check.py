@@ -1,0 +1,140 @@
+"""Compare an ONNX file, run in ONNX Runtime, with the network in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lib.accuracy.parity import Agreement, compare_decoded
+
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
+from damoyolo.boxes import decode_predictions
+from damoyolo.config import ServingConfig
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.postprocess import postprocess
+from damoyolo.preprocess import ImagePreprocessor
+from damoyolo.structures import DetectionOptions, RawPredictions
+
+SCORE_TOLERANCE, BOX_TOLERANCE_PX = 2e-5, 1e-2  # those of the golden outputs
+CHECK_OPTIONS = DetectionOptions(score_threshold=0.25, iou_threshold=0.45, max_detections=100_000)
+
+
+class ExportError(Exception):
+    """The file that was written does not give what the network gives."""
+
+
+def check_onnx(
+    path: Path,
+    model: DamoYolo,
+    pictures: Sequence[Tensor],
+    *,
+    score_tolerance: float = SCORE_TOLERANCE,
+    box_tolerance_px: float = BOX_TOLERANCE_PX,
+) -> Agreement:
+    """Run a file with onnxruntime on the CPU and compare it with the network in PyTorch.
+
+    pictures: batches, (B, 3, H, W) uint8 RGB each, of any sizes that are multiples of 32.
+
+    Raises:
+        ExportError: a score, or a likely box, differs by more than the tolerance; says how far.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    compare = {
+        OUTPUT_NAMES: _compare_raw,
+        ("scores", "boxes_xyxy"): _compare_boxes,
+        ("boxes_xyxy", "scores", "class_ids", "batch_indices"): _compare_detections,
+    }.get(tuple(output.name for output in session.get_outputs()))
+    if compare is None:
+        raise ExportError(f"{path} has the outputs of no form that this script writes")
+    agreements = []
+    for pixels in pictures:
+        with torch.inference_mode():
+            raw = model(pixels.float())
+        agreements.append(compare(session, pixels, raw))
+    agreement = Agreement(
+        max(each.score_difference for each in agreements), max(each.box_difference_px for each in agreements)
+    )
+    # So written that a NaN is refused too.
+    if not (
+        agreement.score_difference <= score_tolerance and agreement.box_difference_px <= box_tolerance_px
+    ):
+        raise ExportError(
+            f"{path} differs from PyTorch by {agreement.score_difference:.2g} in a score and "
+            f"{agreement.box_difference_px:.2g} px in a box; accepted are {score_tolerance:g} and "
+            f"{box_tolerance_px:g} px"
+        )
+    return agreement
+
+
+def _run(session: Any, inputs: Mapping[str, NDArray[Any]]) -> list[Tensor]:
+    return [torch.from_numpy(output) for output in session.run(None, dict(inputs))]
+
+
+def _compare_raw(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
+    found = as_predictions(_run(session, {INPUT_NAME: pixels.numpy()}))
+    return compare_decoded(decode_predictions(found), decode_predictions(raw))
+
+
+def _compare_boxes(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
+    scores, boxes_xyxy = _run(session, {INPUT_NAME: pixels.numpy()})
+    return compare_decoded((scores, boxes_xyxy), decode_predictions(raw))
+
+
+def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
+    """Against the server's own postprocessing; a box that one side lacks counts as infinitely far off."""
+    options = CHECK_OPTIONS
+    boxes_xyxy, scores, class_ids, batch_indices = _run(
+        session,
+        {
+            INPUT_NAME: pixels.numpy(),
+            "iou_threshold": np.array([options.iou_threshold], np.float32),
+            "score_threshold": np.array([options.score_threshold], np.float32),
+            "max_boxes_a_class": np.array([options.max_detections], np.int64),
+        },
+    )
+    size_hw = (pixels.shape[2], pixels.shape[3])
+    count = len(pixels)
+    expected = postprocess(raw, [options] * count, [size_hw] * count, size_hw, options.max_detections)
+    score_difference = box_difference_px = 0.0
+    for index, wanted in enumerate(expected):
+        mine = batch_indices == index
+        boxes, ids = boxes_xyxy[mine].numpy(), class_ids[mine].numpy()
+        # By class and place: nearly equal scores may change their order.
+        order = np.lexsort((boxes[:, 0], ids))
+        wanted_order = np.lexsort((wanted.boxes_xyxy[:, 0], wanted.class_ids))
+        if not np.array_equal(ids[order], wanted.class_ids[wanted_order]):
+            return Agreement(score_difference, float("inf"))
+        if len(wanted):
+            off_px = np.abs(boxes[order] - wanted.boxes_xyxy[wanted_order])
+            off = np.abs(scores[mine].numpy()[order] - wanted.scores[wanted_order])
+            box_difference_px = max(box_difference_px, float(off_px.max()))
+            score_difference = max(score_difference, float(off.max()))
+    return Agreement(score_difference, box_difference_px)
+
+
+def sample_batches(model: DamoYolo, folder: Path) -> list[Tensor]:
+    """The JPEG files of a folder as the server would feed them: together, and the first alone and smaller.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    pictures = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    if not pictures:
+        raise FileNotFoundError(f"no *.jpg in {folder}; tests/data/smears/render.py draws some")
+    config = ServingConfig(variant=model.variant.name)
+    height, width = model.variant.input_size_hw
+    batches = []
+    for chosen, size_hw in ((pictures, (height, width)), (pictures[:1], (height // 64 * 32, width))):
+        preprocessor = ImagePreprocessor(config, size_hw, torch.device("cpu"))
+        batches.append(preprocessor.prepare(chosen).pixels.clone())
+        preprocessor.close()
+    return batches

@@ -1,0 +1,225 @@
+"""How far INT8 takes a network from float32, block by block, and how many blocks have to stay float32.
+
+Two measures, on pictures that were not calibrated with and need no annotations:
+
+drift   Over all anchor points and classes that either network scores above 0.05: the change of the score,
+        plus the score times the part of the box that moved away (1 - IoU), relative to the sum of scores.
+        Without matching and steps of IoU it tells blocks apart whose effect is tiny.
+loss    AP lost, with the float32 network's confident detections as truth, their sides scattered as annotators
+        scatter. Without the scatter the float32 network would be perfect, and a shift of a pixel, which no
+        annotation would show, a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lib.accuracy.coco_metrics import CocoPrediction, MetricsError, compute_metrics
+from lib.accuracy.datasets import AnnotatedObject, AnnotatedPicture, DetectionDataset, is_large_enough
+from lib.accuracy.predictors import EVALUATION_OPTIONS
+from lib.onnx.qdq import Block, QuantizationError, Ranges, Target, quantize_blocks
+
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
+from damoyolo.boxes import decode_predictions
+from damoyolo.config import ServingConfig
+from damoyolo.postprocess import postprocess
+from damoyolo.structures import Detections
+
+# Below it, a candidate is no detection in any evaluation here.
+LIKELY_SCORE = EVALUATION_OPTIONS.score_threshold
+CONFIDENT_SCORE = 0.5
+# Deviation of a side, relative to the box's width or height. The demo network's AP is 0.71 by this truth, and
+# 0.63 by annotators.
+SIDE_SCATTER = 0.05
+SCATTERINGS = 4  # of each picture, so that no single throw decides
+BATCH_SIZE = 4
+ERRORS_ONLY = 3  # of onnxruntime's log levels
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a network is from its float32 form; both are explained at the top of the file."""
+
+    drift: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What it costs to quantise one block alone."""
+
+    block: Block
+    deviation: Deviation
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Of all pictures: decoded, (N, A, K) and (N, A, 4), and what is left after NMS."""
+
+    scores: Tensor
+    boxes_xyxy: Tensor
+    detections: list[Detections]
+
+
+class Judge:
+    """Compares networks with one float32 network on the same pictures.
+
+    network: as scripts/export_onnx.py writes it. pixels: (N, 3, H, W) uint8 RGB.
+
+    Raises:
+        QuantizationError: there are no pictures, or the network finds nothing in them with confidence.
+    """
+
+    def __init__(self, network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> None:
+        if not len(pixels):
+            raise QuantizationError("there are no pictures to compare on; accepted is one at least")
+        self._pixels = pixels
+        self._reference = _predict(network, pixels)
+        self._truth = _scattered_truth(self._reference.detections)
+        if not self._truth.object_count:
+            raise QuantizationError(
+                f"the float32 network finds nothing above a score of {CONFIDENT_SCORE} in the {len(pixels)} "
+                "pictures to compare on; accepted are pictures like those that it will be served with"
+            )
+        self.reference_ap = self._average_precision(self._reference.detections)
+
+    def __call__(self, network: onnx.ModelProto) -> Deviation:
+        """The deviation of a network with the same inputs and outputs."""
+        found = _predict(network, self._pixels)
+        return Deviation(
+            _drift(self._reference, found),
+            self.reference_ap - self._average_precision(found.detections),
+        )
+
+    def _average_precision(self, detections: Sequence[Detections]) -> float:
+        predictions: list[CocoPrediction] = []
+        for picture in self._truth.pictures:
+            found = detections[picture.image_id % len(detections)]
+            for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
+                x1, y1, x2, y2 = map(float, box)
+                predictions.append(
+                    {
+                        "image_id": picture.image_id,
+                        "category_id": int(class_id),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(score),
+                    }
+                )
+        try:
+            return compute_metrics(self._truth, predictions).overall.ap
+        except MetricsError:  # a network so broken that it finds nothing
+            return 0.0
+
+
+def measure_blocks(
+    network: onnx.ModelProto,
+    ranges: Ranges,
+    blocks: Iterable[Block],
+    judge: Judge,
+    target: Target = "cpu",
+) -> list[Sensitivity]:
+    """What each block costs, quantised while all others are float32; the worst first."""
+    found = [Sensitivity(block, judge(quantize_blocks(network, ranges, [block], target))) for block in blocks]
+    # Equal drifts in the order of computation, so that the result is always the same.
+    return sorted(found, key=lambda each: -each.deviation.drift)
+
+
+def fewest_kept(count: int, loss_of: Callable[[int], float], max_loss: float) -> int:
+    """The smallest number k in 0..count with `loss_of(k)` at most `max_loss`.
+
+    count: of blocks that could be kept in float32. loss_of: the loss when the k worst are kept; taken to fall
+        with k, and to be nothing at `count`, where it is not asked.
+    """
+    if loss_of(0) <= max_loss:
+        return 0
+    too_few, enough = 0, count
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if loss_of(middle) <= max_loss:
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
+def open_session(network: onnx.ModelProto) -> Any:
+    """An onnxruntime session of a network in memory, on the CPU, with as many threads as PyTorch uses."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(
+        network.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _predict(network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> _Predictions:
+    session = open_session(network)
+    size_hw = (pixels.shape[2], pixels.shape[3])
+    scores: list[Tensor] = []
+    boxes_xyxy: list[Tensor] = []
+    detections: list[Detections] = []
+    for first in range(0, len(pixels), BATCH_SIZE):
+        batch = pixels[first : first + BATCH_SIZE]
+        outputs = session.run(list(OUTPUT_NAMES), {INPUT_NAME: batch})
+        raw = as_predictions([torch.from_numpy(output) for output in outputs])
+        for values, decoded in zip((scores, boxes_xyxy), decode_predictions(raw), strict=True):
+            values.append(decoded)
+        detections += postprocess(
+            raw,
+            [EVALUATION_OPTIONS] * len(batch),
+            [size_hw] * len(batch),
+            size_hw,
+            ServingConfig().max_candidates,
+        )
+    return _Predictions(torch.cat(scores), torch.cat(boxes_xyxy), detections)
+
+
+def _drift(reference: _Predictions, found: _Predictions) -> float:
+    likely = torch.maximum(reference.scores, found.scores) > LIKELY_SCORE  # N, A, K
+    moved = 1 - _overlap(reference.boxes_xyxy, found.boxes_xyxy)[..., None]  # N, A, 1
+    changes = (found.scores - reference.scores).abs() + reference.scores * moved
+    return float(changes[likely].sum() / reference.scores[likely].sum())
+
+
+def _overlap(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
+    """IoU of box with box, (..., 4) and (..., 4) to (...)."""
+
+    def area(boxes: Tensor) -> Tensor:
+        sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+        return sides[..., 0] * sides[..., 1]
+
+    left_top = torch.maximum(boxes_a_xyxy[..., :2], boxes_b_xyxy[..., :2])
+    right_bottom = torch.minimum(boxes_a_xyxy[..., 2:], boxes_b_xyxy[..., 2:])
+    both = area(torch.cat((left_top, right_bottom), dim=-1))
+    return both / (area(boxes_a_xyxy) + area(boxes_b_xyxy) - both).clamp(min=1e-6)
+
+
+def _scattered_truth(detections: Sequence[Detections]) -> DetectionDataset:
+    """The confident detections as annotations, scattered; picture `i` is detections[i % len(detections)]."""
+    random = np.random.default_rng(0)
+    pictures = []
+    for image_id in range(SCATTERINGS * len(detections)):
+        found = detections[image_id % len(detections)]
+        objects = []
+        for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
+            width, height = float(box[2] - box[0]), float(box[3] - box[1])
+            x1, y1, x2, y2 = (
+                float(side) + SIDE_SCATTER * extent * random.standard_normal()
+                for side, extent in zip(box, (width, height, width, height), strict=True)
+            )
+            if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2)):
+                objects.append(AnnotatedObject(int(class_id), (x1, y1, x2, y2)))
+        pictures.append(AnnotatedPicture(image_id, Path(), tuple(objects)))
+    class_ids = {int(class_id) for found in detections for class_id in found.class_ids}
+    names = {class_id: str(class_id) for class_id in sorted(class_ids)}
+    return DetectionDataset("detections of the float32 network", names, tuple(pictures), dropped_objects=0)

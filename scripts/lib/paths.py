@@ -1,0 +1,12 @@
+"""Where the project keeps what the commands use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROJECT_DIR = Path(__file__).resolve().parents[2]
+HANDLER_DIR = PROJECT_DIR / "handler"
+MODEL_STORE = PROJECT_DIR / "model_store"
+DEMO_ARCHIVE = MODEL_STORE / "damoyolo.mar"
+DEMO_WEIGHTS = MODEL_STORE / "weights" / "damoyolo_s_bccd.pth"
+SAMPLE_IMAGES = PROJECT_DIR / "tests" / "data" / "smears"

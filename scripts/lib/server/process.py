@@ -1,0 +1,307 @@
+"""A TorchServe of one's own: started, known to be ready or known to have failed, and surely stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import requests
+
+from lib.server.java import find_java_home
+
+ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
+GRPC_PORT_KEYS = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
+# The first of a row of ports whose numbers name the sockets of the workers.
+WORKER_PORT_KEY = "initial_worker_port"
+# Printed by a worker that could not load its model, or by the server about it.
+FAILURE_MARKS = (
+    "Backend worker process died",
+    "Load model failed",
+    "Failed to load model",
+    "Invalid configuration",
+)
+# Describing a model on a GPU host runs nvidia-smi once a worker, which takes seconds on some machines.
+HTTP_TIMEOUT_S = 60.0
+POLL_INTERVAL_S = 0.5
+
+
+class ServerStartError(Exception):
+    """The server or one of its workers could not start; the message holds what it printed."""
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """The settings of a config.properties file."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def is_listening(port: int) -> bool:
+    """Whether somebody listens on this port of 127.0.0.1."""
+    with socket.socket() as probe:
+        # Connections that have just ended may linger on a port that is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def busy_ports(properties: Mapping[str, str]) -> list[int]:
+    """The ports among those that the settings name which somebody listens on already."""
+    ports = [_port(properties[key]) for key in ADDRESS_KEYS]
+    ports += [int(properties.get(key, default)) for key, default in GRPC_PORT_KEYS.items()]
+    return [port for port in ports if is_listening(port)]
+
+
+def _port(address: str) -> int:
+    return int(address.rsplit(":", 1)[1])
+
+
+class TorchServeProcess:
+    """A running TorchServe; as a context manager it is ready inside and gone afterwards.
+
+    config_file: server settings; relative paths in it are taken from `working_dir`.
+    model_store: folder of the archives.
+    overrides: settings in place of those in the file; a value of None leaves one out.
+    use_free_ports: take ports that are free in place of those in the settings.
+    log_dir: where the server writes its logs.
+    echo: where what the server prints goes too; None for nowhere.
+    arguments: further words for the `torchserve` command line.
+    environment: variables for the server and its workers, beside those of this process.
+    """
+
+    def __init__(
+        self,
+        config_file: Path,
+        model_store: Path,
+        *,
+        working_dir: Path,
+        overrides: Mapping[str, str | None] | None = None,
+        use_free_ports: bool = False,
+        log_dir: Path | None = None,
+        echo: TextIO | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        merged = {**read_properties(config_file), **(overrides or {})}
+        self.properties = {key: value for key, value in merged.items() if value is not None}
+        if use_free_ports:
+            ports = free_ports(5)
+            addresses = [f"http://127.0.0.1:{port}" for port in ports[:3]]
+            self.properties.update(zip(ADDRESS_KEYS, addresses, strict=True))
+            self.properties.update(zip(GRPC_PORT_KEYS, map(str, ports[3:]), strict=True))
+        self.model_store = model_store
+        self.inference_url, self.management_url, self.metrics_url = (
+            self.properties[key] for key in ADDRESS_KEYS
+        )
+        self._working_dir = working_dir
+        self._log_dir = log_dir
+        self._echo = echo
+        self._arguments = list(arguments)
+        self._environment = dict(environment or {})
+        self._printed: deque[str] = deque(maxlen=400)
+        self._failed = threading.Event()
+        self._process: subprocess.Popen[str] | None = None
+        self._private_dir: Path | None = None
+        self._reader: threading.Thread | None = None
+
+    def __enter__(self) -> TorchServeProcess:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server; returns at once.
+
+        Raises:
+            ServerStartError: an archive is missing or a port is taken.
+            FileNotFoundError: there is no Java runtime.
+        """
+        for archive in self.startup_archives():
+            if not (self.model_store / archive).exists():
+                raise ServerStartError(
+                    f"{self.model_store / archive} does not exist; scripts/build_archive.py makes it"
+                )
+        busy = busy_ports(self.properties)
+        if busy:
+            raise ServerStartError(
+                f"somebody else listens on port {', '.join(map(str, busy))} of 127.0.0.1; stop that program, "
+                "or take other ports (the addresses in config.properties, or --any-port here)"
+            )
+        # The server keeps its process id, sockets and unpacked archives in the temporary folder: with one of
+        # its own it meets no other server.
+        self._private_dir = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        self.properties.setdefault(WORKER_PORT_KEY, str(free_ports(1)[0]))
+        config_file = self._private_dir / "config.properties"
+        config_file.write_text("".join(f"{key}={value}\n" for key, value in self.properties.items()))
+        log_dir = str(self._log_dir or self._private_dir / "logs")
+        environment = {
+            **os.environ,
+            **self._environment,
+            "JAVA_HOME": str(find_java_home()),
+            "TMPDIR": str(self._private_dir),
+            "TEMP": str(self._private_dir),
+            "LOG_LOCATION": log_dir,
+            "METRICS_LOCATION": log_dir,
+        }
+        environment.pop("TS_CONFIG_FILE", None)  # it would win over --ts-config
+        command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
+        command += ["--model-store", str(self.model_store), "--ts-config", str(config_file), *self._arguments]
+        self._process = subprocess.Popen(
+            command,
+            cwd=self._working_dir,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A group of its own: the wrapper dies of a signal without ending Java, so all get it from here.
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read_output, name="torchserve-output", daemon=True)
+        self._reader.start()
+
+    def startup_archives(self) -> list[str]:
+        """File names of the archives that the settings load at start."""
+        names = self.properties.get("load_models", "")
+        if names.lower() in ("", "none", "all"):
+            return []
+        return [name.strip().rsplit("=", 1)[-1] for name in names.split(",")]
+
+    def wait_until_ready(self, timeout_s: float = 300.0) -> None:
+        """Return once every worker of every model that is loaded at start has loaded it.
+
+        Raises:
+            ServerStartError: the server ended, a worker failed to start, or time ran out; with what was
+                printed last.
+        """
+        deadline = time.monotonic() + timeout_s
+        expected = len(self.startup_archives())
+        while True:
+            if self._failed.is_set():
+                time.sleep(1.0)  # the rest of the traceback
+                raise ServerStartError(f"a worker could not start:\n{self.last_output()}")
+            if self._process is None or self._process.poll() is not None:
+                raise ServerStartError(f"the server ended while it started:\n{self.last_output()}")
+            if time.monotonic() > deadline:
+                raise ServerStartError(f"not ready within {timeout_s:.0f} s:\n{self.last_output()}")
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+                names = self.model_names()
+                if len(names) >= expected and all(self.is_ready(name) for name in names):
+                    return
+            time.sleep(POLL_INTERVAL_S)
+
+    def model_names(self) -> list[str]:
+        """Names of the registered models."""
+        answer = requests.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
+        return [model["modelName"] for model in answer.json()["models"]]
+
+    def describe(self, model_name: str, version: str = "") -> dict[str, Any]:
+        """What the management interface says of one version of a model (the default one if not named)."""
+        url = f"{self.management_url}/models/{model_name}" + (f"/{version}" if version else "")
+        answer = requests.get(url, timeout=HTTP_TIMEOUT_S)
+        answer.raise_for_status()
+        description: dict[str, Any] = answer.json()[0]
+        return description
+
+    def is_ready(self, model_name: str, version: str = "") -> bool:
+        """Whether all the workers asked for have loaded the model."""
+        description = self.describe(model_name, version)
+        workers = description["workers"]
+        return len(workers) >= description["minWorkers"] and all(
+            worker["status"] == "READY" for worker in workers
+        )
+
+    def wait(self) -> None:
+        """Return when the server has ended."""
+        if self._process is not None:
+            self._process.wait()
+
+    def stop(self, grace_s: float = 20.0) -> None:
+        """End the server and all its workers; what is still being answered is lost."""
+        if self._process is not None:
+            for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, number)
+                if self._wait_for_group(patience_s):
+                    break
+            if self._reader is not None:
+                self._reader.join(timeout=5.0)
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+            self._process = None
+        if self._private_dir is not None:
+            shutil.rmtree(self._private_dir, ignore_errors=True)
+            self._private_dir = None
+
+    def _wait_for_group(self, patience_s: float) -> bool:
+        """Whether every process of the server's group has ended within the time."""
+        assert self._process is not None
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            self._process.poll()
+            try:
+                os.killpg(self._process.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _read_output(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed while reading: the server was stopped
+            for line in self._process.stdout:
+                self._printed.append(line.rstrip("\n"))
+                if any(mark in line for mark in FAILURE_MARKS):
+                    self._failed.set()
+                if self._echo is not None:
+                    self._echo.write(line)
+                    self._echo.flush()
+
+    def last_output(self) -> str:
+        """The last lines that the server and its workers printed."""
+        return "\n".join(self._printed)
+
+
+def model_name_of(archive: Path) -> str:
+    """The model's name in the manifest of a .mar archive."""
+    with zipfile.ZipFile(archive) as opened:
+        manifest = json.loads(opened.read("MAR-INF/MANIFEST.json"))
+    return str(manifest["model"]["modelName"])

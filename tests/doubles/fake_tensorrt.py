@@ -1,0 +1,347 @@
+"""A stand-in for the module `tensorrt`, strict about what the real one has and about the order of calls.
+
+Its engine runs a PyTorch network on the CPU, reads and writes memory by address as the real one does, and
+knows what it knows from the plan alone. `test_tensorrt_interface` compares it with the real module where
+there is one. Names and signatures are those of the bindings of TensorRT 10.16.1 and 11.4.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+__version__ = "11.4.0.106"
+
+Network = Callable[[Tensor], Sequence[Tensor]]
+
+# What a test may set: the network that engines run, by the name of its outputs, and what fails.
+network: Network | None = None
+failing: set[str] = set()
+calls: list[str] = []
+
+
+def reset(engine_network: Network | None = None) -> None:
+    """Forget what other tests did."""
+    global network
+    network = engine_network
+    failing.clear()
+    calls.clear()
+
+
+def _call(name: str) -> bool:
+    """Note a call; whether it succeeds."""
+    calls.append(name)
+    return name not in failing
+
+
+class DataType(enum.Enum):
+    FLOAT = 0
+    HALF = 1
+    UINT8 = 5
+
+
+class TensorIOMode(enum.Enum):
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    STRONGLY_TYPED = 0  # in 10.16 it is 1, which code has to leave open
+
+
+class BuilderFlag(enum.Enum):
+    TF32 = 7
+
+
+class MemoryPoolType(enum.Enum):
+    WORKSPACE = 0
+
+
+class Logger:
+    WARNING = 2
+
+    def __init__(self, min_severity: int = WARNING) -> None:
+        self.min_severity = min_severity
+
+
+class IHostMemory:
+    """A buffer, as in the real module through the buffer protocol, which Python 3.10 lacks for classes."""
+
+    def __new__(cls, content: bytes) -> Any:
+        return memoryview(content)
+
+
+class Dims:
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self._shape)
+
+    def __getitem__(self, index: int) -> int:
+        return self._shape[index]
+
+
+class IOptimizationProfile:
+    def __init__(self) -> None:
+        self._shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
+        self._shapes[input] = (tuple(min), tuple(opt), tuple(max))
+
+
+class ITimingCache:
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def serialize(self) -> Any:
+        return IHostMemory(self._content + b"+measured")
+
+
+class INetworkDefinition:
+    def __init__(self, flags: int) -> None:
+        self._strongly_typed = bool(flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self._path: str | None = None
+
+
+class ParserError:
+    def desc(self) -> str:
+        return "no importer for this operator"
+
+    def node(self) -> int:
+        return 7
+
+    def node_name(self) -> str:
+        return "node_odd"
+
+    def node_operator(self) -> str:
+        return "Odd"
+
+
+class OnnxParser:
+    def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
+        self._network = network
+        self._errors: list[ParserError] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> ParserError:
+        return self._errors[index]
+
+    def parse_from_file(self, model: str) -> bool:
+        if not isinstance(model, str):
+            raise TypeError("incompatible function arguments")
+        if not _call("parse_from_file"):
+            self._errors.append(ParserError())
+            return False
+        self._network._path = model
+        return True
+
+
+class IBuilderConfig:
+    def __init__(self) -> None:
+        self._flags = {BuilderFlag.TF32}
+        self._profiles: list[IOptimizationProfile] = []
+        self._cache: ITimingCache | None = None
+        self._pools: dict[MemoryPoolType, int] = {}
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        self._flags.discard(flag)
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        self._pools[pool] = pool_size
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        if not _call("add_optimization_profile"):
+            return -1
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+        return ITimingCache(bytes(serialized_timing_cache))
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        if cache._content.startswith(b"foreign") and not ignore_mismatch:
+            return False
+        self._cache = cache
+        return True
+
+
+class Builder:
+    def __init__(self, logger: Logger) -> None:
+        if not isinstance(logger, Logger):
+            raise TypeError("incompatible function arguments")
+
+    def create_network(self, flags: int = 0) -> INetworkDefinition:
+        return INetworkDefinition(flags)
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Any:
+        """A plan that holds all that the engine will know."""
+        if not _call("build_serialized_network"):
+            return None
+        assert network._path is not None, "nothing was parsed"
+        assert network._strongly_typed, "TensorRT 10 would choose types by itself"
+        model = onnx.load(network._path)
+        sides = {
+            each.name: [dim.dim_value or -1 for dim in each.type.tensor_type.shape.dim]
+            for each in (*model.graph.input, *model.graph.output)
+        }
+        content = {
+            "shapes": sides,
+            "inputs": [each.name for each in model.graph.input],
+            "profiles": [profile._shapes for profile in config._profiles],
+            "tf32": BuilderFlag.TF32 in config._flags,
+            "workspace": config._pools.get(MemoryPoolType.WORKSPACE),
+            "weight_types": sorted({each.data_type for each in model.graph.initializer}),
+        }
+        return IHostMemory(json.dumps(content).encode())
+
+
+class Runtime:
+    def __init__(self, logger: Logger) -> None:
+        if not isinstance(logger, Logger):
+            raise TypeError("incompatible function arguments")
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        return ICudaEngine(json.loads(serialized_engine)) if _call("deserialize_cuda_engine") else None
+
+
+class ICudaEngine:
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._content = content
+        self._names = list(content["shapes"])
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._names)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self._content["profiles"])
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name in self._content["inputs"] else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType.UINT8 if name in self._content["inputs"] else DataType.FLOAT
+
+    def get_tensor_shape(self, name: str) -> Dims:
+        return Dims(self._content["shapes"][name])
+
+    def create_execution_context(self) -> IExecutionContext | None:
+        return IExecutionContext(self) if _call("create_execution_context") else None
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine = engine
+        self._profile = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    @property
+    def active_optimization_profile(self) -> int:
+        return self._profile
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        if not 0 <= profile_index < self._engine.num_optimization_profiles:
+            return False
+        self._profile = profile_index
+        self._shapes.clear()  # as the real one does
+        return _call("set_optimization_profile_async")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if type(shape) not in (tuple, list, Dims):
+            raise TypeError("incompatible function arguments")
+        low, _, high = self._engine._content["profiles"][self._profile][name]
+        if not all(a <= side <= b for a, side, b in zip(low, shape, high, strict=True)):
+            return False
+        self._shapes[name] = tuple(shape)
+        return _call("set_input_shape")
+
+    def get_tensor_shape(self, name: str) -> Dims:
+        """Sizes of an output follow from the input; -1 where that is not set."""
+        if name in self._engine._content["inputs"] or not self._shapes:
+            return Dims(self._shapes.get(name, self._engine._content["shapes"][name]))
+        (images,) = self._shapes.values()
+        stride = int(name.rpartition("_")[2])
+        channels = self._engine._content["shapes"][name][1]
+        return Dims((images[0], channels, images[2] // stride, images[3] // stride))
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self._engine._names:
+            return False
+        self._addresses[name] = memory
+        return _call("set_tensor_address")
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if not _call("execute_async_v3"):
+            return False
+        assert stream_handle != 0, "the default stream makes TensorRT synchronise the device"
+        assert network is not None, "the test set no network"
+        (input_name,) = self._engine._content["inputs"]
+        # An engine sees plain rows at an address, whatever strides the tensor had.
+        pixels = _memory(self._addresses[input_name], self._shapes[input_name], torch.uint8).clone()
+        names = [name for name in self._engine._names if name != input_name]
+        for name, values in zip(names, network(pixels), strict=True):
+            shape = tuple(self.get_tensor_shape(name))
+            _memory(self._addresses[name], shape, torch.float32).copy_(values.reshape(shape))
+        return True
+
+
+def _memory(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    count = 1
+    for side in shape:
+        count *= side
+    size = count * torch.empty((), dtype=dtype).element_size()
+    buffer = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
+
+
+class Gpu:
+    """In place of `damoyolo.backends.tensorrt.Gpu`: the CPU, under another name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.name = "Stand-in GPU"
+        self.compute_capability = "9.0"
+
+    def selected(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        calls.append("stream begins")
+        yield 7
+        calls.append("stream ends")
+
+
+def public_names() -> Iterator[tuple[str, str | None]]:
+    """Each class of this stand-in, and each with each of its public attributes."""
+    for name, value in list(globals().items()):
+        if isinstance(value, type) and value.__module__ == __name__ and value is not Gpu:
+            yield name, None
+            members = value.__members__ if issubclass(value, enum.Enum) else vars(value)
+            for attribute in members:
+                if not attribute.startswith("_"):
+                    yield name, attribute

@@ -1,0 +1,280 @@
+"""Every engine: the values of plain PyTorch in every size, batch equals single, refusals with a way out."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from damoyolo import backends
+from damoyolo.backends import ONNX_FILE
+from damoyolo.backends import openvino as openvino_backend
+from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.boxes import decode_predictions
+from damoyolo.config import ServingConfig
+from damoyolo.errors import ConfigError
+from damoyolo.model.damoyolo import DamoYolo
+
+# Engine, precision, and whether the ONNX file of the archive is there.
+FLOAT32 = [
+    ("pytorch", "fp32", False),
+    ("onnxruntime", "fp32", True),
+    ("openvino", "fp32", False),
+    ("openvino", "fp32", True),
+]
+BFLOAT16 = [("pytorch", "bf16", False), ("openvino", "bf16", False), ("openvino", "bf16", True)]
+SIZES = [(1, 64, 96), (3, 128, 64), (8, 32, 32), (2, 192, 160)]
+
+
+def pixels_of(batch_size: int, height: int, width: int) -> Tensor:
+    """(B, 3, H, W) uint8."""
+    generator = torch.Generator().manual_seed(batch_size)
+    return torch.randint(0, 256, (batch_size, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def assert_near(
+    engine: Callable[[Tensor], object], network: DamoYolo, pixels: Tensor, tolerance: float
+) -> None:
+    """Scores within the tolerance of plain float32, boxes within fifty times as many pixels."""
+    expected = decode_predictions(network(pixels.float()))
+    scores, boxes_xyxy = decode_predictions(engine(pixels))  # type: ignore[arg-type]
+    torch.testing.assert_close(scores, expected[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(boxes_xyxy, expected[1], rtol=0, atol=50 * tolerance)
+
+
+@pytest.mark.parametrize(("backend", "precision", "has_file"), FLOAT32)
+def test_float32_gives_the_values_of_plain_pytorch_in_every_size(
+    open_engine: Callable[..., backends.Backend],
+    network: DamoYolo,
+    onnx_dir: Path,
+    backend: str,
+    precision: str,
+    has_file: bool,
+) -> None:
+    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
+    assert (engine.name, engine.precision, engine.device.type) == (backend, precision, "cpu")
+    for size in SIZES:
+        assert_near(engine, network, pixels_of(*size), 1e-5)
+
+
+@pytest.mark.parametrize(("backend", "precision", "has_file"), BFLOAT16)
+def test_bfloat16_stays_near_it_and_is_not_float32_in_disguise(
+    open_engine: Callable[..., backends.Backend],
+    network: DamoYolo,
+    onnx_dir: Path,
+    backend: str,
+    precision: str,
+    has_file: bool,
+) -> None:
+    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
+    assert engine.precision == precision
+    pixels = pixels_of(2, 96, 128)
+    assert_near(engine, network, pixels, 2e-2)
+    if backend == "pytorch" or "BF16" in openvino_capabilities():
+        with pytest.raises(AssertionError):
+            assert_near(engine, network, pixels, 1e-5)
+
+
+def openvino_capabilities() -> list[str]:
+    openvino = import_openvino()
+    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+@pytest.mark.parametrize(("backend", "precision", "has_file"), FLOAT32)
+def test_a_batch_gives_what_each_picture_gives_alone_and_later_calls_leave_it_alone(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path, backend: str, precision: str, has_file: bool
+) -> None:
+    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
+    pixels = pixels_of(3, 96, 64)
+    together = engine(pixels)
+    kept = [level.clone() for level in together.class_logits]
+    for index in range(3):
+        alone = engine(pixels[index : index + 1])
+        for level, one in zip(together.distance_logits, alone.distance_logits, strict=True):
+            torch.testing.assert_close(level[index : index + 1], one, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, together.class_logits, kept))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "has_file"),
+    [
+        *((name, "openvino", False) for name in ("T", "S", "M", "Ns")),
+        *((name, "onnxruntime", True) for name in ("S", "M", "Ns")),
+        ("S", "openvino", True),
+    ],
+)
+def test_the_golden_outputs_come_from_every_engine(
+    name: str,
+    backend: str,
+    has_file: bool,
+    golden: ModuleType,
+    golden_model: Callable[[str, bool], DamoYolo],
+    golden_images: Callable[[str], Tensor],
+    golden_onnx_dir: Callable[[str], Path],
+    model_dir: Path,
+) -> None:
+    config = ServingConfig(
+        variant=name, class_names=tuple(map(str, range(80))), backend=backend, precision="fp32"
+    )
+    folder = golden_onnx_dir(name) if has_file else None
+    engine = backends.open_backend(golden_model(name, True), config, torch.device("cpu"), folder)
+    scores, boxes_xyxy = decode_predictions(engine(golden_images(name).to(torch.uint8)))
+    assert golden.check((scores, boxes_xyxy), model_dir / f"golden_{name}.npz")
+
+
+@pytest.mark.parametrize(("in_hardware", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_openvino_and_bfloat16_only_where_the_cpu_computes_it(
+    open_engine: Callable[..., backends.Backend],
+    onnx_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_hardware: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(openvino_backend, "cpu_computes_bf16", lambda: in_hardware)
+    engine = open_engine(onnx_dir)
+    assert (engine.name, engine.precision) == ("openvino", expected)
+
+
+def test_auto_without_openvino_is_pytorch_and_says_so(
+    open_engine: Callable[..., backends.Backend],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert open_engine(precision="fp32").name == "pytorch"
+    assert "openvino is not installed" in caplog.text
+
+
+def test_auto_takes_pytorch_for_what_only_pytorch_computes_and_on_a_gpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert backends.choose_backend(ServingConfig(precision="amp"), cpu) == "pytorch"
+    assert backends.choose_backend(ServingConfig(), cuda) == "pytorch"
+
+
+@pytest.mark.parametrize(("backend", "library"), [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
+def test_a_missing_library_is_refused_with_what_to_install(
+    open_engine: Callable[..., backends.Backend],
+    onnx_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    library: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        ConfigError, match=rf"backend is '{backend}'.*pip install {library}, or set backend to"
+    ):
+        open_engine(onnx_dir, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "accepted"), [("openvino", "auto, fp32, bf16"), ("onnxruntime", "auto and fp32")]
+)
+def test_a_precision_that_an_engine_lacks_is_refused(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path, backend: str, accepted: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"'fp16'; accepted with backend {backend} are {accepted}"):
+        open_engine(onnx_dir, backend=backend, precision="fp16")
+
+
+def test_an_engine_that_cannot_run_is_refused(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"holds no damoyolo\.onnx; build it with --backend onnxruntime"):
+        open_engine(backend="onnxruntime")
+    with pytest.raises(ConfigError, match="runs on a CPU, not on cuda"):
+        open_engine(backend="openvino", device="cuda")
+    with pytest.raises(ConfigError, match="backend is 'caffe'; accepted are auto, pytorch"):
+        open_engine(backend="caffe")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("change", "mentions"),
+    [
+        ({"variant": "S"}, "is of variant S, settings and weights of the archive of T"),
+        ({"class_names": '["a", "b", "c"]'}, "is of class_names a, b, c,"),
+        ({"weights_digest": "0"}, "is of weights_digest 0,"),
+        ({"form": "boxes"}, "is of form boxes"),
+        ({"precision": "int4"}, "precision 'int4'; accepted are fp32 and int8"),
+        ({"num_classes": "many"}, "does not say what it holds"),
+        (None, "does not say what it holds"),
+    ],
+)
+def test_a_file_of_another_network_is_refused(
+    open_engine: Callable[..., backends.Backend],
+    onnx_dir: Path,
+    tmp_path: Path,
+    backend: str,
+    change: dict[str, str] | None,
+    mentions: str,
+) -> None:
+    written = onnx.load(onnx_dir / ONNX_FILE)
+    metadata = {entry.key: entry.value for entry in written.metadata_props}
+    del written.metadata_props[:]
+    if change is not None:
+        onnx.helper.set_model_props(written, {**metadata, **change})
+    onnx.save(written, tmp_path / ONNX_FILE)
+    with pytest.raises(ConfigError, match=mentions):
+        open_engine(tmp_path, backend=backend, precision="fp32")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_damaged_file_is_refused(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
+) -> None:
+    (tmp_path / ONNX_FILE).write_bytes((onnx_dir / ONNX_FILE).read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=rf"damoyolo\.onnx cannot be (opened|read) by {backend}"):
+        open_engine(tmp_path, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_quantised_file_says_so_of_the_engine(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
+) -> None:
+    written = onnx.load(onnx_dir / ONNX_FILE)
+    for entry in written.metadata_props:
+        if entry.key == "precision":
+            entry.value = "int8"
+    onnx.save(written, tmp_path / ONNX_FILE)
+    assert open_engine(tmp_path, backend=backend).precision == "int8"
+
+
+def test_the_engines_take_as_many_threads_as_pytorch_has(
+    open_engine: Callable[..., backends.Backend], onnx_dir: Path
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        openvino = open_engine(onnx_dir, backend="openvino")
+        onnxruntime = open_engine(onnx_dir, backend="onnxruntime")
+    finally:
+        torch.set_num_threads(before)
+    compiled = openvino.request.get_compiled_model()  # type: ignore[attr-defined]
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert onnxruntime.session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["damoyolo.backends.openvino", "damoyolo_handler"])
+def test_openvino_reports_nothing_and_leaves_no_files_in_the_home_folder(
+    project_dir: Path, tmp_path: Path, first: str
+) -> None:
+    script = (
+        f"import sys; import {first}; import openvino, openvino.tools.ovc; "
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]; "
+        "assert sys.modules['openvino.torch'] is None"
+    )
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(project_dir / "handler"), "PATH": "/usr/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "intel").exists()

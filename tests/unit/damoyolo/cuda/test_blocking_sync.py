@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from damoyolo.cuda.blocking_sync import sleep_while_waiting
+
+
+class FakeDriver:
+    """Takes the calls of the CUDA driver; `answer` is what each of them returns."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = answer
+        self.calls: list[tuple[str, Any]] = []
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        self.calls.append(("init", flags))
+        return self.answer
+
+    def cuDeviceGet(self, _handle: Any, index: int) -> int:  # noqa: N802
+        self.calls.append(("device", index))
+        return self.answer
+
+    def cuDevicePrimaryCtxSetFlags_v2(self, _handle: Any, flags: int) -> int:  # noqa: N802
+        self.calls.append(("flags", flags))
+        return self.answer
+
+
+def test_the_driver_is_asked_for_the_worker_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert sleep_while_waiting(torch.device("cuda", 3))
+    assert driver.calls == [("init", 0), ("device", 3), ("flags", 4)]
+
+
+def test_a_driver_that_refuses_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(answer=100))
+    with caplog.at_level(logging.WARNING):
+        assert not sleep_while_waiting(torch.device("cuda"))
+    assert "refused" in caplog.text
+
+
+def test_a_machine_without_driver_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with caplog.at_level(logging.WARNING):
+        assert not sleep_while_waiting(torch.device("cuda"))
+    assert "libcuda.so.1" in caplog.text

@@ -1,0 +1,253 @@
+"""Rewrites: each gives the values of the plain network, and leaves nothing of what it replaces."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from damoyolo.cuda import fuse as rewrites
+from damoyolo.cuda.fuse import RewriteOptions, focus_weight_on_pixels, merge_convs, rewrite
+from damoyolo.cuda.kernels import Activation, pixel_stride
+from damoyolo.cuda.kernels.pointwise import pointwise_conv
+from damoyolo.model.damoyolo import DamoYolo, build_model
+from damoyolo.model.layers import Focus, FoldedLayers, SpatialPyramidPooling
+from damoyolo.model.neck import FusionStage
+from damoyolo.model.variants import VARIANTS
+from damoyolo.structures import RawPredictions
+
+TOLERANCE = 1e-4  # of a tensor's largest value, in float32
+REWRITES = [field.name for field in dataclasses.fields(RewriteOptions)]
+NONE = RewriteOptions(**dict.fromkeys(REWRITES, False))
+FAMILIES = ["S", "T", "M", "Ns"]
+CLASSES = 3
+
+
+def only(name: str) -> RewriteOptions:
+    """One rewrite; or "none" of them, or "all"."""
+    if name == "all":
+        return RewriteOptions()
+    return NONE if name == "none" else dataclasses.replace(NONE, **{name: True})
+
+
+@functools.cache
+def make_model(name: str) -> DamoYolo:
+    """A folded network whose values neither fade nor blow up on the way, so that every block counts."""
+    torch.manual_seed(7)
+    model = build_model(VARIANTS[name], CLASSES, folded=True).requires_grad_(False)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        assert conv.bias is not None
+        nn.init.uniform_(conv.bias, -0.1, 0.1)
+    convs[0].weight /= 128  # of values 0..255
+    return model
+
+
+@functools.cache
+def make_pixels() -> Tensor:
+    """(2, 3, 128, 160) uint8."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (2, 3, 128, 160), dtype=torch.uint8, generator=generator)
+    return pixels.to(memory_format=torch.channels_last)
+
+
+@functools.cache
+def plain_predictions(name: str) -> RawPredictions:
+    predictions: RawPredictions = make_model(name)(make_pixels().float())
+    return predictions
+
+
+def largest_difference(found: RawPredictions, expected: RawPredictions) -> float:
+    """Over all tensors, in parts of a tensor's largest value."""
+    pairs = zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True)
+    return max(((a.cpu().float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("rewritten", ["none", *REWRITES, "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_rewrite_alone_and_all_together_give_the_values_of_the_plain_network(
+    name: str, rewritten: str
+) -> None:
+    expected = plain_predictions(name)
+    for tensor in [*expected[0], *expected[1]]:  # of which the pixels decide a good part
+        assert tensor.std(dim=(0, 2, 3)).mean() > 100 * TOLERANCE * tensor.abs().max()
+    found = rewrite(make_model(name), only(rewritten))(make_pixels())
+    assert largest_difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["L", "N"])
+def test_variants_with_more_blocks_or_another_stem_agree_as_well(name: str) -> None:
+    assert largest_difference(rewrite(make_model(name))(make_pixels()), plain_predictions(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rewritten", ["none", "all"])
+def test_pixels_of_any_type_and_layout_give_the_same(rewritten: str) -> None:
+    model, expected = rewrite(make_model("T"), only(rewritten)), plain_predictions("T")
+    for pixels in (make_pixels().contiguous(), make_pixels().float(), make_pixels().double().contiguous()):
+        assert largest_difference(model(pixels), expected) < TOLERANCE
+    between = make_pixels().float() + 0.4
+    assert largest_difference(model(between), make_model("T")(between)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rewritten", ["none", "all"])
+def test_a_rewritten_network_can_be_converted(rewritten: str) -> None:
+    model = rewrite(make_model("T"), only(rewritten)).to(torch.bfloat16)
+    found = model(make_pixels())
+    assert {tensor.dtype for level in found for tensor in level} == {torch.bfloat16}
+    assert largest_difference(found, plain_predictions("T")) < 0.1
+
+
+def test_the_network_itself_is_left_alone() -> None:
+    model = copy.deepcopy(make_model("T"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rewritten = rewrite(model)
+    for tensor in rewritten.state_dict().values():
+        tensor.zero_()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_network_as_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="folded=True"):
+        rewrite(build_model(VARIANTS["Ns"], CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "replaced"),
+    [
+        ("stem", Focus),
+        ("pooling", SpatialPyramidPooling),
+        ("pointwise", nn.Upsample),
+        ("pointwise", FusionStage),
+    ],
+)
+@pytest.mark.parametrize("name", ["S", "M"])
+def test_a_rewrite_replaces_its_blocks_and_no_other_does(
+    name: str, rewritten: str, replaced: type[nn.Module]
+) -> None:
+    for option in REWRITES:
+        kinds = {type(module) for module in rewrite(make_model(name), only(option)).modules()}
+        assert (replaced in kinds) == (option != rewritten)
+
+
+@pytest.mark.parametrize("name", ["S", "M"])
+def test_no_convolution_of_torch_is_left_but_the_depthwise_ones_of_the_mobile_variants(name: str) -> None:
+    assert not any(isinstance(module, nn.Conv2d) for module in rewrite(make_model(name)).modules())
+    left = [module for module in rewrite(make_model("Ns")).modules() if isinstance(module, nn.Conv2d)]
+    assert left
+    assert all(conv.groups == conv.in_channels for conv in left)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "L", "N"])
+def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def checked(
+        inputs: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        activation: Activation,
+        upsampled: Sequence[bool] | None,
+        out_channels: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        assert len(inputs) <= 5
+        assert not any(x.shape[1] % 8 for x in inputs)
+        assert not (upsampled and upsampled[0])
+        assert weight.is_contiguous()
+        for x in inputs:
+            pixel_stride(x)  # raises unless the memory is a list of pixels
+        calls.append(upsampled)
+        return pointwise_conv(inputs, weight, bias, activation, upsampled, out_channels)
+
+    monkeypatch.setattr(rewrites, "pointwise_conv", checked)
+    model = rewrite(make_model(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model(make_pixels())
+    assert calls.count((False, False, True)) == calls.count((False, True)) == 1
+    assert len(calls) >= 11
+
+
+def test_a_convolution_of_focus_becomes_one_of_pixels() -> None:
+    torch.manual_seed(0)
+    focus = Focus(5, nn.Identity, FoldedLayers()).double().requires_grad_(False)
+    conv, images = focus.conv.conv, torch.rand(2, 3, 12, 18, dtype=torch.float64)
+    found = F.conv2d(images, focus_weight_on_pixels(conv.weight), conv.bias, stride=2, padding=2)
+    torch.testing.assert_close(found, focus(images), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_merged_convolutions_give_both_outputs_and_then_zeros(kernel_size: int) -> None:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(4, n, kernel_size, padding=kernel_size // 2).requires_grad_(False) for n in (3, 7)]
+    x = torch.randn(2, 4, 5, 6)
+    found = merge_convs(convs, 8)(x)
+    assert found.shape[1] == 16
+    torch.testing.assert_close(found[:, :10], torch.cat([conv(x) for conv in convs], dim=1))
+    assert not found[:, 10:].any()
+
+
+def test_the_predictions_of_a_level_are_views_of_one_tensor_with_channels_in_eights() -> None:
+    class_logits, distance_logits = rewrite(make_model("S"))(make_pixels())
+    for classes, distances in zip(class_logits, distance_logits, strict=True):
+        assert classes.untyped_storage().data_ptr() == distances.untyped_storage().data_ptr()
+        assert (classes.shape[1], distances.shape[1]) == (CLASSES, 68)
+        assert pixel_stride(classes) == pixel_stride(distances) == 72
+
+
+def on_cuda(model: nn.Module, dtype: torch.dtype) -> Any:
+    return model.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "rewritten", "dtype"),
+    [
+        *[("S", rewritten, torch.float16) for rewritten in ("none", *REWRITES, "all")],
+        *[("S", "all", dtype) for dtype in (torch.float32, torch.bfloat16)],
+        *[(name, "all", torch.float16) for name in ("T", "M", "L", "Ns", "N")],
+    ],
+)
+@torch.inference_mode()
+def test_rewrites_agree_with_the_plain_network_on_a_gpu(
+    name: str, rewritten: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected, pixels = plain_predictions(name), make_pixels().cuda()
+    found = on_cuda(rewrite(make_model(name), only(rewritten)), dtype)(pixels)
+    plain = on_cuda(copy.deepcopy(make_model(name)), dtype)(
+        pixels.to(dtype, memory_format=torch.channels_last)
+    )
+    # The plain network in the same type says how far rounding alone leads away from float32 on the CPU.
+    assert largest_difference(found, expected) < 3 * largest_difference(plain, expected) + TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_a_cuda_graph_of_a_rewritten_network_replays_its_values(name: str) -> None:
+    model = on_cuda(rewrite(make_model(name)), torch.float16)
+    pixels = torch.zeros_like(make_pixels(), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model(pixels)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = model(pixels)
+    pixels.copy_(make_pixels())
+    graph.replay()
+    eager = RawPredictions(*(tuple(tensor.cpu().float() for tensor in level) for level in model(pixels)))
+    assert largest_difference(replayed, eager) < 1e-2

@@ -1,0 +1,143 @@
+"""Reading data sets: each form says the same, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.accuracy.datasets import AnnotatedObject, DatasetError, read_coco, read_voc
+
+
+def write_voc(
+    folder: Path, objects: dict[str, list[tuple[str, tuple[Any, ...], int]]], split: str = "test"
+) -> Path:
+    """A data set in Pascal-VOC form; objects: of each picture, (name, box_xyxy, difficult)."""
+    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in objects))
+    for stem, entries in objects.items():
+        (folder / "JPEGImages" / f"{stem}.jpg").write_bytes(b"picture")
+        xml = "".join(
+            f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0]}</xmin>"
+            f"<ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
+            for name, box, difficult in entries
+        )
+        text = f"<annotation><filename>{stem}.jpg</filename>{xml}</annotation>"
+        (folder / "Annotations" / f"{stem}.xml").write_text(text)
+    return folder
+
+
+def write_coco(folder: Path, **changes: Any) -> Path:
+    """A data set in COCO form with one picture, pictures lying in `folder`; changes: top-level keys."""
+    (folder / "a.jpg").write_bytes(b"picture")
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}],
+        "categories": [{"id": 3, "name": "RBC"}, {"id": 90, "name": "WBC"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 20, 30, 40]},
+            {"id": 2, "image_id": 7, "category_id": 90, "bbox": [0, 0, 5.5, 6.5], "iscrowd": 1},
+        ],
+        **changes,
+    }
+    path = folder / "instances.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_voc_boxes_are_taken_as_they_stand_and_difficult_ones_are_ignored(tmp_path: Path) -> None:
+    folder = write_voc(
+        tmp_path / "cells", {"a": [("WBC", (1, 2, 30, 40), 0)], "b": [("RBC", (5, 5, 9, 9), 1)], "c": []}
+    )
+    dataset = read_voc(folder, "test")
+    assert dataset.name == "cells:test"
+    assert dict(dataset.class_names) == {1: "RBC", 2: "WBC"}
+    assert [picture.path.name for picture in dataset.pictures] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [picture.objects for picture in dataset.pictures] == [
+        (AnnotatedObject(2, (1, 2, 30, 40)),),
+        (AnnotatedObject(1, (5, 5, 9, 9), ignored=True),),
+        (),
+    ]
+
+
+def test_coco_boxes_become_corners_and_crowds_are_ignored(tmp_path: Path) -> None:
+    dataset = read_coco(write_coco(tmp_path), tmp_path)
+    assert dict(dataset.class_names) == {3: "RBC", 90: "WBC"}
+    (picture,) = dataset.pictures
+    assert (picture.image_id, picture.path) == (7, tmp_path / "a.jpg")
+    assert picture.objects == (
+        AnnotatedObject(3, (10, 20, 40, 60)),
+        AnnotatedObject(90, (0, 0, 5.5, 6.5), ignored=True),
+    )
+
+
+def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path: Path) -> None:
+    boxes = [(0, 0, 1, 50), (0, 0, 50, 1), (4, 4, 4, 4), (9, 9, 5, 5), (0, 0, 2, 2)]
+    folder = write_voc(tmp_path / "cells", {"a": [("RBC", box, 0) for box in boxes]})
+    dataset = read_voc(folder, "test")
+    assert dataset.dropped_objects == 4
+    assert dataset.object_count == 1
+    assert dataset.pictures[0].objects[0].box_xyxy == (0, 0, 2, 2)
+
+
+def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"no split 'tset'.*there are: test"):
+        read_voc(write_voc(tmp_path / "cells", {}), "tset")
+
+
+def test_missing_pictures_are_counted_and_one_is_named(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": [], "b": []})
+    (folder / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"1 of 2 pictures .*b\.jpg"):
+        read_voc(folder, "test")
+
+
+@pytest.mark.parametrize("text", ["", "<annotation>", "<annotation><object><bndbox/></object></annotation>"])
+def test_a_broken_voc_annotation_is_named(tmp_path: Path, text: str) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": []})
+    (folder / "Annotations" / "a.xml").write_text(text)
+    with pytest.raises(DatasetError, match=r"a\.xml"):
+        read_voc(folder, "test")
+
+
+@pytest.mark.parametrize("side", ["ten", "nan", "inf", ""])
+def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": [("RBC", (1, 2, side, 4), 0)]})
+    with pytest.raises(DatasetError, match=r"a\.xml"):
+        read_voc(folder, "test")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"annotations": [{"image_id": 8, "category_id": 3, "bbox": [0, 0, 9, 9]}]},
+        {"annotations": [{"image_id": 7, "category_id": 4, "bbox": [0, 0, 9, 9]}]},
+        {"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, 9]}]},
+        {"annotations": [{"image_id": 7, "category_id": 3}]},
+        {"images": None},
+        {"categories": [{"id": 3}]},
+        {"categories": [{"id": 3, "name": "RBC"}, {"id": 90, "name": "rbc"}]},
+        {"images": [{"id": 7, "file_name": "absent.jpg"}]},
+    ],
+)
+def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match="instances"):
+        read_coco(write_coco(tmp_path, **changes), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00"])
+def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "instances.json"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=r"instances\.json"):
+        read_coco(path, tmp_path)
+
+
+def test_the_evaluation_pictures_are_read_whole(shared_dir: Path) -> None:
+    dataset = read_voc(shared_dir / "bccd", "test")
+    assert len(dataset.pictures) == 72
+    assert set(dataset.class_names.values()) == {"Platelets", "RBC", "WBC"}
+    assert dataset.object_count == 945
+    assert read_voc(shared_dir / "bccd", "trainval").dropped_objects > 0

@@ -1,0 +1,112 @@
+"""Processes measured in turn: who is asked when, what becomes of one that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.measure import backend_process as backends_process
+from lib.measure.backend_process import Method, WorkerError, WorkerProcess, measure_in_turn
+
+METHOD = Method((1, 4), rounds=3, slice_s=0.1, pictures=Path("pictures"), voc=Path("data"))
+# Seconds of a batch in the three rounds; the median is the second.
+SECONDS = {
+    ("network", 1): [0.1, 0.08, 0.05],
+    ("detector", 1): [0.3, 0.1, 0.09],
+    ("detector", 4): [0.5, 0.2, 0.1],
+}
+
+
+class StandIn:
+    """A process that answers at once and notes who was asked for what; it fails where it is told to."""
+
+    log: list[tuple[str, str, int | None]] = []  # noqa: RUF012
+    failing: dict[str, str] = {}  # noqa: RUF012
+    closed: list[str] = []  # noqa: RUF012
+
+    def __init__(self, folder: Path, device: str, method: Method) -> None:
+        self.name = folder.name
+        self.asked: dict[tuple[str, int], int] = {}
+        self._answer("load")
+        self.started = {"start_s": 1.5, "import_s": 2.0, "resident_mib": 500.0, "runs_in": self.name}
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.append(self.name)
+
+    def _answer(self, question: str, batch_size: int | None = None) -> None:
+        self.log.append((self.name, question, batch_size))
+        if self.failing.get(self.name) == question:
+            raise WorkerError("OutOfMemoryError: too large")
+
+    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+        if question != "time":
+            self._answer(question)
+            return {
+                "warm": {"peak_mib": 700.0},
+                "agreement": {"score_difference": 0.0, "box_difference_px": 0.0},
+                "ap": {"ap": 0.5},
+            }[question]
+        figure = arguments["part"], arguments["batch_size"]
+        self._answer(*figure)
+        times = self.asked[figure] = self.asked.get(figure, 0) + 1
+        return {"seconds": SECONDS[figure][times - 1]}
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends_process, "WorkerProcess", StandIn)
+    for name, empty in {"log": [], "failing": {}, "closed": []}.items():
+        monkeypatch.setattr(StandIn, name, empty)
+
+
+def measure(*names: str) -> dict[str, dict[str, Any]]:
+    return measure_in_turn({name: Path(name) for name in names}, "cpu", METHOD, Path("ref"), lambda _: None)
+
+
+def test_each_round_asks_every_process_for_a_figure_before_it_goes_on_to_the_next() -> None:
+    measure("a", "b")
+    times = [entry for entry in StandIn.log if entry[2] is not None]
+    a_round = [
+        (name, *figure)
+        for figure in (("network", 1), ("detector", 1), ("detector", 4))
+        for name in ("a", "b")
+    ]
+    assert times == 3 * a_round
+    # Memory is read before the data set is, and all have started before the first is timed.
+    assert [question for name, question, _ in StandIn.log[:4]] == ["load", "warm", "agreement", "ap"]
+    assert StandIn.log.index(("b", "ap", None)) < StandIn.log.index(times[0])
+    assert sorted(StandIn.closed) == ["a", "b"]
+
+
+def test_figures_are_medians_of_the_rounds() -> None:
+    row = measure("a")["a"]
+    assert row["network_ms"] == pytest.approx(80)
+    assert row["detector_ms"] == pytest.approx(100)
+    assert row["pictures_per_s"] == pytest.approx(10)
+    assert (row["best_pictures_per_s"], row["best_batch_size"]) == (pytest.approx(20), 4)
+    assert (row["ap"], row["start_s"], row["resident_mib"], row["peak_mib"]) == (0.5, 1.5, 500, 700)
+    assert "device_mib" not in row  # on a CPU
+
+
+@pytest.mark.parametrize("question", ["load", "warm", "ap", "detector"])
+def test_a_process_that_fails_is_a_row_not_run_and_the_others_go_on(question: str) -> None:
+    StandIn.failing["a"] = question
+    rows = measure("a", "b")
+    assert rows["a"] == {"not_run": "failed: OutOfMemoryError"}
+    assert rows["b"]["detector_ms"] == pytest.approx(100)
+    assert len([entry for entry in StandIn.log if entry[:2] == ("a", question)]) == 1  # not asked again
+
+
+def test_a_process_that_ends_says_what_it_printed(project_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "damoyolo").mkdir()  # stands for the archive's package
+    (tmp_path / "damoyolo" / "__init__.py").write_text("")
+    (tmp_path / "damoyolo" / "detector.py").write_text("import os; os.write(2, b'last words'); os._exit(3)")
+    method = Method((1,), 1, 0.1, project_dir / "tests/data/smears")
+    with pytest.raises(WorkerError, match=r"(?s)status 3.*last words") as raised:
+        WorkerProcess(tmp_path, "cpu", method)
+    assert raised.value.kind == "process ended"

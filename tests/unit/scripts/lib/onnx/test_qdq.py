@@ -1,0 +1,221 @@
+"""The QDQ form: blocks, ranges, and which values become 8-bit integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from lib.onnx.qdq import Block, QuantizationError, Ranges, calibrate, find_blocks, quantize_blocks
+from lib.onnx.quantization import export_network
+from lib.onnx.sensitivity import open_session
+
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
+from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.boxes import decode_predictions
+from damoyolo.model.damoyolo import build_model
+from damoyolo.model.variants import VARIANTS
+from damoyolo.structures import RawPredictions
+
+# Largest difference of a score, with all that may be INT8 in INT8, in pictures of 128x128.
+SCORE_TOLERANCE = 0.15
+MEAN_SCORE_TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def ranges(demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]) -> Ranges:
+    return calibrate(demo_network, smear_pixels)
+
+
+def blocks_named(network: onnx.ModelProto, *starts: str) -> list[Block]:
+    return [block for block in find_blocks(network) if block.name.startswith(starts)]
+
+
+def int8_weights(network: onnx.ModelProto) -> set[str]:
+    """Names of the float32 weights that have become int8."""
+    return {
+        tensor.name.removesuffix("_quantized")
+        for tensor in network.graph.initializer
+        if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("weight_quantized")
+    }
+
+
+def check_blocks(network: onnx.ModelProto) -> None:
+    blocks = find_blocks(network)
+    nodes = [name for block in blocks for name in block.nodes]
+    all_nodes = list(network.graph.node)
+    first = [node.op_type for node in all_nodes].index("Conv")
+    assert sorted(nodes) == sorted(node.name for node in all_nodes[first:])
+    weights = [tensor for tensor in network.graph.initializer if tensor.name.endswith(".weight")]
+    assert sum(block.weights for block in blocks) == sum(int(np.prod(tensor.dims)) for tensor in weights)
+    names = {block.name for block in blocks}
+    assert len(names) > 20
+    assert {"head.gfl_cls", "head.gfl_reg", "neck.merge_3", "neck.merge_3.convs.1"} <= names
+
+
+def test_every_node_is_in_one_block(demo_network: onnx.ModelProto) -> None:
+    check_blocks(demo_network)
+
+
+def test_every_node_of_a_csp_network_is_in_one_block() -> None:
+    check_blocks(export_network(build_model(VARIANTS["M"], 3, folded=True), "abc"))
+
+
+def test_a_sum_belongs_to_the_block_that_ends_with_it(demo_network: onnx.ModelProto) -> None:
+    kinds = {node.name: node.op_type for node in demo_network.graph.node}
+    (block,) = blocks_named(demo_network, "backbone.block_list.2.block_list.1")
+    assert sorted(kinds[name] for name in block.nodes) == ["Add", "Conv", "Conv", "Relu", "Relu"]
+
+
+def test_a_network_of_other_names_is_refused(demo_network: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(demo_network)
+    next(node for node in other.graph.node if node.op_type == "Conv").input[1] = "layer1.weight"
+    with pytest.raises(QuantizationError, match=r"layer1\.weight lie in no known block.*export_onnx\.py"):
+        find_blocks(other)
+    del other.graph.node[:]
+    with pytest.raises(QuantizationError, match="no convolutions"):
+        find_blocks(other)
+
+
+def test_calibrating_on_nothing_is_refused(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
+) -> None:
+    with pytest.raises(QuantizationError, match="no pictures to calibrate with; accepted is one at least"):
+        calibrate(demo_network, smear_pixels[:0])
+
+
+def test_means_of_ranges_lie_within_the_extremes(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], ranges: Ranges
+) -> None:
+    means = calibrate(demo_network, smear_pixels, "mean")
+    widths = {name: np.ptp(ranges[name].range_value) for name in ranges.keys()}  # noqa: SIM118
+    mean_widths = {name: np.ptp(means[name].range_value) for name in means.keys()}  # noqa: SIM118
+    assert widths.keys() == mean_widths.keys()
+    assert all(mean_widths[name] <= widths[name] * (1 + 1e-6) for name in widths)
+    assert sum(mean_widths.values()) < sum(widths.values())
+
+
+def test_only_the_chosen_blocks_become_int8(demo_network: onnx.ModelProto, ranges: Ranges) -> None:
+    chosen = blocks_named(demo_network, "backbone.block_list.3", "neck.merge_5")
+    quantized = quantize_blocks(demo_network, ranges, chosen)
+    expected = {
+        node.input[1]
+        for node in demo_network.graph.node
+        if node.op_type == "Conv" and any(node.name in block.nodes for block in chosen)
+    }
+    assert len(expected) == 15
+    onnx.checker.check_model(quantized)
+    assert int8_weights(quantized) == expected
+    # The convolutions of the others have their weights as they were.
+    floats = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    kept = {node.input[1] for node in demo_network.graph.node if node.op_type == "Conv"} - expected
+    before = {tensor.name: tensor for tensor in demo_network.graph.initializer}
+    for name in kept:
+        assert floats[name].data_type == TensorProto.FLOAT
+        np.testing.assert_array_equal(
+            numpy_helper.to_array(floats[name]), numpy_helper.to_array(before[name])
+        )
+    assert int8_weights(demo_network) == set()
+
+
+def test_weights_have_a_scale_a_channel_and_no_zero_point(
+    demo_network: onnx.ModelProto, ranges: Ranges
+) -> None:
+    quantized = quantize_blocks(demo_network, ranges, blocks_named(demo_network, "neck.bu_conv13"))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    (weight,) = int8_weights(quantized)
+    assert values[f"{weight}_scale"].shape == values[f"{weight}_quantized"].shape[:1]
+    assert not values[f"{weight}_zero_point"].any()
+
+
+def test_grey_levels_pass_exactly_into_a_quantised_stem(
+    demo_network: onnx.ModelProto, ranges: Ranges
+) -> None:
+    quantized = quantize_blocks(demo_network, ranges, find_blocks(demo_network))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    entry = next(node for node in demo_network.graph.node if node.op_type == "Conv").input[0]
+    first = next(
+        node for node in quantized.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == entry
+    )
+    assert (values[first.input[1]], values[first.input[2]]) == (1.0, 0)
+
+
+def test_for_tensorrt_there_are_no_zero_points_and_no_quantised_biases(
+    demo_network: onnx.ModelProto, ranges: Ranges
+) -> None:
+    blocks = blocks_named(demo_network, "backbone.block_list.2", "neck")
+    quantized = quantize_blocks(demo_network, ranges, blocks, "tensorrt")
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    pairs = [node for node in quantized.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    for node in pairs:
+        assert values[node.input[2]].dtype == np.int8
+        assert not values[node.input[2]].any()
+    producers = {name: node.op_type for node in quantized.graph.node for name in node.output}
+    for node in quantized.graph.node:
+        if node.op_type == "Conv":
+            assert node.input[2] not in producers
+    assert sum(node.op_type == "Relu" for node in quantized.graph.node) == 75
+
+
+def run_onnxruntime(network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
+    outputs: Sequence[NDArray[np.float32]] = open_session(network).run(
+        list(OUTPUT_NAMES), {INPUT_NAME: pixels}
+    )
+    return outputs
+
+
+def run_openvino(network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
+    core = import_openvino().Core()
+    compiled = core.compile_model(core.read_model(network.SerializeToString()), "CPU")
+    found = compiled(pixels)
+    return [found[name].copy() for name in OUTPUT_NAMES]
+
+
+@pytest.mark.parametrize("run", [run_onnxruntime, run_openvino])
+def test_int8_agrees_with_float32_in_both_engines(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], ranges: Ranges, run: object
+) -> None:
+    assert callable(run)
+    quantized = quantize_blocks(demo_network, ranges, blocks_named(demo_network, "backbone", "neck"))
+    scores, boxes_xyxy = decoded(run(quantized, smear_pixels))
+    expected_scores, expected_boxes_xyxy = decoded(run_onnxruntime(demo_network, smear_pixels))
+    difference = (scores - expected_scores).abs()
+    assert 0 < float(difference.max()) < SCORE_TOLERANCE
+    assert float(difference.mean()) < MEAN_SCORE_TOLERANCE
+    confident = expected_scores.amax(dim=-1) > 0.5
+    assert confident.any()
+    assert float((boxes_xyxy - expected_boxes_xyxy)[confident].abs().median()) < 1.0
+
+
+def decoded(outputs: Sequence[NDArray[np.float32]]) -> tuple[torch.Tensor, torch.Tensor]:
+    raw: RawPredictions = as_predictions([torch.from_numpy(output) for output in outputs])
+    return decode_predictions(raw)
+
+
+def test_equal_pictures_give_equal_bytes(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    blocks = blocks_named(demo_network, "backbone.block_list.4")
+    first, second = (
+        quantize_blocks(demo_network, calibrate(demo_network, smear_pixels), blocks).SerializeToString()
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_nothing_chosen_is_the_network_itself(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], ranges: Ranges
+) -> None:
+    same = quantize_blocks(demo_network, ranges, [])
+    for found, expected in zip(
+        run_onnxruntime(same, smear_pixels), run_onnxruntime(demo_network, smear_pixels), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,123 @@
+"""Weights from a file, an address or a name, and the checks on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from lib.packaging import weights as weights_source
+from lib.packaging.weights import WeightsError, fetch_weights
+
+CONTENT = b"weights " * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class FakeResponse:
+    """An answer of a web server, as far as the download looks at it."""
+
+    def __init__(self, url: str, content: bytes, length: int | None) -> None:
+        self.url = url
+        self.headers = {} if length is None else {"Content-Length": str(length)}
+        self._content = content
+
+    def __enter__(self) -> FakeResponse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def raise_for_status(self) -> None:
+        """It is 200."""
+
+    def iter_content(self, size: int) -> Iterator[bytes]:
+        for first in range(0, len(self._content), size):
+            yield self._content[first : first + size]
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the web answers next, and which addresses were asked for."""
+    state: dict[str, Any] = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "asked": []}
+
+    def get(url: str, **options: Any) -> FakeResponse:
+        assert options["timeout"]
+        state["asked"].append(url)
+        return FakeResponse(state["leads_to"] or url, state["content"], state["length"])
+
+    monkeypatch.setattr(requests, "get", get)
+    return state
+
+
+def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth"
+    path.write_bytes(CONTENT)
+    assert fetch_weights(str(path)) == path
+    assert fetch_weights(str(path), SHA256.upper()) == path
+    with pytest.raises(WeightsError, match=SHA256):
+        fetch_weights(str(path), "0" * 64)
+
+
+def test_an_address_is_downloaded_once(web: dict[str, Any], tmp_path: Path) -> None:
+    for _ in range(2):
+        path = fetch_weights("https://example.org/a/model.pth", SHA256, tmp_path)
+        assert path.name == "model.pth"
+        assert path.read_bytes() == CONTENT
+    assert web["asked"] == ["https://example.org/a/model.pth"]
+    other = fetch_weights("https://example.org/b/model.pth", SHA256, tmp_path)
+    assert other != path
+
+
+def test_an_official_name_becomes_its_address(web: dict[str, Any], tmp_path: Path) -> None:
+    path = fetch_weights("damoyolo_tinynasL25_S_477", cache_dir=tmp_path)
+    assert path.read_bytes() == CONTENT
+    (asked,) = web["asked"]
+    assert asked.startswith("https://")
+    assert asked.endswith("/damoyolo_tinynasL25_S_477.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"content": CONTENT[:-1]}, "7999 of 8000 bytes"),
+        ({"content": b"x" * 8000}, "SHA-256"),
+        ({"leads_to": "http://example.org/model.pth"}, "only https"),
+    ],
+)
+def test_a_download_that_went_wrong_leaves_nothing_behind(
+    web: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    web.update(change)
+    with pytest.raises(WeightsError, match=message):
+        fetch_weights("https://example.org/model.pth", SHA256, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web: dict[str, Any], tmp_path: Path) -> None:
+    path = fetch_weights("https://example.org/model.pth", cache_dir=tmp_path)
+    with pytest.raises(WeightsError, match=f"delete {path}"):
+        fetch_weights("https://example.org/model.pth", "0" * 64, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["http://example.org/model.pth", "ftp://example.org/model.pth"])
+def test_only_https_is_downloaded(web: dict[str, Any], tmp_path: Path, source: str) -> None:
+    with pytest.raises(WeightsError, match="only https"):
+        fetch_weights(source, cache_dir=tmp_path)
+    assert web["asked"] == []
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="damoyolo_tinynasL25_S_477"):
+        fetch_weights("damoyolo_s", cache_dir=tmp_path)
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DAMOYOLO_CACHE", str(tmp_path))
+    assert weights_source.default_cache_dir() == tmp_path
+    monkeypatch.delenv("DAMOYOLO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert weights_source.default_cache_dir() == tmp_path / "damoyolo"

@@ -1,0 +1,139 @@
+"""The command that sends pictures, against a stand-in server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import detect
+from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
+
+CELL = {"class_id": 1, "label": "RBC", "score": 0.912, "bbox": [1.0, 2.0, 30.5, 40.0]}
+
+
+def judge(asked: Asked) -> Reply:
+    """No detection in an empty slide, an error for a bad picture, one cell in any other."""
+    if asked.body == b"bad":
+        return failed(415, "UnsupportedImage", "no picture")
+    if asked.headers["X-Detect-Format"] == "jpeg":
+        return Reply(body=b"drawn " + asked.body)
+    return found() if asked.body == b"empty" else found(CELL)
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    folder = tmp_path / "slides"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.jpg", "a.PNG", "more/b.jpg", "notes.txt"):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_a_folder_gives_its_pictures_in_order_and_sub_folders_only_when_asked(slides: Path) -> None:
+    assert detect.find_pictures([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
+    assert slides / "more" / "b.jpg" in detect.find_pictures([slides], recursive=True)
+    assert detect.find_pictures([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
+
+
+def test_drawn_pictures_have_names_of_their_own(slides: Path) -> None:
+    pictures = [Path("x/a.jpg"), Path("y/a.jpg"), Path("a.png"), Path("a_detections.jpg")]
+    names = detect.drawn_names(pictures)
+    assert len(set(names)) == 4
+    assert not {picture.name for picture in pictures} & set(names)
+
+
+def test_the_table_has_a_row_for_each_detection_and_each_empty_picture(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slides / "c.jpg").write_bytes(b"empty")
+    with StandInServer(judge) as server:
+        assert detect.main([str(slides), "--url", server.url]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["picture", "class", "score", "x1", "y1", "x2", "y2"]
+    assert rows[2] == [str(slides / "b.jpg"), "RBC", "0.912", "1.0", "2.0", "30.5", "40.0"]
+    assert rows[3] == [str(slides / "c.jpg"), "(nothing)"]
+    assert err == ""
+
+
+def test_a_failed_picture_is_named_and_the_others_are_answered(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slides / "a.PNG").write_bytes(b"bad")
+    json_lines = slides.parent / "new" / "out.jsonl"
+    with StandInServer(judge) as server:
+        code = detect.main([str(slides), "--recursive", "--url", server.url, "--jsonl", str(json_lines)])
+    out, err = capsys.readouterr()
+    assert code == 1
+    assert "1 of 3 pictures failed" in err
+    assert f"{slides / 'a.PNG'}: 415 UnsupportedImage: no picture" in err
+    assert out.count("RBC") == 2
+    rows = [json.loads(line) for line in json_lines.read_text().splitlines()]
+    assert [row["picture"] for row in rows] == [
+        str(slides / name) for name in ("a.PNG", "b.jpg", "more/b.jpg")
+    ]
+    assert rows[0]["error"] == {"code": 415, "type": "UnsupportedImage", "message": "no picture"}
+    assert rows[1]["detections"] == [CELL]
+
+
+def test_drawn_pictures_are_written_beside_nothing_else(slides: Path) -> None:
+    output = slides.parent / "drawn"
+    with StandInServer(judge) as server:
+        assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        "a_detections.jpg": b"drawn a.PNG",
+        "b_detections.jpg": b"drawn b.jpg",
+        "b_detections_2.jpg": b"drawn more/b.jpg",
+    }
+
+
+def test_options_reach_the_server(slides: Path) -> None:
+    options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
+    with StandInServer(judge) as server:
+        detect.main(
+            [str(slides / "b.jpg"), "--url", server.url, *options, "--classes", "RBC, 2", "--class-agnostic"]
+        )
+    headers = server.asked[0].headers
+    assert headers["X-Detect-Score-Threshold"] == "0.5"
+    assert headers["X-Detect-Iou-Threshold"] == "0.6"
+    assert headers["X-Detect-Max-Detections"] == "7"
+    assert headers["X-Detect-Classes"] == "RBC,2"
+    assert headers["X-Detect-Class-Agnostic"] == "true"
+
+
+def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StandInServer(judge) as server:
+        detect.main([str(slides), "--url", server.url, "--progress"])
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_without_a_server_it_says_what_to_start(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StandInServer(judge) as server:
+        url = server.url
+    assert detect.main([str(slides), "--url", url]) == 2
+    assert "scripts/serve.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("absent.jpg", "does not exist"), ("hollow", "--recursive")])
+def test_a_path_without_pictures_is_named(
+    slides: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    (slides / "hollow").mkdir()
+    assert detect.main([str(slides / name)]) == 2
+    err = capsys.readouterr().err
+    assert name in err
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--score-threshold=1.5", "--iou-threshold=nan", "--max-detections=0", "--timeout=inf", "--classes=a,,b"],
+)
+def test_a_value_out_of_range_is_a_usage_error(slides: Path, option: str) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        detect.main([str(slides), option])
+    assert exit_info.value.code == 2

@@ -1,0 +1,296 @@
+"""The evaluation, of a stand-in server and of a stand-in detector."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from damoyolo.config import ServingConfig
+from damoyolo.errors import CorruptImageError, RequestError
+from damoyolo.structures import DetectionOptions, Detections
+from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
+
+NAMES = ("Platelets", "RBC", "WBC")
+# The pictures' bytes are their names; what is in each: class and box_xyxy.
+TRUTH = {
+    "a.jpg": [("RBC", (10, 10, 60, 70)), ("WBC", (100, 100, 250, 240))],
+    "b.jpg": [("RBC", (20, 30, 80, 90)), ("Platelets", (5, 5, 6, 30))],
+    "c.jpg": [],
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Arguments that name a data set of TRUTH in COCO form; one of its objects is too small."""
+    annotations: list[dict[str, Any]] = []
+    for image_id, (name, objects) in enumerate(TRUTH.items(), start=1):
+        (tmp_path / name).write_bytes(name.encode())
+        for label, (x1, y1, x2, y2) in objects:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            annotations.append({"image_id": image_id, "category_id": NAMES.index(label), "bbox": box})
+    content = {
+        "images": [{"id": image_id, "file_name": name} for image_id, name in enumerate(TRUTH, start=1)],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(NAMES)],
+        "annotations": annotations,
+    }
+    (tmp_path / "cells.json").write_text(json.dumps(content))
+    return ["--coco", str(tmp_path / "cells.json"), "--pictures", str(tmp_path)]
+
+
+def perfect(asked: Asked) -> Reply:
+    """Everything in the picture, with labels in another case than the data set's."""
+    objects = TRUTH[asked.body.decode()]
+    return found(
+        *({"class_id": 0, "label": label.lower(), "score": 0.9, "bbox": list(box)} for label, box in objects)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and what it imports
+def test_a_perfect_server_is_reported_with_every_knob_and_version(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "other" / "plot.png"
+    with StandInServer(perfect) as server:
+        command = [
+            *data,
+            "--url",
+            server.url,
+            "--json",
+            str(rows),
+            "--plot",
+            str(plot),
+            "--note",
+            "fp32 workers",
+        ]
+        assert evaluate.main(command) == 0
+        assert evaluate.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "3 pictures, 3 objects of 3 classes; 1 objects under 2 px dropped" in out
+    assert "pictures per second" in out
+    assert err == ""
+    first, second = (json.loads(line) for line in rows.read_text().splitlines())
+    assert first.keys() == second.keys()
+    assert (first["ap"], first["ap50"], first["ap75"]) == pytest.approx((1, 1, 1))
+    assert set(first["per_class"]) == {"RBC", "WBC"}
+    expected = {
+        "data_set": "cells",
+        "pictures": 3,
+        "objects": 3,
+        "dropped_objects": 1,
+        "predictions": 4,
+        "score_threshold": 0.05,
+        "iou_threshold": 0.7,
+        "max_detections": 500,
+        "in_flight": 8,
+        "note": "fp32 workers",
+        "url": server.url,
+    }
+    assert {name: first[name] for name in expected} == expected
+    assert {"python", "torch", "torchvision", "pycocotools"} <= first["versions"].keys()
+    assert first["pictures_per_s"] > 0
+    with Image.open(plot) as picture:
+        assert picture.format == "PNG"
+
+
+def test_the_evaluation_defaults_reach_the_server(data: list[str]) -> None:
+    with StandInServer(perfect) as server:
+        evaluate.main([*data, "--url", server.url, "--classes", "RBC,WBC,Platelets"])
+    for asked in server.asked:
+        assert asked.headers["X-Detect-Score-Threshold"] == "0.05"
+        assert asked.headers["X-Detect-Iou-Threshold"] == "0.7"
+        assert asked.headers["X-Detect-Max-Detections"] == "500"
+        assert asked.headers["X-Detect-Classes"] == "RBC,WBC,Platelets"
+
+
+def test_labels_that_the_data_set_does_not_know_are_all_named(
+    data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [
+        {"class_id": 0, "label": label, "score": 0.9, "bbox": [0, 0, 9, 9]} for label in ("cat", "RBC", "dog")
+    ]
+    with StandInServer(lambda asked: found(*others)) as server:
+        assert evaluate.main([*data, "--url", server.url]) == 1
+    assert "no class is called cat, dog; there are Platelets, RBC, WBC" in capsys.readouterr().err
+
+
+def test_a_failed_picture_means_no_figures(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_b(asked: Asked) -> Reply:
+        return failed(422, "CorruptImage", "cut off") if asked.body == b"b.jpg" else perfect(asked)
+
+    with StandInServer(refuse_b) as server:
+        assert evaluate.main([*data, "--url", server.url, "--json", str(tmp_path / "rows")]) == 1
+    out, err = capsys.readouterr()
+    assert "b.jpg: 422 CorruptImage: cut off" in err
+    assert "AP50" not in out
+    assert not (tmp_path / "rows").exists()
+
+
+def test_no_detection_at_all_is_said_in_words(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with StandInServer(lambda asked: found()) as server:
+        assert evaluate.main([*data, "--url", server.url]) == 1
+    assert "nothing was detected in the 3 pictures" in capsys.readouterr().err
+
+
+def test_a_data_set_without_pictures_is_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("\n")
+    assert evaluate.main(["--voc", str(tmp_path)]) == 1
+    assert "has no pictures" in capsys.readouterr().err
+
+
+def test_without_a_server_it_says_what_to_start(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with StandInServer(perfect) as server:
+        url = server.url
+    assert evaluate.main([*data, "--url", url]) == 1
+    assert "scripts/serve.py" in capsys.readouterr().err
+
+
+def test_a_progress_bar_is_shown_when_forced(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with StandInServer(perfect) as server:
+        evaluate.main([*data, "--url", server.url, "--progress"])
+    assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--coco", "a.json"],
+        ["--pictures", "dir", "--voc", "dir"],
+        ["--voc", "dir", "--coco", "a.json", "--pictures", "dir"],
+        ["--voc", "dir", "--precision", "fp16"],
+        ["--voc", "dir", "--variant", "S"],
+        ["--voc", "dir", "--archive", "a.mar", "--weights", "a.pth"],
+        ["--voc", "dir", "--archive", "a.mar", "--in-flight", "4"],
+        ["--voc", "dir", "--score-threshold", "2"],
+    ],
+)
+def test_arguments_that_contradict_each_other_are_a_usage_error(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.main(arguments)
+    assert exit_info.value.code == 2
+
+
+class StandInDetector:
+    """Finds what TRUTH says; knows the classes in an order of its own."""
+
+    class_names = ("WBC", "RBC", "Platelets")
+
+    def __init__(self) -> None:
+        self.config = ServingConfig(class_names=self.class_names)
+        self.engine = self
+        self.name = "pytorch"
+        self.precision = "fp32"
+        self.batches: list[tuple[list[bytes], list[DetectionOptions]]] = []
+
+    def detect(
+        self, pictures: Sequence[bytes], options: Sequence[DetectionOptions]
+    ) -> list[Detections | RequestError]:
+        self.batches.append((list(pictures), list(options)))
+        return [self._detections(TRUTH[picture.decode()]) for picture in pictures]
+
+    def _detections(self, objects: Sequence[tuple[str, Any]]) -> Detections | RequestError:
+        return Detections(
+            np.array([box for _, box in objects], np.float32).reshape(-1, 4),
+            np.full(len(objects), 0.9, np.float32),
+            np.array([self.class_names.index(label) for label, _ in objects], np.int64),
+            (480, 640),
+        )
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch) -> StandInDetector:
+    """What loading an archive gives."""
+    from damoyolo.detector import Detector
+
+    stand_in = StandInDetector()
+
+    def from_archive_dir(
+        model_dir: Path, device: Any, precision: str | None, backend: str | None
+    ) -> StandInDetector:
+        assert (model_dir / "model-config.yaml").is_file()
+        return stand_in
+
+    monkeypatch.setattr(Detector, "from_archive_dir", from_archive_dir)
+    return stand_in
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "damoyolo.mar"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model-config.yaml", "handler: {}")
+    return path
+
+
+def test_an_archive_is_unpacked_and_evaluated_in_batches(
+    data: list[str], archive: Path, detector: StandInDetector, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows"
+    command = [*data, "--archive", str(archive), "--batch-size", "2", "--device", "cpu", "--json", str(rows)]
+    assert evaluate.main(command) == 0
+    row = json.loads(rows.read_text())
+    assert (row["ap"], row["backend"], row["precision"]) == (pytest.approx(1), "pytorch", "fp32")
+    assert row["batch_size"] == 2
+    assert row["device"].startswith("cpu")
+    warm_up, *batches = [pictures for pictures, _ in detector.batches]
+    assert warm_up == [b"a.jpg"]
+    assert batches == [[b"a.jpg", b"b.jpg"], [b"c.jpg"]]
+    assert {option for _, options in detector.batches for option in options} == {
+        DetectionOptions(0.05, 0.7, 500)
+    }
+
+
+def test_classes_become_the_detectors_own_ids(
+    data: list[str], archive: Path, detector: StandInDetector
+) -> None:
+    assert (
+        evaluate.main([*data, "--archive", str(archive), "--device", "cpu", "--classes", "platelets,WBC"])
+        == 0
+    )
+    assert detector.batches[0][1][0].class_ids == (2, 0)
+
+
+def test_a_detector_without_a_class_of_the_data_set_is_refused_before_work_begins(
+    data: list[str], archive: Path, detector: StandInDetector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector.config = ServingConfig(class_names=("person", "RBC"))
+    assert evaluate.main([*data, "--archive", str(archive), "--device", "cpu"]) == 1
+    assert "no class is called Platelets, WBC; there are person, RBC" in capsys.readouterr().err
+    assert detector.batches == []
+
+
+def test_an_error_of_the_detector_names_the_picture(
+    data: list[str],
+    archive: Path,
+    detector: StandInDetector,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(detector, "_detections", lambda objects: CorruptImageError("cut off"))
+    assert evaluate.main([*data, "--archive", str(archive), "--device", "cpu"]) == 1
+    assert "a.jpg: cut off" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_archive_is_named(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.mar"
+    broken.write_bytes(b"no zip")
+    for path in (broken, tmp_path / "absent.mar"):
+        assert evaluate.main([*data, "--archive", str(path), "--device", "cpu"]) == 1
+        err = capsys.readouterr().err
+        assert path.name in err
+        assert "build_archive.py" in err
