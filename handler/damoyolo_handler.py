@@ -19,9 +19,9 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from damoyolo.config import ServingConfig
 from damoyolo.counters import CounterKey, CounterTotals
-from damoyolo.cuda.blocking_sync import sleep_while_waiting
+from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
-from damoyolo.cuda.startup_lock import turn_on_device
+from damoyolo.cuda.startup_lock import exclusive_device_lock
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.service import DetectionService
@@ -58,11 +58,11 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
             use_compiled_kernels(model_dir)
-        with turn_on_device(device):
+        with exclusive_device_lock(device):
             detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
             detector.warm_up(detector.config.warmup_batch_sizes)
-        engine = detector.engine
-        logger.info("the network runs in %s, %s, on %s", engine.name, engine.precision, device)
+        backend = detector.pipeline
+        logger.info("the network runs in %s, %s, on %s", backend.name, backend.precision, device)
 
         self.service = DetectionService(detector)
         self.clock = StageClock(device)
@@ -108,12 +108,12 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
-    """Take a worker's share of the cores. Ahead of the detector: every engine takes PyTorch's threads."""
+    """Take a worker's share of the cores. Ahead of the detector: every backend takes PyTorch's threads."""
     cores = len(os.sched_getaffinity(0))
     if device.type == "cpu":
         # More threads than cores slow all of them down.
         torch.set_num_threads(config.compute_threads or max(1, cores // workers))
         return
-    if config.device_wait == "sleep" or (config.device_wait == "auto" and 2 * workers > cores):
-        sleep_while_waiting(device)
+    if config.cuda_sync == "blocking" or (config.cuda_sync == "auto" and 2 * workers > cores):
+        enable_blocking_sync(device)
     torch.cuda.set_device(device)

@@ -1,9 +1,9 @@
-"""Writes the table of models, engines and precisions into docs/backends.md, measured on this machine.
+"""Writes the table of models, backends and precisions into docs/backends.md, measured on this machine.
 
     python scripts/benchmark_backends.py --voc ../shared/bccd
     python scripts/benchmark_backends.py --weights s.pth t.pth --class-names names.txt --onnx s_int8.onnx
 
-For each of the weights, engines and precisions an archive is built (scripts/build_archive.py) and measured
+For each of the weights, backends and precisions an archive is built (scripts/build_archive.py) and measured
 in a process of its own. Those of one model take turns. On a machine with a GPU the GPU's section is written,
 else the CPU's; the other one stays. Rows that cannot run here are listed with the reason. Rows of the same
 archive, machine and method are taken from the JSON file if it has them.
@@ -29,10 +29,10 @@ import torch
 from lib.accuracy.datasets import DatasetError, read_voc
 from lib.archive.reader import unpacked
 from lib.cli import positive_int, positive_seconds
-from lib.images import read_pictures
+from lib.images import read_images
 from lib.measure.backend_document import DocumentError, has_figures, section_text, write_section
 from lib.measure.backend_process import Method, measure_in_turn, write_reference
-from lib.measure.backend_rows import LIBRARIES, EngineRow, Machine, reason_not_run, rows_of
+from lib.measure.backend_rows import LIBRARIES, BackendRow, Machine, reason_not_run, rows_of
 from lib.measure.environment import environment, installed_versions
 from lib.measure.timing import append_json_rows
 from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive, content_digest
@@ -46,7 +46,7 @@ from damoyolo.model.checkpoint import load_checkpoint
 DEFAULT_DOCUMENT = PROJECT_DIR / "docs" / "backends.md"
 DEFAULT_ROWS = PROJECT_DIR / "output" / "benchmark_backends.jsonl"
 DEFAULT_BATCH_SIZES = {"cpu": (1, 4, 8), "cuda": (1, 8, 32, 64)}
-COMPARED_PICTURES = 8  # as many raw predictions are compared with float32
+COMPARED_IMAGES = 8  # as many raw predictions are compared with float32
 BUILD_TIMEOUT_S = 3600.0
 Row = dict[str, Any]
 
@@ -93,12 +93,12 @@ def read_models(
             )
         models[variant] = Model(path, variant, class_names)
     for file in onnx_files:
-        from lib.onnx.export import read_facts
+        from lib.onnx.export import read_onnx_metadata
         from lib.packaging.weights import folded_network
 
         from damoyolo.backends.onnx_metadata import weights_digest
 
-        facts = read_facts(file)
+        facts = read_onnx_metadata(file)
         model = models.get(facts.variant)
         if model is None or facts.weights_digest != weights_digest(
             folded_network(model.weights, model.variant, len(class_names))
@@ -114,7 +114,7 @@ def read_models(
     return list(models.values())
 
 
-def build_row_archive(model: Model, row: EngineRow, method: Method, folder: Path) -> Archive:
+def build_row_archive(model: Model, row: BackendRow, method: Method, folder: Path) -> Archive:
     """The archive of a row, in a new folder."""
     if row.backend == "tensorrt":
         return _build_tensorrt(model, row, method, folder)
@@ -125,7 +125,7 @@ def build_row_archive(model: Model, row: EngineRow, method: Method, folder: Path
         onnx=model.int8_file if row.quantised else None,
         output_dir=folder,
         # Sizes up to it are recorded on CUDA.
-        model_settings={"batchSize": max(COMPARED_PICTURES, *method.batch_sizes)},
+        model_settings={"batchSize": max(COMPARED_IMAGES, *method.batch_sizes)},
         serving={"backend": row.backend, "precision": row.precision},
     )
     try:
@@ -136,8 +136,8 @@ def build_row_archive(model: Model, row: EngineRow, method: Method, folder: Path
     return Archive(report.path, report.digest)
 
 
-def _build_tensorrt(model: Model, row: EngineRow, method: Method, folder: Path) -> Archive:
-    """By scripts/build_tensorrt.py, which proves the engine before there is an archive."""
+def _build_tensorrt(model: Model, row: BackendRow, method: Method, folder: Path) -> Archive:
+    """By scripts/build_tensorrt.py, which proves the backend before there is an archive."""
     from lib.onnx.export import export_onnx
     from lib.packaging.weights import folded_network
 
@@ -156,7 +156,7 @@ def _build_tensorrt(model: Model, row: EngineRow, method: Method, folder: Path) 
     path = folder / "damoyolo.mar"
     if built.returncode != 0 or not path.is_file():
         say(f"{row.name}: {built.stderr}")
-        return Archive(None, reason="engine not built or refused")
+        return Archive(None, reason="backend not built or refused")
     return Archive(path, content_digest(path))
 
 
@@ -180,7 +180,7 @@ def measure_model(
     machine: str,
     known: Path | None,
 ) -> list[Row]:
-    """A row for each engine of a device, in the order of the table; new ones have "new": True.
+    """A row for each backend of a device, in the order of the table; new ones have "new": True.
 
     reasons: by the names of the rows, why they are not run, or None. known: file of rows measured before.
     """
@@ -189,7 +189,7 @@ def measure_model(
     turn = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="backends-") as name, ExitStack() as stack:
         for row in rows_of(device):
-            facts: Row = {"variant": model.variant, "device": device, "engine": row.name}
+            facts: Row = {"variant": model.variant, "device": device, "backend": row.name}
             if (reason := reasons[row.name]) is not None:
                 rows[row.name] = {**facts, "not_run": reason}
                 continue
@@ -212,18 +212,18 @@ def measure_model(
             to_measure[row.name] = stack.enter_context(unpacked(archive.path))
         if to_measure:
             reference = Path(name) / "reference.pt"
-            write_reference(reference, next(iter(to_measure.values())), device, compared_pictures(method))
-            for engine, figures in measure_in_turn(to_measure, device, method, reference, say).items():
-                rows[engine] |= figures
+            write_reference(reference, next(iter(to_measure.values())), device, compared_images(method))
+            for backend, figures in measure_in_turn(to_measure, device, method, reference, say).items():
+                rows[backend] |= figures
     return list(rows.values())
 
 
-def compared_pictures(method: Method) -> list[bytes]:
-    """The pictures whose raw predictions are compared: of the data set, if there is one."""
+def compared_images(method: Method) -> list[bytes]:
+    """The images whose raw predictions are compared: of the data set, if there is one."""
     if method.voc is None:
-        return read_pictures(method.pictures)[:COMPARED_PICTURES]
-    pictures = read_voc(method.voc, "test").pictures[:COMPARED_PICTURES]
-    return [picture.path.read_bytes() for picture in pictures]
+        return read_images(method.images)[:COMPARED_IMAGES]
+    images = read_voc(method.voc, "test").images[:COMPARED_IMAGES]
+    return [image.path.read_bytes() for image in images]
 
 
 def machine_line(device: str) -> str:
@@ -255,13 +255,13 @@ def _run(arguments: argparse.Namespace) -> None:
         batch_sizes=tuple(sorted({1, *(arguments.batch_sizes or DEFAULT_BATCH_SIZES[device])})),
         rounds=arguments.rounds,
         slice_s=arguments.slice_s,
-        pictures=arguments.pictures,
+        images=arguments.images,
         voc=arguments.voc,
         threads=arguments.threads,
     )
     # Mistakes that would show after minutes only.
     has_figures(arguments.document, device)
-    read_pictures(method.pictures)
+    read_images(method.images)
     if method.voc is not None:
         read_voc(method.voc, "test")
     class_names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
@@ -269,7 +269,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     def reasons(model: Model, of_device: str) -> dict[str, str | None]:
         left_out = {
-            row.name: "left out" for row in rows_of(of_device) if row.backend not in arguments.engines
+            row.name: "left out" for row in rows_of(of_device) if row.backend not in arguments.backends
         }
         return {
             row.name: left_out.get(row.name)
@@ -292,7 +292,7 @@ def _run(arguments: argparse.Namespace) -> None:
     write_section(arguments.document, device, section_text(rows, device, how if any_figures else None))
     if not machine.has_gpu and not has_figures(arguments.document, "cuda"):
         absent: list[Row] = [
-            {"variant": model.variant, "engine": name, "not_run": reason}
+            {"variant": model.variant, "backend": name, "not_run": reason}
             for model in models
             for name, reason in reasons(model, "cuda").items()
         ]
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), help="section to measure (a GPU where there is one)"
     )
     parser.add_argument(
-        "--engines", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="to measure (all)"
+        "--backends", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES), help="to measure (all)"
     )
     parser.add_argument(
         "--batch-sizes", nargs="+", type=positive_int, help="beside 1 (CPU: 4 8, GPU: 8 32 64)"
@@ -338,9 +338,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slice-s", type=positive_seconds, default=0.3, help="seconds of a turn (%(default)s)"
     )
-    parser.add_argument("--threads", type=positive_int, help="of every engine (default: PyTorch's own)")
+    parser.add_argument("--threads", type=positive_int, help="of every backend (default: PyTorch's own)")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         default=SAMPLE_IMAGES,
         help="folder of JPEGs for the timing",

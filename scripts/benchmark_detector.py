@@ -25,8 +25,8 @@ from lib.accuracy.datasets import DetectionDataset, read_voc
 from lib.accuracy.predictors import EVALUATION_OPTIONS, detector_predictor, gather_predictions
 from lib.archive.reader import load_detector
 from lib.cli import positive_int
-from lib.images import cycled, read_pictures
-from lib.measure.ablation import BASELINE, Network, Rung, flop_a_picture, ready_calls, rungs
+from lib.images import cycled, read_images
+from lib.measure.ablation import BASELINE, AblationStep, Network, ablation_steps, flop_per_image, ready_calls
 from lib.measure.calls import batch_calls
 from lib.measure.environment import environment
 from lib.measure.timing import Call, append_json_rows, format_table, interleaved_medians_s
@@ -36,13 +36,14 @@ from lib.paths import DEMO_ARCHIVE, DEMO_WEIGHTS, SAMPLE_IMAGES
 from damoyolo.backends.precision import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.detector import Detector
+from damoyolo.pipeline import EagerPipeline
 from damoyolo.structures import RawPredictions
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another chip
 Row = dict[str, Any]
 
 
-def measure_ladder(ladder: Sequence[Rung], pixels: Tensor) -> list[Row]:
+def measure_ablation(ablation: Sequence[AblationStep], pixels: Tensor) -> list[Row]:
     """One row a rung for the batch `pixels`, in the order of the ladder.
 
     pixels: (B, 3, H, W) uint8 on the device. A rung that runs out of memory has no figures.
@@ -51,19 +52,19 @@ def measure_ladder(ladder: Sequence[Rung], pixels: Tensor) -> list[Row]:
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
     reference: tuple[Tensor, Tensor] | None = None
-    for rung, call in _survivors(ladder, pixels, rows):
-        rows[rung.name]["peak_mib"] = _peak_mib(call, device)
+    for step, call in _survivors(ablation, pixels, rows):
+        rows[step.name]["peak_mib"] = _peak_mib(call, device)
         scores, boxes_xyxy = decode_predictions(RawPredictions(*map(tuple, call())))
         scores, boxes_xyxy = scores.cpu(), boxes_xyxy.cpu()
         reference = reference or (scores, boxes_xyxy)
         likely = reference[0].amax(dim=-1) > EVALUATION_OPTIONS.score_threshold
-        rows[rung.name]["score_difference"] = float((scores - reference[0]).abs().max())
-        rows[rung.name]["box_difference_px"] = float(
+        rows[step.name]["score_difference"] = float((scores - reference[0]).abs().max())
+        rows[step.name]["box_difference_px"] = float(
             (boxes_xyxy - reference[1])[likely].abs().max() if likely.any() else 0.0
         )
-        calls[rung.name] = call
+        calls[step.name] = call
     for name, seconds in interleaved_medians_s(calls, device).items():
-        rows[name] |= {"ms": seconds * 1e3, "pictures_per_s": batch_size / seconds}
+        rows[name] |= {"ms": seconds * 1e3, "images_per_s": batch_size / seconds}
     baseline = rows.get(BASELINE, {}).get("ms")
     for row in rows.values():
         if baseline and "ms" in row:
@@ -72,15 +73,15 @@ def measure_ladder(ladder: Sequence[Rung], pixels: Tensor) -> list[Row]:
 
 
 def _survivors(
-    ladder: Sequence[Rung], pixels: Tensor, rows: dict[str, Row]
-) -> Iterator[tuple[Rung, Callable[[], RawPredictions]]]:
+    ablation: Sequence[AblationStep], pixels: Tensor, rows: dict[str, Row]
+) -> Iterator[tuple[AblationStep, Callable[[], RawPredictions]]]:
     """The rungs that run, with their calls; `rows` gets one for every rung."""
-    for rung in ladder:
-        rows[rung.name] = {"rung": rung.name, "batch_size": len(pixels)}
+    for step in ablation:
+        rows[step.name] = {"rung": step.name, "batch_size": len(pixels)}
         try:
-            yield from ready_calls([rung], pixels)
+            yield from ready_calls([step], pixels)
         except torch.OutOfMemoryError:
-            rows[rung.name]["failure"] = "out of memory"
+            rows[step.name]["failure"] = "out of memory"
             torch.cuda.empty_cache()
 
 
@@ -101,19 +102,27 @@ def _peak_mib(call: Call, device: torch.device) -> float | None:
 def accuracy_of(network: Network, detector: Detector, dataset: DetectionDataset) -> float:
     """AP of a network inside an otherwise plain detector."""
 
-    class Engine:
-        """The network in the place of the detector's own."""
+    class NetworkBackend:
+        """The network in place of the detector's own."""
+
+        name, precision = "pytorch", "fp16"
+
+        def __init__(self) -> None:
+            self.device = detector.device
 
         def __call__(self, pixels: Tensor) -> RawPredictions:
             with torch.inference_mode():
                 return RawPredictions(*map(tuple, network(pixels)))
 
-    before, detector.engine = detector.engine, Engine()  # type: ignore[assignment]
+    before = detector.pipeline
+    detector.pipeline = EagerPipeline(
+        NetworkBackend(), detector.input_size_hw, detector.config.max_candidates
+    )
     try:
         predictor = detector_predictor(detector, EVALUATION_OPTIONS, batch_size=8)
         predictions, _ = gather_predictions(dataset, predictor, progress=False)
     finally:
-        detector.engine = before
+        detector.pipeline = before
     return float(compute_metrics(dataset, predictions).overall.ap)
 
 
@@ -121,7 +130,7 @@ def measure_detector(
     archive: Path,
     precisions: Sequence[str],
     batch_sizes: Sequence[int],
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     device: torch.device,
 ) -> list[Row]:
     """Seconds of a batch of the whole detector, one row a precision and batch size."""
@@ -131,20 +140,20 @@ def measure_detector(
         calls = {
             f"{part} {precision}": call
             for precision, detector in detectors.items()
-            for part, call in batch_calls(detector, pictures, batch_size).items()
+            for part, call in batch_calls(detector, images, batch_size).items()
         }
         medians_s = interleaved_medians_s(calls, device)
         for precision in precisions:
             network_s, detector_s = medians_s[f"network {precision}"], medians_s[f"detector {precision}"]
             rows.append(
                 {
-                    "backend": detectors[precision].engine.name,
+                    "backend": detectors[precision].pipeline.name,
                     "precision": precision,
                     "batch_size": batch_size,
                     "network_ms": network_s * 1e3,
                     "detector_ms": detector_s * 1e3,
-                    "network_pictures_per_s": batch_size / network_s,
-                    "detector_pictures_per_s": batch_size / detector_s,
+                    "network_images_per_s": batch_size / network_s,
+                    "detector_images_per_s": batch_size / detector_s,
                 }
             )
     return rows
@@ -154,7 +163,7 @@ LADDER_COLUMNS = {
     "rung": ("rung", ""),
     "batch_size": ("batch", "d"),
     "ms": ("ms", ".3f"),
-    "pictures_per_s": ("pictures/s", ".0f"),
+    "images_per_s": ("images/s", ".0f"),
     "times_baseline": ("x baseline", ".2f"),
     "peak_mib": ("peak MiB", ".0f"),
     "score_difference": ("score diff", ".1e"),
@@ -163,32 +172,32 @@ LADDER_COLUMNS = {
     "peak_share": ("of peak", ".1%"),
 }
 DETECTOR_COLUMNS = {
-    "backend": ("engine", ""),
+    "backend": ("backend", ""),
     "precision": ("precision", ""),
     "batch_size": ("batch", "d"),
     "network_ms": ("network ms", ".2f"),
-    "network_pictures_per_s": ("pictures/s", ".1f"),
+    "network_images_per_s": ("images/s", ".1f"),
     "detector_ms": ("detector ms", ".2f"),
-    "detector_pictures_per_s": ("pictures/s", ".1f"),
+    "detector_images_per_s": ("images/s", ".1f"),
 }
 
 
-def _climb(arguments: argparse.Namespace, pictures: Sequence[bytes], device: torch.device) -> list[Row]:
+def _climb(arguments: argparse.Namespace, images: Sequence[bytes], device: torch.device) -> list[Row]:
     names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
-    ladder = rungs(Path(arguments.weights), len(names), device, compile_too=arguments.compile)
+    ablation = ablation_steps(Path(arguments.weights), len(names), device, compile_too=arguments.compile)
     detector = load_detector(arguments.archive, device, precision="fp32")
     accuracies: dict[str, float] = {}
     if arguments.voc:
         dataset = read_voc(arguments.voc, "test")
-        accuracies = {rung.name: accuracy_of(rung.build(), detector, dataset) for rung in ladder}
+        accuracies = {step.name: accuracy_of(step.build(), detector, dataset) for step in ablation}
     rows = []
     for batch_size in arguments.batch_sizes:
-        rows += measure_ladder(ladder, detector.preprocessor.prepare(cycled(pictures, batch_size)).pixels)
-    flop = flop_a_picture(Path(arguments.weights), len(names))
+        rows += measure_ablation(ablation, detector.preprocessor.prepare(cycled(images, batch_size)).pixels)
+    flop = flop_per_image(Path(arguments.weights), len(names))
     for row in rows:
         row["ap"] = accuracies.get(row["rung"])
-        if "pictures_per_s" in row and device.type == "cuda":
-            row["peak_share"] = row["pictures_per_s"] * flop / arguments.peak_tflops / 1e12
+        if "images_per_s" in row and device.type == "cuda":
+            row["peak_share"] = row["images_per_s"] * flop / arguments.peak_tflops / 1e12
     return rows
 
 
@@ -204,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", nargs="+", help="of --detector (default: all of the device)")
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8, 32])
-    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEGs")
+    parser.add_argument("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEGs")
     parser.add_argument("--voc", type=Path, help="data set in Pascal-VOC form for the AP of each rung")
     parser.add_argument("--compile", action="store_true", help="add torch.compile to the ladder")
     parser.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, help="of the chip, 16-bit products")
@@ -212,15 +221,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     try:
-        pictures = read_pictures(arguments.pictures)
+        images = read_images(arguments.images)
     except FileNotFoundError as error:
         print(f"benchmark_detector: {error}", file=sys.stderr)
         return 1
     if arguments.detector:
         precisions = arguments.precisions or PRECISIONS_OF_DEVICE[device.type]
-        rows = measure_detector(arguments.archive, precisions, arguments.batch_sizes, pictures, device)
+        rows = measure_detector(arguments.archive, precisions, arguments.batch_sizes, images, device)
     else:
-        rows = _climb(arguments, pictures, device)
+        rows = _climb(arguments, images, device)
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(format_table(rows, DETECTOR_COLUMNS if arguments.detector else LADDER_COLUMNS))

@@ -6,7 +6,7 @@
 With --archive it starts a TorchServe of its own on free ports, with the batching settings given in place of
 the archive's. Closed loops by --concurrency; open loops by --rates, or by --rate-shares of the best closed
 loop. The limits: --limit-network, the bare network without a server at the same batch size ("measure", or a
-known number of pictures/s), and --limit-empty, the same server under the same load with a handler that does
+known number of images/s), and --limit-empty, the same server under the same load with a handler that does
 nothing.
 wrk (--wrk) is a second opinion on the closed loops; --perf-analyzer prints the command for NVIDIA's tool.
 """
@@ -31,7 +31,7 @@ import torch
 from lib.archive.members import BatchingSetting, batching_of, read_settings
 from lib.archive.reader import load_detector
 from lib.cli import fraction, positive_int, positive_seconds
-from lib.images import read_pictures
+from lib.images import read_images
 from lib.load.external import perf_analyzer_command, run_wrk, write_perf_analyzer_input
 from lib.load.generator import Load, LoadError, default_processes, generate_load
 from lib.measure.calls import batch_seconds
@@ -130,18 +130,18 @@ def best_rate(rows: Sequence[Row]) -> float:
     )
 
 
-def network_rate(archive: Path, pictures: Sequence[bytes], batch_size: int, device: str) -> float:
-    """Pictures a second of the bare network, measured in a process of its own, whose memory is then free."""
+def network_rate(archive: Path, images: Sequence[bytes], batch_size: int, device: str) -> float:
+    """Images a second of the bare network, measured in a process of its own, whose memory is then free."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_network_rate, archive, pictures, batch_size, device).result()
+        return pool.submit(_network_rate, archive, images, batch_size, device).result()
 
 
-def _network_rate(archive: Path, pictures: Sequence[bytes], batch_size: int, device: str) -> float:
+def _network_rate(archive: Path, images: Sequence[bytes], batch_size: int, device: str) -> float:
     sizes = BatchingSetting(batch_size, 1, 1).serving_settings()
     detector = load_detector(archive, torch.device(device), **sizes)
     try:
-        return batch_size / batch_seconds(detector, pictures, batch_size)[0]
+        return batch_size / batch_seconds(detector, images, batch_size)[0]
     finally:
         detector.close()
 
@@ -239,7 +239,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.mps and not arguments.archive:
         print("benchmark_server: --mps needs --archive: a running server has it or not", file=sys.stderr)
         return 2
-    pictures = read_pictures(arguments.pictures)
+    images = read_images(arguments.images)
     setting = None
     if arguments.archive:
         own = batching_of(read_settings(arguments.archive))
@@ -250,7 +250,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     load = Load(
         "",
-        pictures,
+        images,
         connections=1,
         poisson=arguments.arrivals == "poisson",
         warm_up_s=arguments.warm_up,
@@ -261,8 +261,8 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = LoadPlan(load, arguments.concurrency, arguments.rates, arguments.rate_shares)
     network_per_s = arguments.limit_network
     if network_per_s == "measure" and setting is not None:
-        network_per_s = network_rate(arguments.archive, pictures, setting.batch_size, arguments.device)
-        print(f"network alone: {network_per_s:.1f} pictures/s at batch {setting.batch_size}", flush=True)
+        network_per_s = network_rate(arguments.archive, images, setting.batch_size, arguments.device)
+        print(f"network alone: {network_per_s:.1f} images/s at batch {setting.batch_size}", flush=True)
 
     def report(row: Row) -> None:
         print(f"  {row['load']}: {row['requests_per_s']:.1f}/s, {row['errors']} errors", flush=True)
@@ -270,7 +270,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with _served(arguments, setting) as served:
         knobs = describe_model(served.management_url, served.model_name)
         if arguments.perf_analyzer:
-            files = sorted(arguments.pictures.glob("*.jpg"))
+            files = sorted(arguments.images.glob("*.jpg"))
             data = write_perf_analyzer_input(files, arguments.perf_analyzer)
             command = perf_analyzer_command(
                 served.inference_url, served.model_name, data, max(plan.concurrencies)
@@ -293,8 +293,8 @@ def _run(arguments: argparse.Namespace) -> int:
     facts = {
         **knobs,
         "mps": arguments.mps,
-        "pictures": len(pictures),
-        "mean_picture_bytes": sum(map(len, pictures)) / len(pictures),
+        "images": len(images),
+        "mean_image_bytes": sum(map(len, images)) / len(images),
         "arrivals": arguments.arrivals,
         "warm_up_s": load.warm_up_s,
         "duration_s": load.duration_s,
@@ -377,9 +377,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes", type=positive_int, default=0, help="of the generator (default: a quarter of the cores)"
     )
-    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
+    parser.add_argument("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     parser.add_argument(
-        "--limit-network", type=_network_limit, metavar="RATE", help='"measure", or known pictures/s'
+        "--limit-network", type=_network_limit, metavar="RATE", help='"measure", or known images/s'
     )
     parser.add_argument("--limit-empty", action="store_true", help="measure the empty handler too")
     parser.add_argument(

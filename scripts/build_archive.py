@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="network input in pixels, multiples of 32 (default: the variant's)",
     )
-    parser.add_argument("--backend", choices=BACKENDS, help="engine that runs the network (default: auto)")
+    parser.add_argument("--backend", choices=BACKENDS, help="backend that runs the network (default: auto)")
     parser.add_argument("--onnx", type=Path, help="ONNX file of these weights, say a quantised one, to pack")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: auto")
     parser.add_argument("--score-threshold", type=fraction)

@@ -20,7 +20,7 @@ import onnx
 import torch
 
 from lib.accuracy.datasets import DatasetError
-from lib.accuracy.parity import GateError, add_gate_arguments, read_evidence, require_enough, run_gate
+from lib.accuracy.parity import ParityError, add_parity_arguments, check_parity, read_evidence, require_enough
 from lib.cli import positive_int
 from lib.onnx.float16 import HalfError, to_half
 from lib.packaging.builder import ArchiveError, ArchiveReport, ArchiveRequest, build_archive
@@ -39,7 +39,7 @@ DEFAULT_TIMING_CACHE = PROJECT_DIR / ".cache" / "tensorrt-timing.bin"
 ERRORS = (
     EngineBuildError,
     HalfError,
-    GateError,
+    ParityError,
     ArchiveError,
     WeightsError,
     DamoYoloError,
@@ -126,11 +126,11 @@ def build_proven_archive(
             class_names=network.facts.class_names,
             output_dir=folder / "archive",
             serving={**archive.serving, "backend": "tensorrt", "input_size_hw": list(best_size_hw)},
-            engine_files=(folder / ENGINE_FILE, folder / METADATA_FILE),
+            backend_files=(folder / ENGINE_FILE, folder / METADATA_FILE),
         )
         built = build_archive(unproven)
         bounds = sorted({size for each in request.batch_ranges for size in each})
-        run_gate(built.path, device, bounds, engine, evidence)
+        check_parity(built.path, device, bounds, engine, evidence)
         path = archive.output_dir / built.path.name
         built.path.replace(path)
     return dataclasses.replace(built, path=path)
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-name", default="damoyolo")
     parser.add_argument("--version", default="1.0")
     parser.add_argument("--output-dir", type=Path, default=MODEL_STORE)
-    add_gate_arguments(parser)
+    add_parity_arguments(parser)
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Whether an engine says what PyTorch in float32 says: raw predictions of pictures, and AP on a data set.
+"""Whether a backend says what PyTorch in float32 says: raw predictions of images, and AP on a data set.
 
 python scripts/compare_backends.py --archive model_store/damoyolo.mar --voc DIR
 
-Engines can be built without an error and be wrong, in one profile alone or for one class alone. So each batch
-size is compared by itself, and every anchor point of every class, whether or not it sees an object.
+A backend can be built without an error and still be wrong, perhaps for one batch size or one class only. So
+each batch size is compared by itself, at every anchor point and for every class.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from lib.accuracy.datasets import DatasetError
-from lib.accuracy.parity import GateError, add_gate_arguments, read_evidence, run_gate
+from lib.accuracy.parity import ParityError, add_parity_arguments, check_parity, read_evidence
 from lib.cli import positive_int
 
 from damoyolo.errors import DamoYoloError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare the engine of an archive; 0 if it may be used, else 1."""
+    """Compare the backend of an archive; 0 if it may be used, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--batch-sizes", type=positive_int, nargs="+", default=[1, 2, 8], metavar="N", help="(%(default)s)"
     )
-    add_gate_arguments(parser)
+    add_parity_arguments(parser)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        run_gate(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
-    except (GateError, DamoYoloError, DatasetError, OSError) as error:
+        check_parity(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
+    except (ParityError, DamoYoloError, DatasetError, OSError) as error:
         print(f"compare_backends: {error}", file=sys.stderr)
         return 1
     print("passed")

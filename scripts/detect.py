@@ -1,6 +1,6 @@
-"""Send pictures to a running server: table of detections, JSON lines, drawn pictures.
+"""Send images to a running server: table of detections, JSON lines, drawn images.
 
-python scripts/detect.py picture.jpg
+python scripts/detect.py image.jpg
 python scripts/detect.py folder --recursive --jsonl detections.jsonl --draw output
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from lib.cli import fraction, name_list, positive_int, positive_seconds
-from lib.images import NoPicturesError, find_pictures
+from lib.images import NoImagesError, find_images
 from lib.server.client import (
     DEFAULT_URL,
     DetectionClient,
@@ -28,45 +28,45 @@ from lib.server.client import (
 )
 
 
-def drawn_names(pictures: Sequence[Path]) -> list[str]:
-    """A file name for the drawn form of each picture; no two are equal, none equals a picture's own."""
-    taken = {picture.name for picture in pictures}
+def drawn_names(images: Sequence[Path]) -> list[str]:
+    """A file name for the drawn form of each image; no two are equal, none equals an image's own."""
+    taken = {image.name for image in images}
     names = []
-    for picture in pictures:
-        name, count = f"{picture.stem}_detections.jpg", 1
+    for image in images:
+        name, count = f"{image.stem}_detections.jpg", 1
         while name in taken:
             count += 1
-            name = f"{picture.stem}_detections_{count}.jpg"
+            name = f"{image.stem}_detections_{count}.jpg"
         taken.add(name)
         names.append(name)
     return names
 
 
-def table_lines(picture: str, answer: Mapping[str, Any], picture_width: int) -> list[str]:
+def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list[str]:
     """A line for each detection of an answer, or one that says there is none."""
     lines = [
-        f"{picture:{picture_width}}  {found['label']:16}  {found['score']:5.3f}  "
+        f"{image:{image_width}}  {found['label']:16}  {found['score']:5.3f}  "
         + " ".join(f"{side:7.1f}" for side in found["bbox"])
         for found in answer["detections"]
     ]
-    return lines or [f"{picture:{picture_width}}  (nothing)"]
+    return lines or [f"{image:{image_width}}  (nothing)"]
 
 
-def json_line(picture: str, outcome: Outcome) -> str:
-    """The outcome as one line of JSON: the server's answer, or the error, beside the picture's name."""
+def json_line(image: str, outcome: Outcome) -> str:
+    """The outcome as one line of JSON: the server's answer, or the error, beside the image's name."""
     if outcome.answer is not None:
-        return json.dumps({"picture": picture, **outcome.answer})
+        return json.dumps({"image": image, **outcome.answer})
     error: dict[str, Any] = {"message": str(outcome.error)}
     if isinstance(outcome.error, ServerAnswerError):
         error = {"code": outcome.error.status, "type": outcome.error.kind, "message": outcome.error.message}
-    return json.dumps({"picture": picture, "error": error})
+    return json.dumps({"image": image, "error": error})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Detect as the arguments say; 0 if all pictures were answered, 1 if one failed, 2 if none was sent."""
+    """Detect as the arguments say; 0 if all images were answered, 1 if one failed, 2 if none was sent."""
     arguments = _argument_parser().parse_args(argv)
     try:
-        pictures = find_pictures(arguments.pictures, arguments.recursive)
+        images = find_images(arguments.images, arguments.recursive)
         with ExitStack() as stack:
             client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
             client.require_server()
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 json_lines = stack.enter_context(arguments.jsonl.open("w"))
             if arguments.draw is not None:
                 arguments.draw.mkdir(parents=True, exist_ok=True)
-            failures = _detect(client, pictures, arguments, json_lines)
-    except (NoPicturesError, DetectionClientError, OSError) as error:
+            failures = _detect(client, images, arguments, json_lines)
+    except (NoImagesError, DetectionClientError, OSError) as error:
         print(f"detect: {error}", file=sys.stderr)
         return 2
     if failures:
         print(
-            f"detect: {len(failures)} of {len(pictures)} pictures failed:",
+            f"detect: {len(failures)} of {len(images)} images failed:",
             *failures,
             sep="\n  ",
             file=sys.stderr,
@@ -93,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _detect(
     client: DetectionClient,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     arguments: argparse.Namespace,
     json_lines: TextIO | None,
 ) -> list[str]:
-    """Send the pictures and report each as it is answered; returns a line for each that failed."""
+    """Send the images and report each as it is answered; returns a line for each that failed."""
     options = RequestOptions(
         arguments.score_threshold,
         arguments.iou_threshold,
@@ -106,24 +106,24 @@ def _detect(
         True if arguments.class_agnostic else None,
     )
     failures = []
-    width = max(len("picture"), *(len(str(picture)) for picture in pictures))
-    names = drawn_names(pictures)
-    print(f"{'picture':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
-    outcomes = client.detect_many(pictures, options, arguments.in_flight, draw=arguments.draw is not None)
+    width = max(len("image"), *(len(str(image)) for image in images))
+    names = drawn_names(images)
+    print(f"{'image':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
+    outcomes = client.detect_many(images, options, arguments.in_flight, draw=arguments.draw is not None)
     with tqdm(
-        total=len(pictures),
-        unit="picture",
+        total=len(images),
+        unit="image",
         disable=None if arguments.progress is None else not arguments.progress,
     ) as bar:
         for outcome in outcomes:
-            picture = str(pictures[outcome.index])
+            image = str(images[outcome.index])
             if outcome.answer is None:
-                failures.append(f"{picture}: {outcome.error}")
+                failures.append(f"{image}: {outcome.error}")
             else:
                 # bar.write keeps the bar and the table apart where both go to one terminal.
-                bar.write("\n".join(table_lines(picture, outcome.answer, width)), file=sys.stdout)
+                bar.write("\n".join(table_lines(image, outcome.answer, width)), file=sys.stdout)
             if json_lines is not None:
-                json_lines.write(json_line(picture, outcome) + "\n")
+                json_lines.write(json_line(image, outcome) + "\n")
             if outcome.drawn is not None:
                 (arguments.draw / names[outcome.index]).write_bytes(outcome.drawn)
             bar.update()
@@ -132,9 +132,7 @@ def _detect(
 
 def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "pictures", nargs="+", type=Path, metavar="PICTURE", help="picture file, or folder of them"
-    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of them")
     parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
     parser.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
     parser.add_argument(
@@ -156,7 +154,7 @@ def _argument_parser() -> argparse.ArgumentParser:
         "--iou-threshold", type=fraction, metavar="0..1", help="overlap above which a box is dropped"
     )
     request.add_argument(
-        "--max-detections", type=positive_int, metavar="N", help="at most so many of a picture"
+        "--max-detections", type=positive_int, metavar="N", help="at most so many of an image"
     )
     request.add_argument(
         "--classes", type=name_list, metavar="A,B", help="names or ids of the only classes wanted"
@@ -166,8 +164,8 @@ def _argument_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--jsonl", type=Path, metavar="FILE", help="write a line of JSON for each picture")
-    output.add_argument("--draw", type=Path, metavar="DIR", help="write the pictures with their boxes drawn")
+    output.add_argument("--jsonl", type=Path, metavar="FILE", help="write a line of JSON for each image")
+    output.add_argument("--draw", type=Path, metavar="DIR", help="write the images with their boxes drawn")
     output.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,

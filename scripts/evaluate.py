@@ -1,7 +1,7 @@
 """Measure the accuracy (COCO metrics) and the throughput of a running server or of the in-process detector.
 
 python scripts/evaluate.py --voc DIR --split test
-python scripts/evaluate.py --coco instances.json --pictures DIR --archive model_store/damoyolo.mar
+python scripts/evaluate.py --coco instances.json --images DIR --archive model_store/damoyolo.mar
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.voc is not None:
         dataset = read_voc(arguments.voc, arguments.split)
     else:
-        dataset = read_coco(arguments.coco, arguments.pictures)
-    if not dataset.pictures:
-        raise EvaluationError(f"the data set {dataset.name} has no pictures")
+        dataset = read_coco(arguments.coco, arguments.images)
+    if not dataset.images:
+        raise EvaluationError(f"the data set {dataset.name} has no images")
     print(
-        f"{dataset.name}: {len(dataset.pictures)} pictures, {dataset.object_count} objects of "
+        f"{dataset.name}: {len(dataset.images)} images, {dataset.object_count} objects of "
         f"{len(dataset.class_names)} classes; {dataset.dropped_objects} objects under 2 px dropped"
     )
     options = RequestOptions(
@@ -120,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     row = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "data_set": dataset.name,
-        "pictures": len(dataset.pictures),
+        "images": len(dataset.images),
         "objects": dataset.object_count,
         "dropped_objects": dataset.dropped_objects,
         **source,
@@ -131,7 +131,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "classes": options.classes,
         "predictions": len(predictions),
         "seconds": round(seconds, 3),
-        "pictures_per_s": round(len(dataset.pictures) / seconds, 2),
+        "images_per_s": round(len(dataset.images) / seconds, 2),
         **metrics.overall._asdict(),
         "per_class": {name: ap._asdict() for name, ap in metrics.per_class.items()},
         "versions": installed_versions(),
@@ -155,17 +155,17 @@ def _report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, A
         print(f"{name:{width}}  {ap.ap:6.4f}  {ap.ap50:6.4f}  {ap.ap75:6.4f}")
     print(
         f"{row['predictions']} detections in {row['seconds']:.1f} s, "
-        f"{row['pictures_per_s']:.1f} pictures per second"
+        f"{row['images_per_s']:.1f} images per second"
     )
 
 
 def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    data = parser.add_argument_group("data set (--voc, or --coco with --pictures)")
+    data = parser.add_argument_group("data set (--voc, or --coco with --images)")
     data.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal-VOC form")
     data.add_argument("--split", default="test", help="list of ImageSets/Main to take (%(default)s)")
     data.add_argument("--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO form")
-    data.add_argument("--pictures", type=Path, metavar="DIR", help="folder of the pictures of --coco")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --coco")
 
     server = parser.add_argument_group("running server")
     server.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
@@ -187,10 +187,10 @@ def _argument_parser() -> argparse.ArgumentParser:
     detector.add_argument(
         "--class-names", type=name_list, metavar="A,B", help="of --weights, in the order of their classes"
     )
-    detector.add_argument("--batch-size", type=positive_int, metavar="N", help="pictures at a time (8)")
+    detector.add_argument("--batch-size", type=positive_int, metavar="N", help="images at a time (8)")
     detector.add_argument("--device", help="cpu or cuda[:index] (a GPU where there is one)")
     detector.add_argument("--precision", help="in place of the archive's")
-    detector.add_argument("--backend", help="engine, in place of the archive's")
+    detector.add_argument("--backend", help="backend, in place of the archive's")
 
     request = parser.add_argument_group("detection")
     request.add_argument(
@@ -221,9 +221,9 @@ def _argument_parser() -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other, or that would be without effect."""
     if (arguments.voc is None) == (arguments.coco is None):
-        parser.error("give one data set: --voc DIR, or --coco FILE with --pictures DIR")
-    if (arguments.coco is None) != (arguments.pictures is None):
-        parser.error("--coco and --pictures belong together")
+        parser.error("give one data set: --voc DIR, or --coco FILE with --images DIR")
+    if (arguments.coco is None) != (arguments.images is None):
+        parser.error("--coco and --images belong together")
     if arguments.archive is not None and arguments.weights is not None:
         parser.error("give one of --archive and --weights")
     if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):

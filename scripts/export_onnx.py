@@ -8,7 +8,7 @@ Every form takes `images`, (B, 3, H, W) uint8 RGB with H and W multiples of 32, 
   raw          class_logits_8, _16, _32 (B, K, h, w), distance_logits_8, _16, _32 (B, 4 * (R + 1), h, w)
   boxes        scores (B, A, K) in 0..1, boxes_xyxy (B, A, 4) in pixels of `images`
   detections   boxes_xyxy (N, 4), scores (N), class_ids (N) int64, batch_indices (N) int64, each class of each
-               picture suppressed by itself; takes iou_threshold (1), score_threshold (1) and
+               image suppressed by itself; takes iou_threshold (1), score_threshold (1) and
                max_boxes_a_class (1) int64 too
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.onnx.check import ExportError, check_onnx, sample_batches
-from lib.onnx.export import FORMS, export_onnx
+from lib.onnx.export import OUTPUT_KINDS, export_onnx
 from lib.packaging.class_names import default_class_names, read_class_names
 from lib.packaging.weights import WeightsError, fetch_weights, folded_network
 from lib.paths import DEMO_WEIGHTS, SAMPLE_IMAGES
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = arguments.class_names
         class_names = read_class_names(given) if given else default_class_names(weights)
         model = folded_network(weights, arguments.variant, len(class_names))
-        batches = sample_batches(model, arguments.pictures)
+        batches = sample_batches(model, arguments.images)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".exporting-", dir=arguments.output.parent) as folder:
             written = Path(folder) / arguments.output.name
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--form", choices=FORMS, default="raw", help="what comes out (%(default)s)")
+    parser.add_argument("--form", choices=OUTPUT_KINDS, default="raw", help="what comes out (%(default)s)")
     parser.add_argument(
         "--weights",
         default=str(DEMO_WEIGHTS),
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text (a name a line) or JSON file (default: the demo's for its weights, else COCO's 80)",
     )
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         default=SAMPLE_IMAGES,
         help="folder of JPEG files to check with (%(default)s)",

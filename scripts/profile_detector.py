@@ -1,4 +1,4 @@
-"""Where the time of a batch goes, from encoded pictures to JSON, stage by stage.
+"""Where the time of a batch goes, from encoded images to JSON, stage by stage.
 
     python scripts/profile_detector.py --batch-sizes 1 32 --plot output/stages.png
     python scripts/profile_detector.py --batch-sizes 32 --trace output/trace.json
@@ -32,7 +32,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from lib.archive.members import BatchingSetting
 from lib.archive.reader import load_detector
 from lib.cli import positive_int
-from lib.images import cycled, read_pictures
+from lib.images import cycled, read_images
 from lib.measure.environment import environment
 from lib.measure.plots import plot_shares
 from lib.measure.timing import append_json_rows, format_table, synchronize
@@ -41,7 +41,7 @@ from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
 from damoyolo.detector import Detector
 from damoyolo.preprocess import decode_image
 from damoyolo.service import DetectionService
-from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageClock, StageObserver, unobserved
+from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageClock, StageTimer, no_timing
 
 OTHER = "other"
 TOTAL = "total"
@@ -51,7 +51,7 @@ NVTX_BATCHES = 20
 class NestedObserver:
     """An observer that passes stages on to others, each with the stages around it in its name ("a/b")."""
 
-    def __init__(self, *observers: StageObserver) -> None:
+    def __init__(self, *observers: StageTimer) -> None:
         self._observers = observers
         self._around: list[str] = []
 
@@ -92,7 +92,7 @@ class Profile:
     batch_size: int
     stages: list[StageTime]
     total_ms: float
-    cpu_decode_ms: float  # the pictures' decoding by the pool of threads alone, for comparison
+    cpu_decode_ms: float  # the images' decoding by the pool of threads alone, for comparison
     copies: CopyTimes | None  # None on a CPU
 
     def bars(self) -> dict[str, float]:
@@ -110,25 +110,25 @@ class CopyTimes:
     kernels_ms: float
 
 
-Answer = Callable[[StageObserver], object]
+Answer = Callable[[StageTimer], object]
 
 
-def answer_call(service: DetectionService, pictures: Sequence[bytes], batch_size: int) -> Answer:
-    """What the worker does with a batch of single-picture requests; every call brings other pictures."""
+def answer_call(service: DetectionService, images: Sequence[bytes], batch_size: int) -> Answer:
+    """What the worker does with a batch of single-image requests; every call brings other images."""
     batches = [
-        [{"body": bytearray(picture)} for picture in cycled(pictures, batch_size, first)]
-        for first in range(min(len(pictures), 8))
+        [{"body": bytearray(image)} for image in cycled(images, batch_size, first)]
+        for first in range(min(len(images), 8))
     ]
     headers: list[dict[str, Any]] = [{}] * batch_size
     calls = 0
 
-    def answer(observe: StageObserver) -> object:
+    def answer(time_stage: StageTimer) -> object:
         nonlocal calls
         calls += 1
-        answers = service.answer(batches[calls % len(batches)], headers, observe)
+        answers = service.answer(batches[calls % len(batches)], headers, time_stage)
         failed = next((each.error for each in answers if each.error is not None), None)
         if failed is not None:
-            raise ValueError(f"the detector refuses one of the pictures: {failed}")
+            raise ValueError(f"the detector refuses one of the images: {failed}")
         return answers
 
     return answer
@@ -164,7 +164,7 @@ def measure_copies(answer: Answer, batches: int) -> CopyTimes:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(batches):
-            answer(unobserved)
+            answer(no_timing)
     totals_us = {"h2d": 0.0, "d2h": 0.0, "kernels": 0.0}
     for event in profiler.events() or []:
         if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
@@ -180,31 +180,31 @@ def device_activity(name: str) -> str:
     return "d2h" if name.startswith("Memcpy DtoH") else "kernels"
 
 
-def measure_cpu_decode(detector: Detector, pictures: Sequence[bytes], batch_size: int, batches: int) -> float:
+def measure_cpu_decode(detector: Detector, images: Sequence[bytes], batch_size: int, batches: int) -> float:
     """Median milliseconds in which as many threads as the preprocessing has decode a batch on the CPU."""
     config = detector.config
-    batch = cycled(pictures, batch_size)
+    batch = cycled(images, batch_size)
     samples_s = []
     with ThreadPoolExecutor(config.decode_threads or len(os.sched_getaffinity(0))) as pool:
         for _ in range(batches):
             started = time.perf_counter()
-            for _image in pool.map(lambda picture: decode_image(picture, config), batch):
+            for _image in pool.map(lambda image: decode_image(image, config), batch):
                 pass
             samples_s.append(time.perf_counter() - started)
     return statistics.median(samples_s) * 1e3
 
 
 def profile(
-    service: DetectionService, pictures: Sequence[bytes], batch_size: int, batches: int, warm_up: int
+    service: DetectionService, images: Sequence[bytes], batch_size: int, batches: int, warm_up: int
 ) -> Profile:
     """The times of one batch size."""
     detector = service.detector
-    answer = answer_call(service, pictures, batch_size)
+    answer = answer_call(service, images, batch_size)
     for _ in range(warm_up):
-        answer(unobserved)
+        answer(no_timing)
     stages, total_ms = measure_stages(answer, detector.device, batches)
     copies = measure_copies(answer, min(batches, 10)) if detector.device.type == "cuda" else None
-    cpu_decode_ms = measure_cpu_decode(detector, pictures, batch_size, min(batches, 10))
+    cpu_decode_ms = measure_cpu_decode(detector, images, batch_size, min(batches, 10))
     return Profile(batch_size, stages, total_ms, cpu_decode_ms, copies)
 
 
@@ -220,7 +220,7 @@ def profile_rows(measured: Profile) -> list[dict[str, Any]]:
             "ms": ms,
             "host_ms": host_ms.get(name),
             "share": ms / measured.total_ms,
-            "pictures_per_s": measured.batch_size / ms * 1e3 if ms else None,
+            "images_per_s": measured.batch_size / ms * 1e3 if ms else None,
         }
         for name, ms in times_ms.items()
     ]
@@ -244,7 +244,7 @@ def device_rows(measured: Profile) -> list[dict[str, Any]]:
             "stage": name,
             "ms": ms,
             "share": ms / total_ms if total_ms else None,
-            "pictures_per_s": measured.batch_size / ms * 1e3 if ms else None,
+            "images_per_s": measured.batch_size / ms * 1e3 if ms else None,
         }
         for name, ms in steps_ms.items()
     ]
@@ -255,7 +255,7 @@ COLUMNS = {
     "ms": ("ms", ".3f"),
     "host_ms": ("host ms", ".3f"),
     "share": ("share", ".1%"),
-    "pictures_per_s": ("pictures/s", ".0f"),
+    "images_per_s": ("images/s", ".0f"),
 }
 
 
@@ -325,7 +325,7 @@ def write_memory_snapshot(answer: Answer, batches: int, path: Path) -> None:
     torch.cuda.memory._record_memory_history(max_entries=200_000)
     try:
         for _ in range(batches):
-            answer(unobserved)
+            answer(no_timing)
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda" and (arguments.nvtx or arguments.memory_snapshot):
         parser.error("--nvtx and --memory-snapshot need a CUDA device")
     try:
-        pictures = read_pictures(arguments.pictures)
+        images = read_images(arguments.images)
         sizes = BatchingSetting(max(arguments.batch_sizes), 1, 1).serving_settings()
         serving = {**sizes, **({"precision": arguments.precision} if arguments.precision else {})}
         service = DetectionService(load_detector(arguments.archive, device, **serving))
@@ -347,25 +347,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"profile_detector: {error}", file=sys.stderr)
         return 1
     try:
-        return _run(arguments, service, pictures)
+        return _run(arguments, service, images)
     finally:
         service.close()
 
 
-def _run(arguments: argparse.Namespace, service: DetectionService, pictures: Sequence[bytes]) -> int:
+def _run(arguments: argparse.Namespace, service: DetectionService, images: Sequence[bytes]) -> int:
     device = service.detector.device
     largest = max(arguments.batch_sizes)
-    answer = answer_call(service, pictures, largest)
+    answer = answer_call(service, images, largest)
     if arguments.nvtx:
         for _ in range(arguments.warm_up):
-            answer(unobserved)
+            answer(no_timing)
         run_with_nvtx(answer, min(arguments.batches, NVTX_BATCHES))
         print(f"{min(arguments.batches, NVTX_BATCHES)} batches of {largest} with NVTX ranges")
         return 0
-    facts = {**environment(), "precision": service.detector.engine.precision, "device": str(device)}
+    facts = {**environment(), "precision": service.detector.pipeline.precision, "device": str(device)}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     profiles = [
-        profile(service, pictures, batch_size, arguments.batches, arguments.warm_up)
+        profile(service, images, batch_size, arguments.batches, arguments.warm_up)
         for batch_size in arguments.batch_sizes
     ]
     print("\n\n".join(map(report, profiles)))
@@ -374,7 +374,7 @@ def _run(arguments: argparse.Namespace, service: DetectionService, pictures: Seq
         (arguments.memory_snapshot, functools.partial(write_memory_snapshot, answer, 5)),
     ):
         if path is not None:
-            answer(unobserved)
+            answer(no_timing)
             write(path)
             print(f"written: {path}")
     if arguments.json:
@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batches", type=positive_int, default=50, metavar="N", help="measured (%(default)s)"
     )
     parser.add_argument("--warm-up", type=positive_int, default=5, metavar="N", help="batches before")
-    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
+    parser.add_argument("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="chrome trace of 5 batches of the largest size"
     )

@@ -1,10 +1,10 @@
-"""Writes the network in INT8 as a QDQ ONNX file, calibrated on your pictures; sensitive blocks stay float32.
+"""Writes the network in INT8 as a QDQ ONNX file, calibrated on your images; sensitive blocks stay float32.
 
-python scripts/quantize.py --calibration pictures/ --output damoyolo_int8.onnx
-python scripts/quantize.py --weights mine.pth --class-names mine.txt --calibration pictures/ \\
+python scripts/quantize.py --calibration images/ --output damoyolo_int8.onnx
+python scripts/quantize.py --weights mine.pth --class-names mine.txt --calibration images/ \\
     --output mine.onnx --max-loss 0.005 --report mine.json --plot mine.png
 
-Each block of the network is quantised alone and compared with float32 on pictures set aside; then the worst
+Each block of the network is quantised alone and compared with float32 on images set aside; then the worst
 are kept in float32, as few as the loss allowed demands. What is measured: scripts/lib/onnx/sensitivity.py.
 """
 
@@ -33,7 +33,7 @@ from lib.onnx.quantization import (
     QuantizationRequest,
     QuantizedNetwork,
     export_network,
-    picture_paths,
+    image_paths,
     quantize,
     read_pixels,
     sensitivity_rows,
@@ -69,12 +69,12 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.max_loss,
         arguments.target,
         arguments.ranges,
-        arguments.calibration_pictures,
-        arguments.check_pictures,
+        arguments.calibration_images,
+        arguments.check_images,
         arguments.keep_float,
         arguments.progress,
     )
-    paths = picture_paths(arguments.calibration, request.calibration_pictures + request.check_pictures)
+    paths = image_paths(arguments.calibration, request.calibration_images + request.check_images)
     weights = fetch_weights(arguments.weights, arguments.sha256)
     given = arguments.class_names
     class_names = read_class_names(given) if given else default_class_names(weights)
@@ -115,8 +115,8 @@ def _report(
             "max_loss": request.max_loss,
             "target": request.target,
             "ranges": request.ranges,
-            "calibration_pictures": result.calibration_count,
-            "check_pictures": result.check_count,
+            "calibration_images": result.calibration_count,
+            "check_images": result.check_count,
             "always_float32": request.float_blocks,
             "kept_float32": result.kept,
             "all_int8": vars(result.all_int8),
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="pictures like those to be served, folders below included; not those of the evaluation",
+        help="images like those to be served, folders below included; not those of the evaluation",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="ONNX", help="file to write")
     parser.add_argument(
@@ -173,10 +173,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ranges",
         choices=RANGE_METHODS,
         default="minmax",
-        help="of a value: extremes over all pictures, or the mean of each picture's (%(default)s)",
+        help="of a value: extremes over all images, or the mean of each image's (%(default)s)",
     )
-    parser.add_argument("--calibration-pictures", type=positive_int, default=32, help="(%(default)s)")
-    parser.add_argument("--check-pictures", type=positive_int, default=16, help="(%(default)s)")
+    parser.add_argument("--calibration-images", type=positive_int, default=32, help="(%(default)s)")
+    parser.add_argument("--check-images", type=positive_int, default=16, help="(%(default)s)")
     parser.add_argument(
         "--keep-float",
         type=name_list,

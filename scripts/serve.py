@@ -19,7 +19,7 @@ from lib.server.mps import MpsError, cuda_mps
 from lib.server.process import ServerStartError, TorchServeProcess, busy_ports, read_properties
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAMPLE_PICTURE = "tests/data/smears/smear_3.jpg"
+SAMPLE_IMAGE = "tests/data/smears/smear_3.jpg"
 
 
 class _StopSignal(Exception):  # noqa: N818 (a wish, not an error)
@@ -41,9 +41,7 @@ def serve(server: TorchServeProcess, timeout_s: float, ready_file: Path | None =
         names = server.model_names()
         for name in names:
             print(f"ready: {name}, {len(server.describe(name)['workers'])} worker(s). Try:")
-            print(
-                f"  curl --max-time 60 -X POST {server.inference_url}/predictions/{name} -T {SAMPLE_PICTURE}"
-            )
+            print(f"  curl --max-time 60 -X POST {server.inference_url}/predictions/{name} -T {SAMPLE_IMAGE}")
         print(
             f"management {server.management_url}   metrics {server.metrics_url}/metrics   Ctrl-C ends it",
             flush=True,

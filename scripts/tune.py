@@ -27,7 +27,7 @@ import torch
 from lib.archive.members import BatchingSetting, settings_text_with
 from lib.archive.reader import load_detector
 from lib.cli import positive_int, positive_seconds
-from lib.images import read_pictures
+from lib.images import read_images
 from lib.load.generator import Load, LoadError, generate_load
 from lib.measure.batching_search import Measurement, SearchResult, SearchSpace, find_setting
 from lib.measure.calls import batch_seconds
@@ -55,7 +55,7 @@ class BatchTime(NamedTuple):
     peak_memory_bytes: int | None
 
     @property
-    def pictures_per_s(self) -> float:
+    def images_per_s(self) -> float:
         """Of the whole detector."""
         return self.batch_size / self.detector_s
 
@@ -92,20 +92,18 @@ def recommended_batch_size(times: Sequence[BatchTime]) -> int:
     Raises:
         ValueError: no batch size could be measured.
     """
-    best = max(time.pictures_per_s for time in times)
-    return next(time.batch_size for time in times if time.pictures_per_s >= (1 - WITHIN) * best)
+    best = max(time.images_per_s for time in times)
+    return next(time.batch_size for time in times if time.images_per_s >= (1 - WITHIN) * best)
 
 
-def measure_batch(
-    archive: Path, pictures: Sequence[bytes], device: torch.device, batch_size: int
-) -> BatchTime:
+def measure_batch(archive: Path, images: Sequence[bytes], device: torch.device, batch_size: int) -> BatchTime:
     """The times of one batch size, with a detector made for it."""
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     detector = load_detector(archive, device, graph_batch_sizes=[batch_size])
     try:
-        network_s, detector_s = batch_seconds(detector, pictures, batch_size, rounds=3)
+        network_s, detector_s = batch_seconds(detector, images, batch_size, rounds=3)
     finally:
         detector.close()
     peak = torch.cuda.max_memory_reserved(device) if on_cuda else None
@@ -208,7 +206,7 @@ class ServerMeasurer:
 def _scales_into(current: BatchingSetting, setting: BatchingSetting) -> bool:
     """Whether scaling the workers of a running server makes it what the setting would start.
 
-    The length of the queue, and by `device_wait` how a worker waits, are settled at the start.
+    The length of the queue, and by `cuda_sync` how a worker waits, are settled at the start.
     """
     cores = len(os.sched_getaffinity(0))
     return (
@@ -233,23 +231,23 @@ def _say(message: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    pictures = read_pictures(arguments.pictures)
+    images = read_images(arguments.images)
     facts = {"mps": arguments.mps, **environment()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows: list[dict[str, Any]] = []
     batch_sizes = sorted(set(arguments.batch_sizes))
     if not arguments.no_sweep:
-        times = _sweep(arguments, pictures, batch_sizes)
-        rows += [{"step": "sweep", **time._asdict(), "pictures_per_s": time.pictures_per_s} for time in times]
+        times = _sweep(arguments, images, batch_sizes)
+        rows += [{"step": "sweep", **time._asdict(), "images_per_s": time.images_per_s} for time in times]
         if not times:
-            print("tune: not even one picture fits into the memory", file=sys.stderr)
+            print("tune: not even one image fits into the memory", file=sys.stderr)
             return 1
         # A batch that computes for longer than the budget cannot answer within it.
         in_time = [time for time in times if time.detector_s * 1e3 <= arguments.p99_ms] or times[:1]
         batch_sizes = [time.batch_size for time in in_time]
     if not arguments.sweep_only:
         space = SearchSpace(batch_sizes, sorted(set(arguments.delays)), sorted(set(arguments.workers)))
-        result = _search(arguments, pictures, space)
+        result = _search(arguments, images, space)
         rows += [
             {"step": "search", **asdict(setting), **asdict(measured), "chosen": setting == result.best}
             for setting, measured in result.trials.items()
@@ -262,14 +260,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(
-    arguments: argparse.Namespace, pictures: Sequence[bytes], batch_sizes: Sequence[int]
+    arguments: argparse.Namespace, images: Sequence[bytes], batch_sizes: Sequence[int]
 ) -> list[BatchTime]:
     device = torch.device(arguments.device)
     print(f"batch sizes in this process, on {device}:")
 
     def measure(batch_size: int) -> BatchTime:
         free_device_memory()
-        return measure_batch(arguments.archive, pictures, device, batch_size)
+        return measure_batch(arguments.archive, images, device, batch_size)
 
     times = sweep_batch_sizes(measure, batch_sizes, free_device_memory, _say)
     free_device_memory()
@@ -282,7 +280,7 @@ def _sweep(
                         "network_ms": time.network_s * 1e3,
                         "network_per_s": time.batch_size / time.network_s,
                         "detector_ms": time.detector_s * 1e3,
-                        "detector_per_s": time.pictures_per_s,
+                        "detector_per_s": time.images_per_s,
                         "peak_mib": time.peak_memory_bytes and time.peak_memory_bytes / 2**20,
                     }
                     for time in times
@@ -290,9 +288,9 @@ def _sweep(
                 {
                     "batch": ("batch", "d"),
                     "network_ms": ("network ms", ".2f"),
-                    "network_per_s": ("pictures/s", ".1f"),
+                    "network_per_s": ("images/s", ".1f"),
                     "detector_ms": ("detector ms", ".2f"),
-                    "detector_per_s": ("pictures/s", ".1f"),
+                    "detector_per_s": ("images/s", ".1f"),
                     "peak_mib": ("peak MiB", ".0f"),
                 },
             )
@@ -304,10 +302,10 @@ def _sweep(
     return times
 
 
-def _search(arguments: argparse.Namespace, pictures: Sequence[bytes], space: SearchSpace) -> SearchResult:
+def _search(arguments: argparse.Namespace, images: Sequence[bytes], space: SearchSpace) -> SearchResult:
     load = Load(
         "",
-        pictures,
+        images,
         connections=1,
         warm_up_s=arguments.warm_up,
         duration_s=arguments.duration,
@@ -393,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--duration", type=positive_seconds, default=5.0, metavar="S", help="of each load")
     parser.add_argument("--warm-up", type=positive_seconds, default=1.5, metavar="S")
     parser.add_argument("--timeout", type=positive_seconds, default=10.0, metavar="S", help="of each request")
-    parser.add_argument("--pictures", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
+    parser.add_argument("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--sweep-only", action="store_true", help="stop after the sweep in this process")
     only.add_argument("--no-sweep", action="store_true", help="search with the server alone")

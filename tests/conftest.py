@@ -24,7 +24,7 @@ def project_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of reference material: goldens, further weights, evaluation pictures."""
+    """The folder of reference material: goldens, further weights, evaluation images."""
     folder = Path(os.environ.get("DAMOYOLO_SHARED", PROJECT_DIR.parent / "shared"))
     if not (folder / "model").is_dir():
         pytest.skip(f"no reference material in {folder}; set DAMOYOLO_SHARED to its folder")
@@ -44,7 +44,7 @@ def demo_network() -> onnx.ModelProto:
 
 @pytest.fixture(scope="session")
 def smear_pixels() -> NDArray[np.uint8]:
-    """(3, 3, 256, 320) uint8 RGB: the sample pictures, small."""
-    from lib.onnx.quantization import picture_paths, read_pixels
+    """(3, 3, 256, 320) uint8 RGB: the sample images, small."""
+    from lib.onnx.quantization import image_paths, read_pixels
 
-    return read_pixels(picture_paths(PROJECT_DIR / "tests/data/smears", at_most=3), "S", (256, 320))
+    return read_pixels(image_paths(PROJECT_DIR / "tests/data/smears", at_most=3), "S", (256, 320))

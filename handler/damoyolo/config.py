@@ -12,7 +12,9 @@ from damoyolo.structures import DetectionOptions
 
 BACKENDS = ("auto", "pytorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
-DEVICE_WAITS = ("auto", "sleep", "spin")
+CUDA_SYNCS = ("auto", "blocking", "spin")
+# Former names, refused with the present one.
+RENAMED_SETTINGS = {"device_wait": "cuda_sync (and its value sleep is now blocking)"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # names as Pillow gives them
 
 
@@ -24,27 +26,28 @@ class ServingConfig:
     class_names: one name a class, in the order of the network's channels.
     input_size_hw: height and width of the network input in pixels, multiples of 32; None takes the
         variant's own.
-    backend: engine that runs the network; "auto" is PyTorch on CUDA, and OpenVINO, where it is installed, on
+    backend: backend that runs the network; "auto" is PyTorch on CUDA, and OpenVINO, where it is installed, on
         a CPU.
     precision: arithmetic of the network; "auto" takes the fastest that keeps accuracy on the device.
     score_threshold, iou_threshold, max_detections: what a request gets that does not say otherwise.
     max_detections_limit: the most that a request may ask for.
-    max_candidates: the best so many candidates of a picture enter NMS, a bound on its work.
-    max_image_bytes: largest encoded picture. max_image_pixels: largest width times height.
-    max_instances: most pictures in one JSON request.
+    max_candidates: the best so many candidates of an image enter NMS, a bound on its work.
+    max_image_bytes: largest encoded image. max_image_pixels: largest width times height.
+    max_instances: most images in one JSON request.
     max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
         server ends the worker.
-    image_formats: accepted picture formats, named as Pillow names them.
-    decode_threads: pictures decoded at the same time in a worker; 0 takes one a core.
+    image_formats: accepted image formats, named as Pillow names them.
+    decode_threads: images decoded at the same time in a worker; 0 takes one a core.
     compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
     warmup_batch_sizes: batch sizes run once before a worker reports ready.
     cuda_graphs: on CUDA in fp16 or bf16, run the rewritten network and the postprocessing of fixed shapes as
         CUDA graphs (docs/performance.md has what it gains); off is plain PyTorch.
     graph_batch_sizes: batch sizes to record; a batch is padded to the next, a larger one is cut up.
-    device_wait: on CUDA, how a worker waits for the device: "sleep" leaves its core to others, "spin" keeps
-        it busy and goes on some 0.2 ms sooner; "auto" spins where the workers need at most half the cores.
+    cuda_sync: how a worker waits for a CUDA device: "blocking" sleeps and leaves its core to others, "spin"
+        keeps the core busy and resumes about 0.2 ms earlier; "auto" spins if the workers need at most half
+        of the cores.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off is the pool of threads for all.
-    jpeg_quality: of drawn pictures, 1..95.
+    jpeg_quality: of drawn images, 1..95.
     """
 
     variant: str = "S"
@@ -67,14 +70,14 @@ class ServingConfig:
     warmup_batch_sizes: tuple[int, ...] = (1,)
     cuda_graphs: bool = True
     graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
-    device_wait: str = "auto"
+    cuda_sync: str = "auto"
     gpu_jpeg_decoding: bool = True
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
-        _require_choice("device_wait", self.device_wait, DEVICE_WAITS)
+        _require_choice("cuda_sync", self.cuda_sync, CUDA_SYNCS)
         for name in self.image_formats:
             _require_choice("image_formats", name, IMAGE_FORMATS)
         for name in ("score_threshold", "iou_threshold"):
@@ -113,6 +116,9 @@ class ServingConfig:
         """
         hints = get_type_hints(cls)
         unknown = sorted(set(map(str, settings)) - set(hints))
+        for name in unknown:
+            if name in RENAMED_SETTINGS:
+                raise ConfigError(f"the setting {name} is now called {RENAMED_SETTINGS[name]}")
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
         return cls(**{name: _coerce(name, value, hints[name]) for name, value in settings.items()})

@@ -1,11 +1,11 @@
-"""Pictures in, detections out: calls the stages in their order, and nothing else does."""
+"""Images in, detections out: calls the stages in their order, and nothing else does."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -13,21 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from damoyolo.backends import ONNX_FILE as ONNX_FILE
-from damoyolo.backends import open_backend
-from damoyolo.backends.precision import WEIGHT_DTYPE, resolve_precision
 from damoyolo.config import ServingConfig
-from damoyolo.cuda.fuse import rewrite
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError
 from damoyolo.model.checkpoint import load_packaged
 from damoyolo.model.damoyolo import DamoYolo
-from damoyolo.postprocess import postprocess
+from damoyolo.pipeline import open_pipeline
 from damoyolo.preprocess import EncodedImage, ImagePreprocessor
-from damoyolo.stage_timing import NETWORK, POSTPROCESS, PREPROCESS, StageObserver, unobserved
-from damoyolo.structures import DetectionOptions, Detections
-
-if TYPE_CHECKING:
-    from damoyolo.cuda.pipeline import DevicePipeline
+from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
+from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 WEIGHTS_FILE = "damoyolo.pth"
 SETTINGS_FILE = "model-config.yaml"
@@ -35,6 +29,8 @@ SETTINGS_FILE = "model-config.yaml"
 
 class Detector:
     """DAMO-YOLO on one device.
+
+    pipeline: the network and its postprocessing. preprocessor: what fills the batches.
 
     Not for several threads at once: one batch at a time.
     """
@@ -45,33 +41,11 @@ class Detector:
         self.config = config
         self.device = device
         self.input_size_hw = config.input_size_hw or model.variant.input_size_hw
-        on_cuda = device.type == "cuda"
-        self.pipeline = None
-        if on_cuda and config.cuda_graphs and config.backend in ("auto", "pytorch"):
-            precision = resolve_precision(config.precision, device)
-            if precision in WEIGHT_DTYPE:
-                self.pipeline = self._record_pipeline(model, WEIGHT_DTYPE[precision])
-        self.engine = open_backend(model, config, device, model_dir)
-        self.preprocessor: ImagePreprocessor | DevicePreprocessor = (
-            DevicePreprocessor(config, self.input_size_hw, device)
-            if on_cuda and config.gpu_jpeg_decoding
-            else ImagePreprocessor(config, self.input_size_hw, device)
+        self.pipeline = open_pipeline(model, config, self.input_size_hw, device, model_dir)
+        preprocessor = (
+            DevicePreprocessor if device.type == "cuda" and config.gpu_jpeg_decoding else ImagePreprocessor
         )
-
-    def _record_pipeline(self, model: DamoYolo, dtype: torch.dtype) -> DevicePipeline:
-        # Imported here: a worker on a CPU never needs it.
-        from damoyolo.cuda.pipeline import DevicePipeline
-
-        return DevicePipeline(
-            rewrite(model).to(self.device, dtype),
-            model.num_classes,
-            model.variant.reg_max,
-            self.input_size_hw,
-            self.device,
-            self.config.graph_batch_sizes,
-            self.config.max_candidates,
-            max_kept=self.config.max_detections,
-        )
+        self.preprocessor = preprocessor(config, self.input_size_hw, device)
 
     @classmethod
     def from_archive_dir(
@@ -113,55 +87,53 @@ class Detector:
 
     def detect(
         self,
-        pictures: Sequence[EncodedImage],
+        images: Sequence[EncodedImage],
         options: Sequence[DetectionOptions],
-        observe: StageObserver = unobserved,
+        time_stage: StageTimer = no_timing,
     ) -> list[Detections | RequestError]:
-        """The detections of each encoded picture, or the error that it alone caused; order is kept.
+        """The detections of each encoded image, or the error that it alone caused; order is kept.
 
-        pictures: encoded in an accepted format. options: one a picture.
+        images: encoded in an accepted format. options: one an image.
         observe: called with the name of each stage; what it returns is entered around that stage.
         """
-        if self.pipeline is not None and len(pictures) > (limit := self.pipeline.largest_batch):
-            return [
-                outcome
-                for first in range(0, len(pictures), limit)
-                for outcome in self.detect(
-                    pictures[first : first + limit], options[first : first + limit], observe
-                )
-            ]
-        with observe(PREPROCESS):
-            batch = self.preprocessor.prepare(pictures, self.pipeline.pixels if self.pipeline else None)
+        size = self.pipeline.max_batch_size or max(1, len(images))
+        outcomes: list[Detections | RequestError] = []
+        for first in range(0, len(images), size):
+            outcomes += self._detect_batch(
+                images[first : first + size], options[first : first + size], time_stage
+            )
+        return outcomes
+
+    def _detect_batch(
+        self, images: Sequence[EncodedImage], options: Sequence[DetectionOptions], time_stage: StageTimer
+    ) -> list[Detections | RequestError]:
+        with time_stage(PREPROCESS):
+            batch = self.preprocessor.prepare(images, self.pipeline.pixels)
         outcomes: dict[int, Detections | RequestError] = dict(batch.errors)
         if batch.slots:
             asked = [options[slot] for slot in batch.slots]
-            if self.pipeline is not None:
-                detections = self.pipeline.detect(asked, batch.image_sizes_hw, observe)
-            else:
-                detections = self._detect_plainly(batch.pixels, asked, batch.image_sizes_hw, observe)
+            detections = self.pipeline.detect(batch.pixels, asked, batch.image_sizes_hw, time_stage)
             outcomes.update(zip(batch.slots, detections, strict=True))
-        return [outcomes[index] for index in range(len(pictures))]
+        return [outcomes[index] for index in range(len(images))]
 
-    def _detect_plainly(
-        self,
-        pixels: Tensor,
-        options: Sequence[DetectionOptions],
-        image_sizes_hw: Sequence[tuple[int, int]],
-        observe: StageObserver,
-    ) -> list[Detections]:
-        with observe(NETWORK):
-            predictions = self.engine(pixels)
-        with observe(POSTPROCESS):
-            return postprocess(
-                predictions, options, image_sizes_hw, self.input_size_hw, self.config.max_candidates
-            )
+    @torch.inference_mode()
+    def raw_predictions(self, pixels: Tensor) -> RawPredictions:
+        """What the network says of a batch as it is served, before any postprocessing.
+
+        pixels: (B, 3, H, W) uint8 on the device, B at least 1; more than the pipeline takes are cut up.
+
+        Returns predictions on the device that later calls leave alone.
+        """
+        parts = torch.split(pixels, self.pipeline.max_batch_size or len(pixels))
+        # Copies, because a CUDA graph overwrites its result at the next call.
+        return RawPredictions.joined([self.pipeline.network_call(part)().clone() for part in parts])
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Run each batch size once, so that no request pays for kernel choice and first allocations."""
-        picture = io.BytesIO()
-        Image.new("RGB", (640, 480)).save(picture, "JPEG")
+        image = io.BytesIO()
+        Image.new("RGB", (640, 480)).save(image, "JPEG")
         for batch_size in batch_sizes:
-            self.detect([picture.getvalue()] * batch_size, [self.config.default_options()] * batch_size)
+            self.detect([image.getvalue()] * batch_size, [self.config.default_options()] * batch_size)
 
     def close(self) -> None:
         """End the decoding threads."""

@@ -34,13 +34,13 @@ class InvalidOptionError(RequestError):
 
 
 class MissingImageError(RequestError):
-    """The request carries no picture where one is looked for."""
+    """The request carries no image where one is looked for."""
 
     kind = "MissingImage"
 
 
 class ImageTooLargeError(RequestError):
-    """The picture has more bytes or pixels than the server accepts."""
+    """The image has more bytes or pixels than the server accepts."""
 
     status = 413
     reason = "Payload Too Large"
@@ -48,7 +48,7 @@ class ImageTooLargeError(RequestError):
 
 
 class UnsupportedImageError(RequestError):
-    """The bytes are not a picture of an accepted format."""
+    """The bytes are not an image of an accepted format."""
 
     status = 415
     reason = "Unsupported Media Type"

@@ -1,6 +1,6 @@
 """Raw predictions to detections: threshold, decode what survives, NMS, scale back; a whole batch at once.
 
-The pictures of a batch may carry different options. On CUDA the host waits for the device to learn the
+The images of a batch may carry different options. On CUDA the host waits for the device to learn the
 number of candidates and which of them lie on each level, the group sizes, what each round of NMS leaves, the
 number of detections, and for the one copy of the result; for nothing else.
 """
@@ -26,12 +26,12 @@ PAIR_BUDGET = 2**22
 
 
 class Selection(NamedTuple):
-    """Boxes of a batch on the device: pictures ascending, in a picture scores descending.
+    """Boxes of a batch on the device: images ascending, in an image scores descending.
 
     Equal scores are in the order of anchor * K + class.
     """
 
-    picture_ids: Tensor  # (N,) int64
+    image_ids: Tensor  # (N,) int64
     class_ids: Tensor  # (N,) int64
     scores: Tensor  # (N,) float32
     boxes_xyxy: Tensor  # (N, 4) float32, pixels of the network input
@@ -40,7 +40,7 @@ class Selection(NamedTuple):
 class _Candidates(NamedTuple):
     """(Anchor, class) pairs above the threshold, in the order of `Selection`."""
 
-    picture_ids: Tensor  # (M,) int64
+    image_ids: Tensor  # (M,) int64
     anchor_ids: Tensor  # (M,) int64
     class_ids: Tensor  # (M,) int64
     scores: Tensor  # (M,) float32
@@ -53,25 +53,25 @@ def postprocess(
     input_size_hw: tuple[int, int],
     max_candidates: int,
 ) -> list[Detections]:
-    """The detections of each picture of a batch; float32 whatever the dtype of the predictions.
+    """The detections of each image of a batch; float32 whatever the dtype of the predictions.
 
     Args:
-        raw: predictions of B pictures at strides 8, 16, 32.
-        options: one a picture.
-        image_sizes_hw: original height and width of each picture in pixels.
+        raw: predictions of B images at strides 8, 16, 32.
+        options: one an image.
+        image_sizes_hw: original height and width of each image in pixels.
         input_size_hw: height and width of the network input in pixels.
-        max_candidates: the best so many (anchor, class) pairs of a picture enter NMS.
+        max_candidates: the best so many (anchor, class) pairs of an image enter NMS.
 
     Returns:
-        B detections; boxes are scaled to the original picture and not clipped to it. Boxes that are not
+        B detections; boxes are scaled to the original image and not clipped to it. Boxes that are not
         finite are left out.
 
     Raises:
-        ValueError: options or image sizes are not one a picture.
+        ValueError: options or image sizes are not one an image.
     """
     scores = class_scores(raw.class_logits)  # B, A, K
     if len(image_sizes_hw) != len(scores):
-        raise ValueError(f"{len(image_sizes_hw)} image sizes for {len(scores)} pictures; one each is needed")
+        raise ValueError(f"{len(image_sizes_hw)} image sizes for {len(scores)} images; one each is needed")
     candidates = _find_candidates(scores, options, max_candidates)
     boxes_xyxy = _decode_candidates(raw.distance_logits, candidates)
     selection = _keep_best(candidates, boxes_xyxy, options, class_count=scores.shape[-1])
@@ -86,14 +86,14 @@ def select(
     Args:
         scores: (B, A, K) float32 in 0..1.
         boxes_xyxy: (B, A, 4) float32 in pixels of the network input.
-        options: one a picture.
-        max_candidates: the best so many (anchor, class) pairs of a picture enter NMS.
+        options: one an image.
+        max_candidates: the best so many (anchor, class) pairs of an image enter NMS.
 
     Raises:
-        ValueError: options are not one a picture.
+        ValueError: options are not one an image.
     """
     candidates = _find_candidates(scores, options, max_candidates)
-    candidate_boxes = boxes_xyxy[candidates.picture_ids, candidates.anchor_ids]  # M, 4
+    candidate_boxes = boxes_xyxy[candidates.image_ids, candidates.anchor_ids]  # M, 4
     return _keep_best(candidates, candidate_boxes, options, class_count=scores.shape[-1])
 
 
@@ -175,16 +175,16 @@ def _greedy_nms(
     while rows.shape[1]:
         block_rows, rows = rows[:, :block_size], rows[:, block_size:]  # g, b and g, rest
         block = boxes_xyxy[block_rows]  # g, b, 4
-        stays = _settle((pairwise_iou(block, block) > thresholds).triu_(diagonal=1))  # g, b
+        stays = _resolve_suppression((pairwise_iou(block, block) > thresholds).triu_(diagonal=1))  # g, b
         kept[block_rows] = stays
         if rows.shape[1]:
-            better = boxes_xyxy[_close_ranks(block_rows, stays, padding_row)]  # g, s, 4
+            better = boxes_xyxy[_compact_rows(block_rows, stays, padding_row)]  # g, s, 4
             waits = ~(pairwise_iou(better, boxes_xyxy[rows]) > thresholds).any(dim=1)  # g, rest
             kept[rows] = waits
-            rows = _close_ranks(rows, waits, padding_row)  # g, w
+            rows = _compact_rows(rows, waits, padding_row)  # g, w
 
 
-def _settle(suppresses: Tensor) -> Tensor:
+def _resolve_suppression(suppresses: Tensor) -> Tensor:
     """The greedy outcome as the fixed point of "a box stays if no better one that stays suppresses it".
 
     After t rounds the first t boxes are final, because each depends on better ones only; the rounds needed
@@ -204,7 +204,7 @@ def _settle(suppresses: Tensor) -> Tensor:
         stays = settled
 
 
-def _close_ranks(rows: Tensor, chosen: Tensor, padding_row: int) -> Tensor:
+def _compact_rows(rows: Tensor, chosen: Tensor, padding_row: int) -> Tensor:
     """The chosen rows of each group in their order, (g, n) to (g, most chosen in a group), then padding."""
     chosen = chosen & (rows != padding_row)
     places = chosen.cumsum(dim=1)  # g, n; from 1
@@ -214,10 +214,10 @@ def _close_ranks(rows: Tensor, chosen: Tensor, padding_row: int) -> Tensor:
 
 
 def _find_candidates(scores: Tensor, options: Sequence[DetectionOptions], max_candidates: int) -> _Candidates:
-    """Pairs strictly above their picture's threshold, of its classes; the best `max_candidates` a picture."""
+    """Pairs strictly above their image's threshold, of its classes; the best `max_candidates` an image."""
     B, A, K = scores.shape
     if len(options) != B:
-        raise ValueError(f"{len(options)} options for {B} pictures; one each is needed")
+        raise ValueError(f"{len(options)} options for {B} images; one each is needed")
     thresholds = np.full((B, 1, K), np.inf, dtype=np.float32)  # above every score: class not asked for
     for row, option in zip(thresholds[:, 0], options, strict=True):
         row[slice(None) if option.class_ids is None else list(option.class_ids)] = option.score_threshold
@@ -225,15 +225,15 @@ def _find_candidates(scores: Tensor, options: Sequence[DetectionOptions], max_ca
     above = scores > torch.from_numpy(thresholds).to(scores.device)  # B, A, K; NaN is not above
     flat_ids = above.flatten().nonzero().squeeze(1)  # M
     candidate_scores = scores.flatten()[flat_ids]
-    picture_ids = flat_ids // (A * K)
-    order = _order_by_group_and_score(picture_ids, candidate_scores)
+    image_ids = flat_ids // (A * K)
+    order = _order_by_group_and_score(image_ids, candidate_scores)
     if len(order) > max_candidates:
-        picture_ids = picture_ids[order]
-        ranks = torch.arange(len(order), device=scores.device) - _first_rows(picture_ids, B)[picture_ids]
+        image_ids = image_ids[order]
+        ranks = torch.arange(len(order), device=scores.device) - _first_rows(image_ids, B)[image_ids]
         order = order[ranks < max_candidates]
     flat_ids = flat_ids[order]
     return _Candidates(
-        picture_ids=flat_ids // (A * K),
+        image_ids=flat_ids // (A * K),
         anchor_ids=flat_ids // K % A,
         class_ids=flat_ids % K,
         scores=candidate_scores[order],
@@ -250,7 +250,7 @@ def _decode_candidates(distance_logits: Sequence[Tensor], candidates: _Candidate
         rows = ((cells >= 0) & (cells < height * width)).nonzero().squeeze(1)  # m
         y, x = cells[rows] // width, cells[rows] % width
         points_xy = torch.stack((x, y), dim=-1).float() * stride  # m, 2
-        cell_logits = logits[candidates.picture_ids[rows], :, y, x]  # m, 4 * (R + 1)
+        cell_logits = logits[candidates.image_ids[rows], :, y, x]  # m, 4 * (R + 1)
         boxes_xyxy[rows] = boxes_from_distances(cell_logits, points_xy, stride)
         first_anchor += height * width
     return boxes_xyxy
@@ -259,50 +259,50 @@ def _decode_candidates(distance_logits: Sequence[Tensor], candidates: _Candidate
 def _keep_best(
     candidates: _Candidates, boxes_xyxy: Tensor, options: Sequence[DetectionOptions], class_count: int
 ) -> Selection:
-    """NMS inside each picture and class, then the best `max_detections` of each picture."""
+    """NMS inside each image and class, then the best `max_detections` of each image."""
     device = boxes_xyxy.device
-    picture_ids = candidates.picture_ids
-    agnostic = _per_picture([option.class_agnostic for option in options], torch.bool, device)
-    iou_thresholds = _per_picture([option.iou_threshold for option in options], torch.float32, device)
-    limits = _per_picture([option.max_detections for option in options], torch.int64, device)
+    image_ids = candidates.image_ids
+    agnostic = _per_image([option.class_agnostic for option in options], torch.bool, device)
+    iou_thresholds = _per_image([option.iou_threshold for option in options], torch.float32, device)
+    limits = _per_image([option.max_detections for option in options], torch.int64, device)
 
-    own_class = candidates.class_ids.masked_fill(agnostic[picture_ids], 0)
+    own_class = candidates.class_ids.masked_fill(agnostic[image_ids], 0)
     kept = batched_nms_exact(
         boxes_xyxy,
-        picture_ids * class_count + own_class,
+        image_ids * class_count + own_class,
         candidates.scores,
         iou_thresholds.repeat_interleave(class_count),
     )
     # Half-precision logits can overflow. Such a box overlaps nothing, so that it may go as late as here.
     kept &= boxes_xyxy.isfinite().all(dim=-1)
     kept_before = torch.cat((limits.new_zeros(1), kept.cumsum(0)))  # M + 1
-    ranks = kept_before[:-1] - kept_before[_first_rows(picture_ids, len(options))][picture_ids]  # M
-    kept &= ranks < limits[picture_ids]
+    ranks = kept_before[:-1] - kept_before[_first_rows(image_ids, len(options))][image_ids]  # M
+    kept &= ranks < limits[image_ids]
     rows = kept.nonzero().squeeze(1)  # N
-    return Selection(picture_ids[rows], candidates.class_ids[rows], candidates.scores[rows], boxes_xyxy[rows])
+    return Selection(image_ids[rows], candidates.class_ids[rows], candidates.scores[rows], boxes_xyxy[rows])
 
 
-def _per_picture(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _per_image(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device)
 
 
-def _first_rows(picture_ids: Tensor, picture_count: int) -> Tensor:
-    """(B,) the row of each picture's first entry in ascending `picture_ids`."""
-    return torch.searchsorted(picture_ids, torch.arange(picture_count, device=picture_ids.device))
+def _first_rows(image_ids: Tensor, image_count: int) -> Tensor:
+    """(B,) the row of each image's first entry in ascending `image_ids`."""
+    return torch.searchsorted(image_ids, torch.arange(image_count, device=image_ids.device))
 
 
 def _to_host(
     selection: Selection, image_sizes_hw: Sequence[tuple[int, int]], input_size_hw: tuple[int, int]
 ) -> list[Detections]:
-    """Boxes in pixels of the original pictures, in one copy; ids are exact in float32 up to 2**24."""
+    """Boxes in pixels of the original images, in one copy; ids are exact in float32 up to 2**24."""
     input_height, input_width = input_size_hw
     scales = [(width / input_width, height / input_height) * 2 for height, width in image_sizes_hw]  # B, 4
-    scales_xyxy = _per_picture(scales, torch.float32, selection.scores.device).reshape(-1, 4)
+    scales_xyxy = _per_image(scales, torch.float32, selection.scores.device).reshape(-1, 4)
     columns = (
-        selection.boxes_xyxy * scales_xyxy[selection.picture_ids],
+        selection.boxes_xyxy * scales_xyxy[selection.image_ids],
         selection.scores[:, None],
         selection.class_ids[:, None].float(),
-        selection.picture_ids[:, None].float(),
+        selection.image_ids[:, None].float(),
     )
     packed: NDArray[np.float32] = torch.cat(columns, dim=1).cpu().numpy()  # N, 7
     bounds = np.searchsorted(packed[:, 6], np.arange(len(image_sizes_hw) + 1))

@@ -1,4 +1,4 @@
-"""Encoded pictures -> one batch of network-sized pixels on the device, and the geometry to undo it.
+"""Encoded images -> one batch of network-sized pixels on the device, and the geometry to undo it.
 
 Two steps that know nothing of each other: decoding (`decode_image`, in a pool of threads; Pillow releases
 the interpreter lock) and resizing (`_resize_into` in the same threads for a network on the CPU,
@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
-from damoyolo.cuda.kernels.resize import StoredPicture, resize_pictures_reference
+from damoyolo.cuda.kernels.resize import OrientedImage, resize_images_reference
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
 
 EncodedImage = bytes | bytearray | memoryview
@@ -48,12 +48,12 @@ _warning_filters_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """The pictures of a batch that could be decoded, ready for the network, and what became of the rest.
+    """The images of a batch that could be decoded, ready for the network, and what became of the rest.
 
     pixels: (B, 3, H, W) uint8 R, G, B on the device, grey levels 0..255, channels last in memory.
-    image_sizes_hw: B times height and width of the picture as a viewer shows it.
+    image_sizes_hw: B times height and width of the image as a viewer shows it.
     slots: B positions in the sequence given to `prepare`, ascending.
-    errors: position -> error of every other picture.
+    errors: position -> error of every other image.
     """
 
     pixels: Tensor
@@ -63,7 +63,7 @@ class PreparedBatch:
 
 
 class ImagePreprocessor:
-    """Decodes and resizes batches of pictures for one network on one device. Thread-safe.
+    """Decodes and resizes batches of images for one network on one device. Thread-safe.
 
     input_size_hw: height and width of the network input in pixels.
     """
@@ -77,7 +77,7 @@ class ImagePreprocessor:
         Image.init()  # import the readers of rarer formats now, not while a request waits
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
-        """Decode and resize all pictures at once; a bad one costs only itself. An empty batch is fine.
+        """Decode and resize all images at once; a bad one costs only itself. An empty batch is fine.
 
         On a GPU the copy and the resizing are only queued: nothing here waits for the device.
 
@@ -97,11 +97,11 @@ class ImagePreprocessor:
         )
 
     def close(self) -> None:
-        """End the threads; pictures already begun are finished."""
+        """End the threads; images already begun are finished."""
         self._pool.shutdown()
 
     def _prepare_on_cpu(self, encoded_images: Sequence[EncodedImage]) -> PreparedBatch:
-        # Each thread resizes what it decoded while that is in its cache, and large pictures do not pile up.
+        # Each thread resizes what it decoded while that is in its cache, and large images do not pile up.
         canvas = torch.empty((len(encoded_images), *self.input_size_hw, 3), dtype=torch.uint8)
 
         def fill(encoded: EncodedImage, target: Tensor) -> tuple[int, int] | RequestError:
@@ -130,10 +130,10 @@ class ImagePreprocessor:
 
 
 def scale_factors_xyxy(image_sizes_hw: Sequence[tuple[int, int]], input_size_hw: tuple[int, int]) -> Tensor:
-    """(B, 4) float32 on the CPU: network-input pixels times this are pixels of the original picture.
+    """(B, 4) float32 on the CPU: network-input pixels times this are pixels of the original image.
 
     The inverse of the resizing in this file, for boxes as x1, y1, x2, y2; no shift takes part, since pixel
-    (0, 0) reaches from 0 to 1 in both pictures.
+    (0, 0) reaches from 0 to 1 in both images.
     """
     input_height, input_width = input_size_hw
     factors_yx = torch.tensor(image_sizes_hw, dtype=torch.float64).reshape(-1, 2)
@@ -144,21 +144,21 @@ def scale_factors_xyxy(image_sizes_hw: Sequence[tuple[int, int]], input_size_hw:
 def resize_on_device(
     images: Sequence[NDArray[np.uint8]], input_size_hw: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Copy decoded pictures to the device in one piece and resize them there, without waiting for it.
+    """Copy decoded images to the device in one piece and resize them there, without waiting for it.
 
     Args:
-        images: B pictures (h, w, 3) uint8 of any sizes.
+        images: B images (h, w, 3) uint8 of any sizes.
 
     Returns:
         (B, 3, H, W) uint8 on the device, channels last in memory.
     """
     canvas = torch.empty((len(images), *input_size_hw, 3), dtype=torch.uint8, device=device)
-    resize_pictures_reference([StoredPicture(pixels) for pixels in upload(images, device)], canvas)
+    resize_images_reference([OrientedImage(pixels) for pixels in upload(images, device)], canvas)
     return canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def upload(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[Tensor]:
-    """Copy decoded pictures (h, w, 3) uint8 to the device in one piece, without waiting for it."""
+    """Copy decoded images (h, w, 3) uint8 to the device in one piece, without waiting for it."""
     # PyTorch's allocator of pinned memory does not reuse it before the copy has read it.
     packed = torch.empty(
         sum(image.size for image in images), dtype=torch.uint8, pin_memory=device.type == "cuda"
@@ -174,9 +174,9 @@ def upload(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[Te
 
 
 def _resize_into(image: NDArray[np.uint8], target: Tensor) -> None:
-    """Resize one picture (h, w, 3) on the CPU into `target` (H, W, 3), both uint8.
+    """Resize one image (h, w, 3) on the CPU into `target` (H, W, 3), both uint8.
 
-    PyTorch's uint8 kernel for channels-last pictures is the fastest exact enough one (640x480: 1.4 ms,
+    PyTorch's uint8 kernel for channels-last images is the fastest exact enough one (640x480: 1.4 ms,
     against 4.6 ms in float32) and runs in the calling thread alone, so it does not fight the pool.
     """
     if image.shape == target.shape:
@@ -194,16 +194,16 @@ def _resize_into(image: NDArray[np.uint8], target: Tensor) -> None:
 
 
 def decode_image(encoded: EncodedImage, config: ServingConfig) -> NDArray[np.uint8]:
-    """Decode one picture as a viewer shows it: EXIF orientation applied, first frame of several.
+    """Decode one image as a viewer shows it: EXIF orientation applied, first frame of several.
 
     Transparency is dropped, not blended, as upstream's `convert("RGB")` does; 16-bit grey is scaled to 8
-    bits; CMYK, palette, grey and 1-bit pictures become RGB.
+    bits; CMYK, palette, grey and 1-bit images become RGB.
 
     Returns:
         (h, w, 3) uint8 R, G, B; may be read-only.
 
     Raises:
-        UnsupportedImageError: not a picture of a format in `config.image_formats`.
+        UnsupportedImageError: not an image of a format in `config.image_formats`.
         ImageTooLargeError: more bytes or pixels than `config.max_image_bytes`, `config.max_image_pixels`.
         CorruptImageError: the header is fine, the rest is not.
     """
@@ -221,28 +221,28 @@ def decode_image(encoded: EncodedImage, config: ServingConfig) -> NDArray[np.uin
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
-            f"the picture has too many pixels: {_reason(error)} No setting of the server lifts this limit."
+            f"the image has too many pixels: {_reason(error)} No setting of the server lifts this limit."
         ) from error
     except MemoryError as error:
         raise ImageTooLargeError(
-            "there is not enough memory to decode the picture; "
+            "there is not enough memory to decode the image; "
             "the server's settings max_image_pixels and decode_threads bound what decoding needs"
         ) from error
     # Pillow's readers answer hostile bytes with nearly any exception: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, IndexError, KeyError, TypeError, OverflowError ...
     except Exception as error:
-        raise CorruptImageError(f"the picture cannot be decoded: {_reason(error)}") from error
+        raise CorruptImageError(f"the image cannot be decoded: {_reason(error)}") from error
 
 
 def require_image_bytes(size_bytes: int, config: ServingConfig) -> None:
-    """Refuse an encoded picture that is too large.
+    """Refuse an encoded image that is too large.
 
     Raises:
         ImageTooLargeError: names the size and the setting.
     """
     if size_bytes > config.max_image_bytes:
         raise ImageTooLargeError(
-            f"the picture has {size_bytes} bytes; at most {config.max_image_bytes} are accepted "
+            f"the image has {size_bytes} bytes; at most {config.max_image_bytes} are accepted "
             "(server setting max_image_bytes)"
         )
 
@@ -254,7 +254,7 @@ def _open(encoded: EncodedImage, config: ServingConfig) -> ImageFile.ImageFile:
             return Image.open(io.BytesIO(encoded), formats=config.image_formats)
     except UnidentifiedImageError as error:
         raise UnsupportedImageError(
-            "the data are no picture of an accepted format, or its header is broken; "
+            "the data are no image of an accepted format, or its header is broken; "
             f"accepted are {', '.join(config.image_formats)} (server setting image_formats)"
         ) from error
 
@@ -263,17 +263,17 @@ def _require_image_pixels(image: Image.Image, config: ServingConfig) -> None:
     width, height = image.size
     if width * height > config.max_image_pixels:
         raise ImageTooLargeError(
-            f"the picture has {width} x {height} = {width * height} pixels; "
+            f"the image has {width} x {height} = {width * height} pixels; "
             f"at most {config.max_image_pixels} are accepted (server setting max_image_pixels)"
         )
 
 
 def _exif_orientation(image: Image.Image) -> int:
-    """1..8; needs the loaded picture, for PNG may carry EXIF data behind the pixels."""
+    """1..8; needs the loaded image, for PNG may carry EXIF data behind the pixels."""
     try:
         with _warnings_ignored():
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # viewers show a picture whose EXIF data are broken, so it is upright
+    except Exception:  # viewers show an image whose EXIF data are broken, so it is upright
         return 1
     return orientation if isinstance(orientation, int) else 1
 
@@ -286,8 +286,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise UnsupportedImageError(
-            f"the picture has signed or 32-bit pixels (Pillow mode {image.mode}), of undefined range; "
-            "accepted are pictures of 1, 8 or 16 bits a channel"
+            f"the image has signed or 32-bit pixels (Pillow mode {image.mode}), of undefined range; "
+            "accepted are images of 1, 8 or 16 bits a channel"
         )
     image.info.pop("transparency", None)  # dropped anyhow; convert() warns about some forms of it
     return image.convert("RGB")

@@ -1,6 +1,6 @@
-"""A row of TorchServe -> the encoded pictures and the options of one request.
+"""A row of TorchServe -> the encoded images and the options of one request.
 
-A row is a mapping from field names to a bytearray, a str, or what a JSON document became. The picture comes
+A row is a mapping from field names to a bytearray, a str, or what a JSON document became. The image comes
 
 - as the raw body (field `body`) of any content type,
 - as one multipart field `data`, `body` or `image`,
@@ -10,7 +10,7 @@ A row is a mapping from field names to a bytearray, a str, or what a JSON docume
 Options have one name everywhere (`OPTION_NAMES`). Of several places, the first that has one wins:
 
 1. a field of the JSON document, with JSON's own types (null counts as absent),
-2. a form field or query parameter beside the picture, as text,
+2. a form field or query parameter beside the image, as text,
 3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
 4. the server's default; for `format`, the Accept header before it.
 """
@@ -33,14 +33,14 @@ from damoyolo.structures import DetectionOptions
 
 OPTION_NAMES = ("score_threshold", "iou_threshold", "max_detections", "classes", "class_agnostic", "format")
 
-_PICTURE_FIELDS = ("body", "data", "image")
+_IMAGE_FIELDS = ("body", "data", "image")
 _TOLERATED_FIELDS = ("model_name",)  # /invocations carries it and TorchServe passes it on
 _HEADER_PREFIX = "x-detect-"
 _OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
 _FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
-_TRUTH_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
+_BOOL_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
 _ACCEPTED_FORMS = (
-    "send the encoded picture as the request body, as multipart field data, body or image, or as base64 in "
+    "send the encoded image as the request body, as multipart field data, body or image, or as base64 in "
     'JSON: {"image": "..."} or {"instances": [{"b64": "..."}]}'
 )
 
@@ -49,10 +49,10 @@ _ACCEPTED_FORMS = (
 class ImageRequest:
     """What one request asks for.
 
-    images: the encoded pictures, at least one, each not empty.
+    images: the encoded images, at least one, each not empty.
     options: what the postprocessing needs to know, the same for all of them.
-    output_format: of the answer; a drawn picture only where there is one picture.
-    batched: the answer is `{"predictions": [...]}`, also for one picture, unless it is drawn.
+    output_format: of the answer; a drawn image only where there is one image.
+    batched: the answer is `{"predictions": [...]}`, also for one image, unless it is drawn.
     """
 
     images: tuple[EncodedImage, ...]
@@ -70,53 +70,53 @@ class RequestParser:
         self._id_of_class = {name: class_id for class_id, name in enumerate(config.class_names)}
 
     def parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest:
-        """Find pictures and options.
+        """Find images and options.
 
         Args:
             row: field name -> content. headers: request headers, names in any spelling; values that are no
                 text are ignored (TorchServe keeps the headers of multipart fields among them).
 
         Raises:
-            MissingImageError: no picture where one is looked for.
+            MissingImageError: no image where one is looked for.
             InvalidOptionError: an option is unknown, malformed or out of range.
-            ImageTooLargeError: a picture has more bytes than `config.max_image_bytes`.
-            RequestError: broken JSON or base64, or more pictures than accepted.
+            ImageTooLargeError: an image has more bytes than `config.max_image_bytes`.
+            RequestError: broken JSON or base64, or more images than accepted.
         """
         texts = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-        content = self._picture_field(row, texts)
+        content = self._image_field(row, texts)
         values = _header_options(texts) | _form_options(row)
         document = _json_document(content)
         images: tuple[EncodedImage, ...]
         if document is None:
-            picture = _as_picture(content)
-            require_image_bytes(len(picture), self.config)
-            images, batched = (picture,), False
+            image = _as_image(content)
+            require_image_bytes(len(image), self.config)
+            images, batched = (image,), False
         else:
             values |= _document_options(document)
-            images, batched = self._document_pictures(document)
+            images, batched = self._document_images(document)
 
         output_format = _output_format(values.pop("format", None), texts.get("accept", ""))
         if output_format != "json" and len(images) > 1:
             raise InvalidOptionError(
-                f"format is {output_format} for {len(images)} pictures; "
-                "a drawn picture is the answer to one picture only, ask for format json"
+                f"format is {output_format} for {len(images)} images; "
+                "a drawn image is the answer to one image only, ask for format json"
             )
         return ImageRequest(images, self._options(values), output_format, batched)
 
-    def _picture_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> Any:
-        found = [name for name in _PICTURE_FIELDS if name in row]
+    def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> Any:
+        found = [name for name in _IMAGE_FIELDS if name in row]
         if len(found) > 1:
             raise RequestError(
-                f"the request has the picture fields {' and '.join(found)}; exactly one of them is accepted"
+                f"the request has the image fields {' and '.join(found)}; exactly one of them is accepted"
             )
         if not found or (not isinstance(row[found[0]], Mapping) and not row[found[0]]):
             hint = ""
             if "form-urlencoded" in header_texts.get("content-type", ""):
                 hint = " (it calls itself a form: with curl use -T, or -H 'Content-Type: image/jpeg')"
-            raise MissingImageError(f"the request holds no picture{hint}; {_ACCEPTED_FORMS}")
+            raise MissingImageError(f"the request holds no image{hint}; {_ACCEPTED_FORMS}")
         return row[found[0]]
 
-    def _document_pictures(self, document: Mapping[str, Any]) -> tuple[tuple[EncodedImage, ...], bool]:
+    def _document_images(self, document: Mapping[str, Any]) -> tuple[tuple[EncodedImage, ...], bool]:
         if "image" in document and "instances" in document:
             raise RequestError(
                 "the JSON document has both image and instances; exactly one of them is accepted"
@@ -125,14 +125,14 @@ class RequestParser:
             return (self._from_base64(document["image"], "image"),), False
         instances = document.get("instances")
         if instances is None or instances == []:
-            raise MissingImageError(f"the JSON document holds no picture; {_ACCEPTED_FORMS}")
+            raise MissingImageError(f"the JSON document holds no image; {_ACCEPTED_FORMS}")
         if not isinstance(instances, list) or not all(
             isinstance(instance, Mapping) and set(instance) == {"b64"} for instance in instances
         ):
             raise RequestError('instances must be a list of objects {"b64": "..."} with nothing else in them')
         if len(instances) > self.config.max_instances:
             raise RequestError(
-                f"instances holds {len(instances)} pictures; "
+                f"instances holds {len(instances)} images; "
                 f"at most {self.config.max_instances} are accepted (server setting max_instances)"
             )
         return tuple(
@@ -143,7 +143,7 @@ class RequestParser:
     def _from_base64(self, value: Any, place: str) -> bytes:
         """Decode strictly: the alphabet with + and /, with padding; white space and line breaks may occur."""
         if not isinstance(value, str):
-            raise RequestError(f"{place} is {_quoted(value)}; a text with the picture in base64 is needed")
+            raise RequestError(f"{place} is {_quoted(value)}; a text with the image in base64 is needed")
         start = 0
         if value[:5].lower() == "data:":
             start = value.find(",") + 1
@@ -154,7 +154,7 @@ class RequestParser:
         try:
             text = value[start:].encode("ascii").translate(None, b" \t\r\n")
             if not text:
-                raise MissingImageError(f"{place} is empty; a text with the picture in base64 is needed")
+                raise MissingImageError(f"{place} is empty; a text with the image in base64 is needed")
             require_image_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), self.config)
             if len(text) % 4:  # Python 3.10 overlooks superfluous padding
                 raise binascii.Error
@@ -172,14 +172,14 @@ class RequestParser:
             elif name == "max_detections":
                 changes[name] = self._max_detections(value)
             elif name == "class_agnostic":
-                changes[name] = _truth(name, value)
+                changes[name] = _parse_bool(name, value)
             else:
                 changes["class_ids"] = self._class_ids(value)
         return dataclasses.replace(self._defaults, **changes)
 
     def _max_detections(self, value: Any) -> int:
         limit = self.config.max_detections_limit
-        number = _number_of_text(value, int) if isinstance(value, _Text) else value
+        number = _parse_number(value, int) if isinstance(value, _Text) else value
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= limit:
             raise InvalidOptionError(
                 f"max_detections is {_quoted(value)}; a whole number from 1 to {limit} is accepted "
@@ -201,7 +201,7 @@ class RequestParser:
         last_id = len(self._id_of_class) - 1
         if isinstance(entry, str) and entry in self._id_of_class:
             return self._id_of_class[entry]
-        class_id = _number_of_text(entry, int) if isinstance(entry, str) else entry
+        class_id = _parse_number(entry, int) if isinstance(entry, str) else entry
         if isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id <= last_id:
             return class_id
         names = list(self._id_of_class)
@@ -228,7 +228,7 @@ def _header_options(header_texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _form_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: value for name, value in row.items() if name not in _PICTURE_FIELDS + _TOLERATED_FIELDS}
+    fields = {name: value for name, value in row.items() if name not in _IMAGE_FIELDS + _TOLERATED_FIELDS}
     _refuse_unknown(fields, "field")
     return {name: _form_text(name, value) for name, value in fields.items()}
 
@@ -258,10 +258,10 @@ def _refuse_unknown(fields: Mapping[str, Any], what: str) -> None:
 
 
 def _json_document(content: Any) -> Mapping[str, Any] | None:
-    """The JSON object that the content is, or None if it is a picture.
+    """The JSON object that the content is, or None if it is an image.
 
     TorchServe parses JSON only where the content type is exactly application/json; otherwise the first
-    character tells, for no picture format begins with a brace.
+    character tells, for no image format begins with a brace.
     """
     if isinstance(content, str | bytes | bytearray | memoryview):
         opening = content[:64].encode() if isinstance(content, str) else bytes(content[:64])
@@ -278,17 +278,17 @@ def _json_document(content: Any) -> Mapping[str, Any] | None:
     return content
 
 
-def _as_picture(content: Any) -> EncodedImage:
+def _as_image(content: Any) -> EncodedImage:
     if isinstance(content, str):
         raise RequestError(
-            "the request carries text where a picture is looked for; send the picture's bytes with content "
+            "the request carries text where an image is looked for; send the image's bytes with content "
             'type image/jpeg or application/octet-stream, or its base64 in JSON: {"image": "..."}'
         )
-    picture: EncodedImage = content
-    return picture
+    image: EncodedImage = content
+    return image
 
 
-def _number_of_text(text: str, number_type: type[int] | type[float]) -> int | float | None:
+def _parse_number(text: str, number_type: type[int] | type[float]) -> int | float | None:
     try:
         return number_type(text)
     except ValueError:
@@ -296,15 +296,15 @@ def _number_of_text(text: str, number_type: type[int] | type[float]) -> int | fl
 
 
 def _number_0_to_1(name: str, value: Any) -> float:
-    number = _number_of_text(value, float) if isinstance(value, _Text) else value
+    number = _parse_number(value, float) if isinstance(value, _Text) else value
     # The comparison also refuses NaN.
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 1:
         raise InvalidOptionError(f"{name} is {_quoted(value)}; a number from 0 to 1 is accepted")
     return float(number)
 
 
-def _truth(name: str, value: Any) -> bool:
-    truth = _TRUTH_OF_TEXT.get(value.lower()) if isinstance(value, _Text) else value
+def _parse_bool(name: str, value: Any) -> bool:
+    truth = _BOOL_OF_TEXT.get(value.lower()) if isinstance(value, _Text) else value
     if not isinstance(truth, bool):
         raise InvalidOptionError(f"{name} is {_quoted(value)}; true or false is accepted")
     return truth
@@ -320,7 +320,7 @@ def _output_format(value: Any, accept: str) -> OutputFormat:
 
 
 def _format_of_accept(accept: str) -> OutputFormat:
-    """jpeg or png where the header prefers it to everything that is no picture; json otherwise.
+    """jpeg or png where the header prefers it to everything that is no image; json otherwise.
 
     So browsers, which list image/png beside text/html, and `*/*` get JSON.
     """
@@ -331,7 +331,7 @@ def _format_of_accept(accept: str) -> OutputFormat:
         quality = 1.0
         for parameter in parameters:
             if parameter.startswith("q="):
-                quality = _number_of_text(parameter[2:], float) or 0.0
+                quality = _parse_number(parameter[2:], float) or 0.0
         if not 0 < quality <= 1:  # also NaN
             continue
         output_format = _FORMAT_OF_CONTENT_TYPE.get(media_type, "json")

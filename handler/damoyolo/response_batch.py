@@ -19,21 +19,21 @@ Bytes = NDArray[np.uint8]
 
 # Stands where a number has fewer digits than there is room for; JSON in ASCII never holds it.
 _GAP = b"\0"
-_FEW = 3  # pictures of which fewer are sooner written one by one
+_FEW = 3  # images of which fewer are sooner written one by one
 _LARGEST_PIXEL = 65_535  # coordinates with more digits are written one by one
 
 
 def format_json_of_batch(batch: Sequence[Detections], class_names: Sequence[str]) -> list[bytes]:
-    """The text of `format_json` for each picture of a batch."""
-    sizes_hw = [picture.image_size_hw for picture in batch]
-    counts = [len(picture) for picture in batch]
+    """The text of `format_json` for each image of a batch."""
+    sizes_hw = [image.image_size_hw for image in batch]
+    counts = [len(image) for image in batch]
     if len(batch) < _FEW or not any(counts) or max(map(max, sizes_hw)) > _LARGEST_PIXEL:
-        return [format_json(picture, class_names) for picture in batch]
+        return [format_json(image, class_names) for image in batch]
     edges = np.array([(width, height, width, height) for height, width in sizes_hw], dtype=np.float32)
-    boxes_xyxy = np.nan_to_num(np.concatenate([picture.boxes_xyxy for picture in batch]))
+    boxes_xyxy = np.nan_to_num(np.concatenate([image.boxes_xyxy for image in batch]))
     rows = _detection_rows(
-        np.concatenate([picture.class_ids for picture in batch]),
-        np.concatenate([picture.scores for picture in batch]),
+        np.concatenate([image.class_ids for image in batch]),
+        np.concatenate([image.scores for image in batch]),
         np.minimum(np.maximum(boxes_xyxy, np.float32(0)), np.repeat(edges, counts, axis=0)),
         tuple(class_names),
     )

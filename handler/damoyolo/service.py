@@ -22,7 +22,7 @@ from damoyolo.preprocess import EncodedImage, decode_image
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
 from damoyolo.response_batch import format_json_of_batch, prepare_tables
-from damoyolo.stage_timing import PARSE, RESPOND, StageObserver, unobserved
+from damoyolo.stage_timing import PARSE, RESPOND, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DetectionService:
         self,
         rows: Sequence[Mapping[str, Any]],
         headers: Sequence[Mapping[str, Any]],
-        observe: StageObserver = unobserved,
+        time_stage: StageTimer = no_timing,
     ) -> list[Answer]:
         """One answer a row, in the order of the rows.
 
@@ -63,13 +63,13 @@ class DetectionService:
         Raises:
             DeviceLostError: no batch can be answered any more by this process.
         """
-        with observe(PARSE):
+        with time_stage(PARSE):
             requests = [self._parse(row, head) for row, head in zip(rows, headers, strict=True)]
         readable = [request for request in requests if isinstance(request, ImageRequest)]
-        pictures = [image for request in readable for image in request.images]
+        images = [image for request in readable for image in request.images]
         options = [request.options for request in readable for _ in request.images]
-        outcomes = iter(self._detect(pictures, options, observe))
-        with observe(RESPOND):
+        outcomes = iter(self._detect(images, options, time_stage))
+        with time_stage(RESPOND):
             return self._respond_to_all(requests, outcomes)
 
     def _parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest | RequestError:
@@ -82,28 +82,28 @@ class DetectionService:
             return InternalError("the server failed to read this request; its log has the cause")
 
     def _detect(
-        self, pictures: list[EncodedImage], options: list[DetectionOptions], observe: StageObserver
+        self, images: list[EncodedImage], options: list[DetectionOptions], time_stage: StageTimer
     ) -> list[Detections | RequestError]:
-        """Outcome of each picture; a batch that fails as a whole is halved until the culprit stands alone."""
-        if not pictures:
+        """Outcome of each image; a batch that fails as a whole is halved until the culprit stands alone."""
+        if not images:
             return []
         try:
-            return self.detector.detect(pictures, options, observe)
+            return self.detector.detect(images, options, time_stage)
         except Exception as error:
             if isinstance(error, torch.AcceleratorError):
                 raise DeviceLostError(str(error)) from error
             out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if len(pictures) == 1:
-                logger.exception("failure at a single picture")
+            if len(images) == 1:
+                logger.exception("failure at a single image")
                 if out_of_memory:
-                    return [DeviceMemoryError("too little free memory on the device for this picture")]
-                return [InternalError("the server failed at this picture; its log has the cause")]
-            logger.warning("a batch of %d failed (%s); halving it", len(pictures), type(error).__name__)
+                    return [DeviceMemoryError("too little free memory on the device for this image")]
+                return [InternalError("the server failed at this image; its log has the cause")]
+            logger.warning("a batch of %d failed (%s); halving it", len(images), type(error).__name__)
             if out_of_memory and self.detector.device.type == "cuda":
                 torch.cuda.empty_cache()
-        half = len(pictures) // 2
-        first = self._detect(pictures[:half], options[:half], observe)
-        return first + self._detect(pictures[half:], options[half:], observe)
+        half = len(images) // 2
+        first = self._detect(images[:half], options[:half], time_stage)
+        return first + self._detect(images[half:], options[half:], time_stage)
 
     def _respond_to_all(
         self, requests: list[ImageRequest | RequestError], outcomes: Iterator[Detections | RequestError]
@@ -121,8 +121,8 @@ class DetectionService:
     def _format_together(
         self, jobs: Sequence[tuple[ImageRequest | RequestError, list[Detections | RequestError]]]
     ) -> dict[int, bytes]:
-        """The JSON bodies of the requests of one picture that succeeded, by index of the job."""
-        pictures = {
+        """The JSON bodies of the requests of one image that succeeded, by index of the job."""
+        images = {
             index: outcomes[0]
             for index, (request, outcomes) in enumerate(jobs)
             if isinstance(request, ImageRequest)
@@ -130,12 +130,12 @@ class DetectionService:
             and isinstance(outcomes[0], Detections)
         }
         try:
-            texts = format_json_of_batch(list(pictures.values()), self.detector.config.class_names)
+            texts = format_json_of_batch(list(images.values()), self.detector.config.class_names)
         except Exception:
             # Each is written by itself then, so that the cause costs only its own request.
             logger.exception("unforeseen failure while writing the answers of a batch")
             return {}
-        return dict(zip(pictures, texts, strict=True))
+        return dict(zip(images, texts, strict=True))
 
     def _respond(
         self,

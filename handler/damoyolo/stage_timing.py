@@ -15,16 +15,16 @@ NETWORK = "network"
 POSTPROCESS = "postprocess"
 RESPOND = "respond"
 
-StageObserver = Callable[[str], AbstractContextManager[Any]]
+StageTimer = Callable[[str], AbstractContextManager[Any]]
 
 
-def unobserved(_stage: str) -> AbstractContextManager[None]:
+def no_timing(_stage: str) -> AbstractContextManager[None]:
     """The observer that measures nothing."""
     return nullcontext()
 
 
 class StageClock:
-    """Sums the time of each stage; an instance is a `StageObserver`.
+    """Sums the time of each stage; an instance is a `StageTimer`.
 
     On CUDA the bounds of a stage are events on the current stream: what the device computes counts where
     it runs, not where the host happens to wait for it, and taking the time does not synchronise. Reading

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,25 @@ class RawPredictions(NamedTuple):
     @classmethod
     def joined(cls, batches: Sequence[RawPredictions]) -> RawPredictions:
         """One batch of several, at least one, in their order."""
+        import torch  # here, so that reading settings and building parsers does without it
+
         classes = zip(*(batch.class_logits for batch in batches), strict=True)
         distances = zip(*(batch.distance_logits for batch in batches), strict=True)
         return cls(tuple(map(torch.cat, classes)), tuple(map(torch.cat, distances)))
 
+    def clone(self) -> RawPredictions:
+        """A copy in memory of its own."""
+        return RawPredictions(*(tuple(level.clone() for level in levels) for levels in self))
+
 
 @dataclass(frozen=True)
 class Detections:
-    """The detections of one picture on the host, scores descending.
+    """The detections of one image on the host, scores descending.
 
-    boxes_xyxy: (N, 4) float32, x1, y1, x2, y2 in pixels of the original picture as a viewer shows it.
+    boxes_xyxy: (N, 4) float32, x1, y1, x2, y2 in pixels of the original image as a viewer shows it.
     scores: (N,) float32, 0..1.
     class_ids: (N,) int64, index into the class names.
-    image_size_hw: height and width of that picture in pixels.
+    image_size_hw: height and width of that image in pixels.
     """
 
     boxes_xyxy: NDArray[np.float32]

@@ -1,9 +1,67 @@
-"""Types of command-line arguments that the scripts share; each refuses with what it accepts."""
+"""What the commands have in common on the command line: the parser, argument types, errors and exit codes.
+
+Imports neither torch nor anything that does, so that `--help` and a usage error answer at once. Commands
+import what they work with in the function that does the work.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from damoyolo.errors import DamoYoloError
+
+
+class ScriptError(Exception):
+    """A command cannot do what it was asked to; the message says what was found and what is accepted."""
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse the arguments and run the command; the exit code.
+
+    The one place where an expected error becomes a line on stderr and exit code 1. Ctrl-C gives 130.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        return command(arguments) or 0
+    except (ScriptError, DamoYoloError, OSError) as error:
+        print(f"{Path(parser.prog).stem}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
+        return 130
+
+
+def command_parser(
+    description: str | None, renamed_options: Mapping[str, str] | None = None
+) -> argparse.ArgumentParser:
+    """A parser that shows the description as it is written.
+
+    renamed_options: former names of options; each is refused with its present name.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for former, present in (renamed_options or {}).items():
+        parser.add_argument(former, action=_RenamedOption, present=present)
+    return parser
+
+
+class _RenamedOption(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, present: str) -> None:
+        super().__init__(option_strings, dest, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.present = present
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now called {self.present}")
 
 
 def positive_int(text: str) -> int:

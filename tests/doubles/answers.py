@@ -1,4 +1,4 @@
-"""Comparing detections of two sources, and pictures as files."""
+"""Comparing detections of two sources, and images as files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import Image
 
 from damoyolo.structures import Detections
 
-# float32 makes one picture's result independent of its neighbours to within rounding (a server answers to
+# float32 makes one image's result independent of its neighbours to within rounding (a server answers to
 # hundredths of a pixel). Another precision can be tried with this variable: kernels chosen by batch size
 # then round differently.
 PRECISION = os.environ.get("DAMOYOLO_TEST_PRECISION", "fp32")
-# The engine, as `backend` in the settings; every one has to give the same answers.
+# The backend, as `backend` in the settings; every one has to give the same answers.
 BACKEND = os.environ.get("DAMOYOLO_TEST_BACKEND", "auto")
-# An ONNX file to pack for that engine, say a quantised one: there rounding can take a value to the next step.
+# An ONNX file to pack for that backend; in a quantised one, rounding can take a value to the next step.
 ONNX = os.environ.get("DAMOYOLO_TEST_ONNX")
 EXACT = PRECISION == "fp32" and ONNX is None
 SCORE_TOLERANCE = 2e-4 if EXACT else 2e-2
 BOX_TOLERANCE_PX = 0.02 if EXACT else 2.0
 
 
-def encode(picture: Image.Image, picture_format: str = "JPEG", **options: Any) -> bytes:
-    """A picture as a file's bytes."""
+def encode(image: Image.Image, image_format: str = "JPEG", **options: Any) -> bytes:
+    """An image as a file's bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, picture_format, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 

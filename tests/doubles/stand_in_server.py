@@ -31,7 +31,7 @@ class Asked:
 
 
 def found(*detections: Mapping[str, Any], width: int = 640, height: int = 480) -> Reply:
-    """The reply of a picture with these detections."""
+    """The reply of an image with these detections."""
     answer = {"width": width, "height": height, "detections": list(detections)}
     return Reply(body=json.dumps(answer).encode(), headers={"Content-Type": "application/json"})
 

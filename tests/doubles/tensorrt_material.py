@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from damoyolo.backends import tensorrt as tensorrt_backend
-from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxFacts
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata
 from doubles import fake_tensorrt as fake_tensorrt
 
 
@@ -22,7 +22,7 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_backend, "Gpu", fake_tensorrt.Gpu)
 
 
-def write_onnx(path: Path, facts: OnnxFacts, cast_to: int = TensorProto.FLOAT) -> Path:
+def write_onnx(path: Path, facts: OnnxMetadata, cast_to: int = TensorProto.FLOAT) -> Path:
     """A file with the inputs, outputs and metadata of the network, but one convolution for each output."""
     generator = np.random.default_rng(1)
     channels = [facts.num_classes] * 3 + [4 * (facts.reg_max + 1)] * 3

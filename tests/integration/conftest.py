@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smears(project_dir: Path) -> dict[str, tuple[bytes, list[list[object]]]]:
-    """Sample pictures by name: encoded bytes, and [label, x1, y1, x2, y2] of each cell in pixels."""
+    """Sample images by name: encoded bytes, and [label, x1, y1, x2, y2] of each cell in pixels."""
     folder = project_dir / "tests" / "data" / "smears"
     return {
         path.stem: (path.read_bytes(), json.loads(path.with_suffix(".json").read_text()))
@@ -37,7 +37,7 @@ def smears(project_dir: Path) -> dict[str, tuple[bytes, list[list[object]]]]:
 
 @pytest.fixture(scope="session")
 def smear(smears: dict[str, tuple[bytes, list[list[object]]]]) -> bytes:
-    """One sample picture, 640x480 JPEG."""
+    """One sample image, 640x480 JPEG."""
     return smears["smear_3"][0]
 
 

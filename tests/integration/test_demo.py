@@ -19,8 +19,8 @@ def test_the_demo_detects_draws_and_leaves_nothing_running(project_dir: Path) ->
     )
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "640 x 480 pixels, 21 detections:" in demo.stdout
-    with Image.open(drawn) as picture:
-        assert picture.size == (640, 480)
+    with Image.open(drawn) as image:
+        assert image.size == (640, 480)
     url = next(line for line in demo.stdout.splitlines() if line.startswith("== curl")).split()[4]
     refused = subprocess.run(["curl", "--silent", "--max-time", "5", url], timeout=10, check=False)
     assert refused.returncode == 7  # nobody listens there any more

@@ -1,4 +1,4 @@
-"""What a real TorchServe answers to pictures in every form, with every option, alone and in batches."""
+"""What a real TorchServe answers to images in every form, with every option, alone and in batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMEAR_NAMES = ("smear_3", "smear_4", "smear_7")
 
 
 def ask(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    """The answer to a picture sent as raw body."""
+    """The answer to an image sent as raw body."""
     response = requests.post(url, data=encoded, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
     assert response.headers["Content-Type"] == "application/json"
@@ -40,7 +40,7 @@ def ask(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict
 def detect_in_process(
     detector: Detector, encoded: bytes, options: DetectionOptions | None = None
 ) -> Detections:
-    """The same picture through the detector of this process."""
+    """The same image through the detector of this process."""
     (outcome,) = detector.detect([encoded], [options or detector.config.default_options()])
     assert isinstance(outcome, Detections)
     return outcome
@@ -48,7 +48,7 @@ def detect_in_process(
 
 @pytest.fixture(scope="session")
 def whole_answer(url: str, smear: bytes) -> dict[str, Any]:
-    """The answer to the sample picture without any option."""
+    """The answer to the sample image without any option."""
     return ask(url, smear)
 
 
@@ -66,19 +66,19 @@ def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smea
     assert scores == sorted(scores, reverse=True)
 
 
-def test_64_concurrent_pictures_of_different_sizes_equal_the_in_process_results(
+def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(
     server: TorchServeProcess, url: str, smears: Smears, detector: Detector
 ) -> None:
     random = np.random.default_rng(7)
-    pictures = []
+    images = []
     for index in range(64):
         source = Image.open(io.BytesIO(smears[SMEAR_NAMES[index % 3]][0]))
         size = int(random.integers(200, 1600)), int(random.integers(200, 1200))
-        pictures.append(encode(source.resize(size), "JPEG" if index % 4 else "PNG"))
+        images.append(encode(source.resize(size), "JPEG" if index % 4 else "PNG"))
     batches_before = counter_value(server, "batches_total")
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda encoded: ask(url, encoded), pictures))
-    for encoded, answer in zip(pictures, answers, strict=True):
+        answers = list(pool.map(lambda encoded: ask(url, encoded), images))
+    for encoded, answer in zip(images, answers, strict=True):
         assert_same_detections(answer, detect_in_process(detector, encoded))
     # They did share batches: 64 requests in batches of at most 8.
     assert wait_for_counter(server, "batches_total", batches_before + 8) < batches_before + 40
@@ -113,7 +113,7 @@ def test_stage_times_and_errors_arrive_as_metrics(server: TorchServeProcess, url
     }
     errors = counter_value(server, "request_errors_total", Kind="UnsupportedImage")
     ask(url, smear)
-    assert requests.post(url, data=b"no picture", timeout=TIMEOUT_S).status_code == 415
+    assert requests.post(url, data=b"no image", timeout=TIMEOUT_S).status_code == 415
     wait_for_counter(server, "request_errors_total", errors + 1, Kind="UnsupportedImage")
     for stage, seconds in before.items():
         assert (
@@ -178,17 +178,17 @@ def post(url: str, data: bytes, content_type: str) -> requests.Response:
 def test_instances_come_back_as_predictions_in_their_order(
     url: str, server: TorchServeProcess, smears: Smears, detector: Detector
 ) -> None:
-    pictures = [smears[name][0] for name in SMEAR_NAMES]
-    body = {"instances": [{"b64": as_base64(picture)} for picture in pictures]}
+    images = [smears[name][0] for name in SMEAR_NAMES]
+    body = {"instances": [{"b64": as_base64(image)} for image in images]}
     for address in (url, f"{server.inference_url}/v1/models/damoyolo:predict"):
         predictions = requests.post(address, json=body, timeout=TIMEOUT_S).json()["predictions"]
         assert len(predictions) == 3
-        for picture, prediction in zip(pictures, predictions, strict=True):
-            assert_same_detections(prediction, detect_in_process(detector, picture))
+        for image, prediction in zip(images, predictions, strict=True):
+            assert_same_detections(prediction, detect_in_process(detector, image))
 
 
 @pytest.mark.parametrize(
-    ("picture_format", "mode", "options"),
+    ("image_format", "mode", "options"),
     [
         ("PNG", "RGB", {}),
         ("PNG", "RGBA", {}),
@@ -203,22 +203,22 @@ def test_instances_come_back_as_predictions_in_their_order(
         ("GIF", "P", {}),
     ],
 )
-def test_every_picture_format_is_served(
-    url: str, smear: bytes, detector: Detector, picture_format: str, mode: str, options: dict[str, Any]
+def test_every_image_format_is_served(
+    url: str, smear: bytes, detector: Detector, image_format: str, mode: str, options: dict[str, Any]
 ) -> None:
     source = Image.open(io.BytesIO(smear)).resize((320, 240))
     if mode == "I;16":
-        picture = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+        image = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
     else:
-        picture = source.convert(mode)
-    encoded = encode(picture, picture_format, **options)
+        image = source.convert(mode)
+    encoded = encode(image, image_format, **options)
     answer = ask(url, encoded)
     assert (answer["width"], answer["height"]) == (320, 240)
     assert answer["detections"]
     assert_same_detections(answer, detect_in_process(detector, encoded))
 
 
-def test_boxes_refer_to_the_picture_as_a_viewer_shows_it(url: str, smears: Smears) -> None:
+def test_boxes_refer_to_the_image_as_a_viewer_shows_it(url: str, smears: Smears) -> None:
     source = Image.open(io.BytesIO(smears["smear_4"][0]))
     exif = Image.Exif()
     exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
@@ -289,26 +289,26 @@ def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(
 
 
 @pytest.mark.parametrize(
-    ("headers", "content_type", "picture_format"),
+    ("headers", "content_type", "image_format"),
     [
         ({"Accept": "image/jpeg"}, "image/jpeg", "JPEG"),
         ({"Accept": "image/png"}, "image/png", "PNG"),
         ({"X-Detect-Format": "png"}, "image/png", "PNG"),
     ],
 )
-def test_the_picture_comes_back_drawn(
+def test_the_image_comes_back_drawn(
     url: str,
     smear: bytes,
     whole_answer: dict[str, Any],
     headers: dict[str, str],
     content_type: str,
-    picture_format: str,
+    image_format: str,
 ) -> None:
     response = requests.post(url, data=smear, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200
     assert response.headers["Content-Type"] == content_type
     drawn = Image.open(io.BytesIO(response.content))
-    assert drawn.format == picture_format
+    assert drawn.format == image_format
     before = np.asarray(Image.open(io.BytesIO(smear)), dtype=int)
     after = np.asarray(drawn.convert("RGB"), dtype=int)
     assert before.shape == after.shape
@@ -328,7 +328,7 @@ def test_the_picture_comes_back_drawn(
     ("body", "headers", "status", "kind", "mentions"),
     [
         (b"", {}, 400, "MissingImage", "multipart"),
-        (b"no picture", {}, 415, "UnsupportedImage", "JPEG"),
+        (b"no image", {}, 415, "UnsupportedImage", "JPEG"),
         ("truncated", {}, 422, "CorruptImage", ""),
         ("whole", {"X-Detect-Score-Threshold": "7"}, 400, "InvalidOption", "score_threshold"),
         ("whole", {"X-Detect-Treshold": "0.5"}, 400, "InvalidOption", "x-detect-score-threshold"),
@@ -392,8 +392,8 @@ def test_a_batch_of_bad_requests_only_is_answered(url: str) -> None:
 def test_curl_as_in_the_readme_works(url: str, project_dir: Path, whole_answer: dict[str, Any]) -> None:
     import subprocess
 
-    picture = project_dir / "tests" / "data" / "smears" / "smear_3.jpg"
-    command = ["curl", "--silent", "--max-time", "120", "-X", "POST", url, "-T", str(picture)]
+    image = project_dir / "tests" / "data" / "smears" / "smear_3.jpg"
+    command = ["curl", "--silent", "--max-time", "120", "-X", "POST", url, "-T", str(image)]
     assert (
         json.loads(subprocess.run(command, capture_output=True, check=True, timeout=130).stdout)
         == whole_answer

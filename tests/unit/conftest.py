@@ -70,7 +70,7 @@ def golden_model(golden_state_dict: Callable[[str], dict[str, Tensor]]) -> Calla
 
 @pytest.fixture(scope="session")
 def golden_images(golden: ModuleType) -> Callable[..., Tensor]:
-    """The golden picture in the size of a variant: (1, 3, H, W) float32, 0..255; a key, another picture."""
+    """The golden image in the size of a variant: (1, 3, H, W) float32, 0..255; a key, another image."""
 
     def make(name: str, key: int = 0) -> Tensor:
         return torch.from_numpy(golden.input_tensor(*VARIANTS[name].input_size_hw, key))

@@ -50,34 +50,34 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(
-    ("device_wait", "workers", "sleeps"),
+    ("cuda_sync", "workers", "sleeps"),
     [
         ("auto", 8, False),
         ("auto", 9, True),
-        ("sleep", 1, True),
+        ("blocking", 1, True),
         ("spin", 16, False),
     ],
 )
 def test_workers_wait_asleep_where_they_need_the_cores(
-    monkeypatch: pytest.MonkeyPatch, device_wait: str, workers: int, sleeps: bool
+    monkeypatch: pytest.MonkeyPatch, cuda_sync: str, workers: int, sleeps: bool
 ) -> None:
     calls: list[str] = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr("damoyolo_handler.sleep_while_waiting", lambda _: calls.append("sleep"))
+    monkeypatch.setattr("damoyolo_handler.enable_blocking_sync", lambda _: calls.append("sleep"))
     monkeypatch.setattr("torch.cuda.set_device", lambda _: calls.append("set device"))
-    _share_machine(torch.device("cuda", 0), ServingConfig(device_wait=device_wait), workers)
+    _share_machine(torch.device("cuda", 0), ServingConfig(cuda_sync=cuda_sync), workers)
     # Ahead of the context, which takes its flags when it is made.
     assert calls == (["sleep", "set device"] if sleeps else ["set device"])
 
 
-def test_the_log_names_the_engine(
+def test_the_log_names_the_backend(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class StubDetector:
         """Ready at once."""
 
         config = ServingConfig(class_names=("cell",))
-        engine = SimpleNamespace(name="openvino", precision="bf16")
+        pipeline = SimpleNamespace(name="openvino", precision="bf16")
 
         def warm_up(self, batch_sizes: object) -> None:
             """Nothing to run."""
@@ -90,7 +90,7 @@ def test_the_log_names_the_engine(
     assert "the network runs in openvino, bf16, on cpu" in caplog.text
 
 
-def test_the_threads_are_set_before_an_engine_takes_its_number_from_them(
+def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(
     service: Service, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
@@ -163,13 +163,13 @@ def read_answers(message: bytes) -> list[tuple[str, int, bytes, dict[str, str]]]
 
 
 def test_a_batch_of_good_and_bad_requests_goes_over_the_wire(service: Service, project_dir: Path) -> None:
-    picture = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     message = service.predict(
         [
-            wire_request("a", picture),
+            wire_request("a", image),
             wire_request("b", b"broken"),
-            wire_request("c", picture, {"Accept": "image/jpeg"}),
-            wire_request("d", picture, {"x-DETECT-classes": "WBC", "X-Detect-Max-Detections": "1"}),
+            wire_request("c", image, {"Accept": "image/jpeg"}),
+            wire_request("d", image, {"x-DETECT-classes": "WBC", "X-Detect-Max-Detections": "1"}),
             wire_request("e", b""),
         ]
     )
@@ -200,14 +200,14 @@ def test_every_status_line_and_content_type_is_plain_ascii() -> None:
 def test_counters_name_the_model_and_carry_every_stage(
     service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     handler = service.handler
     handler.counters.flush()
     sent: dict[tuple[str, tuple[str, ...]], float] = {}
     monkeypatch.setattr(
         handler.counters, "_send", lambda name, dimensions, value: sent.update({(name, dimensions): value})
     )
-    service.predict([wire_request("a", picture), wire_request("b", b"broken")])
+    service.predict([wire_request("a", image), wire_request("b", b"broken")])
     handler.counters.flush()
     assert sent[("batches_total", ())] == 1
     assert sent[("batched_requests_total", ())] == 2

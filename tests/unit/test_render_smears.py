@@ -1,4 +1,4 @@
-"""The renderer: a seed is a picture, and the boxes are the truth about it."""
+"""The renderer: a seed is an image, and the boxes are the truth about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lib.accuracy.datasets import read_coco
 from data.smears.render import CellCounts, main, smear, varied_counts
 
 
-def test_a_seed_always_gives_the_same_picture_and_another_seed_another() -> None:
+def test_a_seed_always_gives_the_same_image_and_another_seed_another() -> None:
     first, first_boxes = smear(5)
     again, again_boxes = smear(5)
     other, _ = smear(6)
@@ -24,9 +24,9 @@ def test_a_seed_always_gives_the_same_picture_and_another_seed_another() -> None
 
 
 @pytest.mark.parametrize("size_wh", [(640, 480), (960, 540), (200, 150)])
-def test_every_box_lies_in_the_picture_and_has_an_area(size_wh: tuple[int, int]) -> None:
-    picture, boxes = smear(1, size_wh, CellCounts(red=8, white=1, platelets=3))
-    assert picture.size == size_wh
+def test_every_box_lies_in_the_image_and_has_an_area(size_wh: tuple[int, int]) -> None:
+    image, boxes = smear(1, size_wh, CellCounts(red=8, white=1, platelets=3))
+    assert image.size == size_wh
     assert boxes
     for box in boxes:
         assert 0 <= box.x1 < box.x2 <= size_wh[0]
@@ -34,16 +34,16 @@ def test_every_box_lies_in_the_picture_and_has_an_area(size_wh: tuple[int, int])
 
 
 def test_there_is_a_cell_where_a_box_says_so() -> None:
-    picture, boxes = smear(2, counts=CellCounts(red=0, white=1, platelets=0))
+    image, boxes = smear(2, counts=CellCounts(red=0, white=1, platelets=0))
     (box,) = boxes
-    levels = np.asarray(picture, dtype=np.float32)
+    levels = np.asarray(image, dtype=np.float32)
     inside = np.zeros(levels.shape[:2], bool)
     inside[box.y1 : box.y2, box.x1 : box.x2] = True
     assert box.label == "WBC"
     assert levels[inside].mean() < levels[~inside].mean() - 20
 
 
-def test_a_picture_too_small_for_a_cell_is_refused() -> None:
+def test_an_image_too_small_for_a_cell_is_refused() -> None:
     with pytest.raises(ValueError, match="128"):
         smear(0, (640, 100))
 
@@ -51,7 +51,7 @@ def test_a_picture_too_small_for_a_cell_is_refused() -> None:
 @pytest.mark.parametrize("seed", [3, 4, 7])
 def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int) -> None:
     samples = project_dir / "tests" / "data" / "smears"
-    picture, boxes = smear(seed, counts=varied_counts(seed))
+    image, boxes = smear(seed, counts=varied_counts(seed))
     expected = json.loads((samples / f"smear_{seed}.json").read_text())
     assert [box.label for box in boxes] == [entry[0] for entry in expected]
     # Other processors round a pixel of an outline the other way.
@@ -59,18 +59,18 @@ def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int
         np.abs(np.array([box[1:] for box in boxes]) - np.array([entry[1:] for entry in expected])).max() <= 1
     )
     with Image.open(samples / f"smear_{seed}.jpg") as sample:
-        difference = np.asarray(picture, dtype=np.float32) - np.asarray(sample, dtype=np.float32)
+        difference = np.asarray(image, dtype=np.float32) - np.asarray(sample, dtype=np.float32)
     assert np.abs(difference).mean() < 2  # levels; JPEG itself costs about 1
 
 
 def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--count", "2", "--first-seed", "10", "--size", "320", "240"]) == 0
     dataset = read_coco(tmp_path / "annotations.json", tmp_path)
-    assert [picture.path.name for picture in dataset.pictures] == ["smear_10.jpg", "smear_11.jpg"]
+    assert [image.path.name for image in dataset.images] == ["smear_10.jpg", "smear_11.jpg"]
     assert dataset.object_count > 0
-    for picture in dataset.pictures:
-        with Image.open(picture.path) as image:
-            assert image.size == (320, 240)
+    for image in dataset.images:
+        with Image.open(image.path) as opened:
+            assert opened.size == (320, 240)
 
 
 def test_a_size_it_cannot_draw_is_a_usage_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engines that can run the network, each a file of its own behind one small interface."""
+"""The backends that can run the network, each a file of its own behind one small interface."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Backend(Protocol):
 def open_backend(
     model: DamoYolo, config: ServingConfig, device: torch.device, model_dir: Path | None = None
 ) -> Backend:
-    """The engine that `config.backend` names, made ready on a device.
+    """The backend that `config.backend` names, made ready on a device.
 
-    On a CPU it runs in as many threads as PyTorch does (`torch.get_num_threads`). The modules of the engines
+    On a CPU it runs in as many threads as PyTorch does (`torch.get_num_threads`). The modules of the backends
     are imported here, so that a library is needed only by those who chose it.
 
     model: folded, on the CPU, in float32; taken over and changed.
     model_dir: folder of the unpacked archive, which may hold the network in further forms (ONNX_FILE).
 
     Raises:
-        ConfigError: the engine's library is missing, it cannot run on the device or in the precision, or what
-            the archive holds for it does not fit the settings.
+        ConfigError: the backend's library is missing, it cannot run on the device or in the precision, or
+            what the archive holds for it does not fit the settings.
     """
     onnx_file = None
     if model_dir is not None and (model_dir / ONNX_FILE).is_file():
@@ -80,9 +80,9 @@ def open_backend(
 
 
 def choose_backend(config: ServingConfig, device: torch.device) -> str:
-    """What "auto" stands for: the fastest engine that is there and computes in the precision asked for.
+    """What "auto" stands for: the fastest backend that is there and computes in the precision asked for.
 
-    On a CPU that is OpenVINO (README, "Engines"), elsewhere PyTorch.
+    On a CPU that is OpenVINO (README, "Backends"), elsewhere PyTorch.
     """
     if device.type != "cpu" or config.precision in PYTORCH_PRECISIONS:
         return "pytorch"
@@ -96,7 +96,7 @@ def choose_backend(config: ServingConfig, device: torch.device) -> str:
 
 
 def missing_library(library: str, backend: str, error: ImportError) -> ConfigError:
-    """What to raise where the library of an engine cannot be imported; names the way out."""
+    """What to raise where the library of a backend cannot be imported; names the way out."""
     return ConfigError(
         f"backend is {backend!r}, but {library} cannot be imported ({error}); pip install {library}, or set "
         "backend to auto"

@@ -23,10 +23,10 @@ OUTPUT_NAMES = (*CLASS_OUTPUTS, *DISTANCE_OUTPUTS)  # as in RawPredictions, floa
 
 
 @dataclass(frozen=True)
-class OnnxFacts:
+class OnnxMetadata:
     """What the metadata of an ONNX file say, which hold text alone.
 
-    form: "raw" (raw predictions, what the engines run), "boxes" or "detections" (for use elsewhere).
+    form: "raw" (raw predictions, what the backends run), "boxes" or "detections" (for use elsewhere).
     precision: "fp32", or "int8" where convolutions were quantised.
     weights_digest: of the float32 weights that it was made from (`weights_digest`).
     """
@@ -52,7 +52,7 @@ class OnnxFacts:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> OnnxFacts:
+    def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> OnnxMetadata:
         """What `to_metadata` wrote.
 
         Raises:
@@ -75,9 +75,9 @@ class OnnxFacts:
             ) from error
 
 
-def facts_of(model: DamoYolo, class_names: Sequence[str], form: str = "raw") -> OnnxFacts:
+def metadata_of(model: DamoYolo, class_names: Sequence[str], form: str = "raw") -> OnnxMetadata:
     """What a float32 file of `model` says."""
-    return OnnxFacts(
+    return OnnxMetadata(
         variant=model.variant.name,
         num_classes=model.num_classes,
         class_names=tuple(class_names),
@@ -97,13 +97,13 @@ def weights_digest(model: DamoYolo) -> str:
     return digest.hexdigest()
 
 
-def require_fitting(facts: OnnxFacts, path: Path, config: ServingConfig, model: DamoYolo) -> None:
+def check_compatible(facts: OnnxMetadata, path: Path, config: ServingConfig, model: DamoYolo) -> None:
     """Refuse a file of another network than the one that the archive holds.
 
     Raises:
         ConfigError: names what differs.
     """
-    expected = facts_of(model, config.class_names)
+    expected = metadata_of(model, config.class_names)
     for name in ("form", "variant", "num_classes", "class_names", "reg_max", "weights_digest"):
         found, wanted = getattr(facts, name), getattr(expected, name)
         if found != wanted:
@@ -115,7 +115,7 @@ def require_fitting(facts: OnnxFacts, path: Path, config: ServingConfig, model: 
         raise ConfigError(f"{path.name} is of precision {facts.precision!r}; accepted are fp32 and int8")
 
 
-class RawForm(nn.Module):
+class RawOutputs(nn.Module):
     """The network as the raw form has it: bytes in, the tensors of RawPredictions in a row out."""
 
     def __init__(self, model: DamoYolo) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime as the engine, on a CPU, or on CUDA where its package for that is installed."""
+"""ONNX Runtime as the backend, on a CPU, or on CUDA where its package for that is installed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from damoyolo.backends.onnx_metadata import (
     CLASS_OUTPUTS,
     INPUT_NAME,
     OUTPUT_NAMES,
-    OnnxFacts,
+    OnnxMetadata,
     as_predictions,
-    require_fitting,
+    check_compatible,
 )
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
@@ -67,8 +67,8 @@ class OnnxRuntimeBackend:
         self.num_classes = model.num_classes
         self.bin_channels = 4 * (model.variant.reg_max + 1)
         self.session = self._open_session(onnxruntime, onnx_file, provider)
-        facts = OnnxFacts.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
-        require_fitting(facts, onnx_file, config, model)
+        facts = OnnxMetadata.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
+        check_compatible(facts, onnx_file, config, model)
         self.precision = facts.precision
 
     def _open_session(self, onnxruntime: Any, onnx_file: Path, provider: str) -> Any:
@@ -76,7 +76,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        # Threads that wait busily take cores from those that decode pictures and compute boxes.
+        # Threads that wait busily take cores from those that decode images and compute boxes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         index = self.device.index or 0
         # By default it computes in TF32 on CUDA, which is not what fp32 promises.

@@ -1,4 +1,4 @@
-"""OpenVINO as the engine, on a CPU."""
+"""OpenVINO as the backend, on a CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from damoyolo.backends import missing_library
 from damoyolo.backends.onnx_metadata import (
     INPUT_NAME,
     OUTPUT_NAMES,
-    OnnxFacts,
-    RawForm,
+    OnnxMetadata,
+    RawOutputs,
     as_predictions,
-    require_fitting,
+    check_compatible,
 )
 from damoyolo.backends.openvino_import import import_openvino
 from damoyolo.backends.precision import cpu_computes_bf16
@@ -57,8 +57,8 @@ class OpenVINOBackend:
             network = _convert(openvino, model)
         else:
             network = _read(core, onnx_file)
-            facts = OnnxFacts.from_metadata(_metadata(network), onnx_file)
-            require_fitting(facts, onnx_file, config, model)
+            facts = OnnxMetadata.from_metadata(_metadata(network), onnx_file)
+            check_compatible(facts, onnx_file, config, model)
             self.precision = facts.precision if facts.precision == "int8" else computed_in
         compiled = core.compile_model(
             network,
@@ -96,12 +96,12 @@ def _resolve_precision(requested: str) -> str:
 
 
 def _convert(openvino: Any, model: DamoYolo) -> Any:
-    """The network as OpenVINO's own model, of any batch and picture size."""
+    """The network as OpenVINO's own model, of any batch and image size."""
     with warnings.catch_warnings():
         # It traces, which PyTorch deprecates; by way of torch.export the same takes several times as long.
         warnings.simplefilter("ignore")
         network = openvino.convert_model(
-            RawForm(model).eval(),
+            RawOutputs(model).eval(),
             example_input=torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
             input=[([-1, 3, -1, -1], openvino.Type.u8)],
         )

@@ -1,6 +1,6 @@
 """Precision: which arithmetic the network runs in.
 
-Whatever the precision, pictures enter as whole grey levels (exact in every one of the formats), the
+Whatever the precision, images enter as whole grey levels (exact in every one of the formats), the
 matrix products accumulate in float32, and all that follows the raw predictions (sigmoid, softmax over the
 distance bins, boxes, NMS) is computed in float32 by `boxes` and `postprocess`.
 """

@@ -1,4 +1,4 @@
-"""PyTorch as the engine: a plain model brought into one precision on one device."""
+"""PyTorch as the backend: a plain model brought into one precision on one device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PyTorchBackend:
     def __call__(self, pixels: Tensor) -> RawPredictions:
         images = pixels.to(self.weight_dtype, memory_format=torch.channels_last)
         if self.device.type == "cuda":
-            # Process-wide flags: set at each call, so that engines of both kinds can live in one process,
+            # Process-wide flags: set at each call, so that backends of both kinds can live in one process,
             # and because importing TorchServe's BaseHandler switches TF32 on.
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
             torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"

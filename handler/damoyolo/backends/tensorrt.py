@@ -153,7 +153,7 @@ class TensorRTBackend:
         if len(pixels) > largest:
             return RawPredictions.joined([self(part) for part in torch.split(pixels, largest)])
         self.metadata.require_size((pixels.shape[2], pixels.shape[3]))
-        # Pictures come with the channels innermost; an engine reads plain rows from an address.
+        # Images come with the channels innermost; an engine reads plain rows from an address.
         pixels = pixels.contiguous()
         with self._gpu.selected(), self._gpu.stream() as stream:
             outputs = self._enqueue(pixels, stream)

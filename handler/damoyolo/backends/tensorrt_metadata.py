@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from damoyolo.backends.onnx_metadata import OnnxFacts, facts_of
+from damoyolo.backends.onnx_metadata import OnnxMetadata, metadata_of
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
@@ -47,7 +47,7 @@ class EngineMetadata:
     """
 
     machine: Machine
-    network: OnnxFacts
+    network: OnnxMetadata
     min_size_hw: tuple[int, int]
     max_size_hw: tuple[int, int]
     batch_ranges: tuple[BatchRange, ...]
@@ -106,7 +106,7 @@ class EngineMetadata:
         Raises:
             ConfigError: with what differs.
         """
-        expected = facts_of(model, config.class_names)
+        expected = metadata_of(model, config.class_names)
         for name in ("variant", "class_names", "reg_max", "weights_digest"):
             found, wanted = getattr(self.network, name), getattr(expected, name)
             if found != wanted:
@@ -171,7 +171,7 @@ def read_metadata(path: Path) -> EngineMetadata:
             raise ValueError(f"format {found!r}, accepted is {METADATA_FORMAT!r}")
         return EngineMetadata(
             machine=Machine(**content.pop("machine")),
-            network=OnnxFacts.from_metadata(content.pop("network"), path),
+            network=OnnxMetadata.from_metadata(content.pop("network"), path),
             min_size_hw=_size(content.pop("min_size_hw")),
             max_size_hw=_size(content.pop("max_size_hw")),
             batch_ranges=tuple(BatchRange(*each) for each in content.pop("batch_ranges")),

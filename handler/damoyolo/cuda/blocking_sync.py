@@ -17,7 +17,7 @@ _DRIVER_LIBRARY = "libcuda.so.1"
 _SCHEDULE_BLOCKING_SYNC = 0x04  # CU_CTX_SCHED_BLOCKING_SYNC in cuda.h
 
 
-def sleep_while_waiting(device: torch.device) -> bool:
+def enable_blocking_sync(device: torch.device) -> bool:
     """Have all waits of this process for the device be asleep; whether that succeeded.
 
     It is a gain, no need: where the driver refuses, the process goes on as it is.

@@ -37,7 +37,7 @@ HEAD_CHANNEL_MULTIPLE = 8  # cuDNN's 16-bit tensor-core kernels otherwise pad th
 
 
 @dataclass(frozen=True)
-class RewriteOptions:
+class FuseOptions:
     """Which rewrites to apply.
 
     stem: Focus, its convolution and, where one follows, the 1x1 convolution as one call on the pixels.
@@ -56,7 +56,7 @@ class RewriteOptions:
     cudnn_epilogue: bool = True
 
 
-class RewrittenDamoYolo(DamoYolo):
+class FusedDamoYolo(DamoYolo):
     """What `rewrite` makes: pixels in, raw predictions out."""
 
     def forward(self, pixels: Tensor) -> RawPredictions:
@@ -71,7 +71,7 @@ class RewrittenDamoYolo(DamoYolo):
         return self.head(self.neck(self.backbone(pixels)))
 
 
-def rewrite(model: DamoYolo, options: RewriteOptions | None = None) -> RewrittenDamoYolo:
+def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     """The rewritten copy of a folded network; the network itself is left alone. All rewrites by default.
 
     Raises:
@@ -79,20 +79,20 @@ def rewrite(model: DamoYolo, options: RewriteOptions | None = None) -> Rewritten
     """
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         raise ValueError("the network has BatchNorm; rewrite takes one of build_model(..., folded=True)")
-    options = options or RewriteOptions()
+    options = options or FuseOptions()
     plain = copy.deepcopy(model).requires_grad_(False).eval()
-    rewritten = RewrittenDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
-    rewrite_stem(rewritten.backbone, fuse=options.stem)
+    fused = FusedDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
+    fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
-        replace_modules(rewritten, pooled_in_one_pass)
+        replace_modules(fused, pooled_in_one_pass)
     if options.pointwise:
-        rewrite_upsampling(cast(RepGfpn, rewritten.neck))
-        replace_modules(rewritten, without_copies)
+        fuse_upsampling(cast(RepGfpn, fused.neck))
+        replace_modules(fused, concat_free)
     if options.merged_head:
-        rewritten.head = MergedHead(cast(ZeroHead, rewritten.head))
+        fused.head = MergedHead(cast(ZeroHead, fused.head))
     if options.cudnn_epilogue:
-        replace_modules(rewritten, with_fused_epilogue)
-    return rewritten.to(memory_format=torch.channels_last).eval()
+        replace_modules(fused, with_fused_epilogue)
+    return fused.to(memory_format=torch.channels_last).eval()
 
 
 def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
@@ -181,12 +181,12 @@ def focus_weight_on_pixels(weight: Tensor) -> Tensor:
     return cells.permute(0, 3, 4, 2, 5, 1).reshape(-1, 3, 6, 6)  # O,c,(i,y),(j,x)
 
 
-def rewrite_stem(backbone: nn.Module, *, fuse: bool) -> None:
+def fuse_stem(backbone: nn.Module, *, fuse_pointwise: bool) -> None:
     """Have the stem of a backbone take pixels, and with `fuse` also do the work of what surrounds it."""
     blocks = next(backbone.children())
     assert isinstance(blocks, nn.ModuleList)
     stem, first_stage = blocks[0], blocks[1]
-    if not fuse or not isinstance(stem, Focus):
+    if not fuse_pointwise or not isinstance(stem, Focus):
         blocks[0] = PlainStem(stem)
         return
     pointwise = None
@@ -270,7 +270,7 @@ class OnConcatenation(nn.Module):
         return self.conv(torch.cat(inputs, dim=1))
 
 
-class CopylessFusionStage(nn.Module):
+class ConcatFreeFusionStage(nn.Module):
     """`FusionStage` without concatenations, its two projections as one."""
 
     def __init__(self, stage: FusionStage, upsampled: tuple[bool, ...] | None = None) -> None:
@@ -293,7 +293,7 @@ class CopylessFusionStage(nn.Module):
         return self.conv3(*kept)  # -> B,out,h,w
 
 
-class CopylessCspStage(nn.Module):
+class ConcatFreeCspStage(nn.Module):
     """`CspStage` without the concatenation, its two projections as one."""
 
     def __init__(self, stage: CspStage) -> None:
@@ -311,12 +311,12 @@ class CopylessCspStage(nn.Module):
         return self.conv_fuse(self.convstem(y), shortcut)
 
 
-def without_copies(module: nn.Module) -> nn.Module | None:
+def concat_free(module: nn.Module) -> nn.Module | None:
     """The rewrite `pointwise` of one module."""
     if isinstance(module, FusionStage):
-        return CopylessFusionStage(module)
+        return ConcatFreeFusionStage(module)
     if isinstance(module, CspStage):
-        return CopylessCspStage(module)
+        return ConcatFreeCspStage(module)
     if (
         isinstance(module, ConvNormAct)
         and module.conv.kernel_size == (1, 1)
@@ -327,11 +327,11 @@ def without_copies(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def rewrite_upsampling(neck: RepGfpn) -> None:
+def fuse_upsampling(neck: RepGfpn) -> None:
     """The rewrite `pointwise` of the stages of a neck that read the smaller features of the one before."""
     neck.add_module("upsample", nn.Identity())
-    neck.merge_4 = CopylessFusionStage(cast(FusionStage, neck.merge_4), upsampled=(False, False, True))
-    neck.merge_5 = CopylessFusionStage(cast(FusionStage, neck.merge_5), upsampled=(False, True))
+    neck.merge_4 = ConcatFreeFusionStage(cast(FusionStage, neck.merge_4), upsampled=(False, False, True))
+    neck.merge_5 = ConcatFreeFusionStage(cast(FusionStage, neck.merge_5), upsampled=(False, True))
 
 
 # ---- head --------------------------------------------------------------------------------------------------

@@ -1,32 +1,33 @@
-"""Network and postprocessing of a batch as CUDA graphs: the host asks once and waits once.
+"""The network and the postprocessing of a batch as CUDA graphs: one launch and one wait per batch.
 
-A graph is bound to its shapes and addresses. So there is one pair of graphs for each of a few batch sizes, a
-batch is padded to the next of them, pixels are written into one buffer, and the postprocessing has fixed
-shapes (`cuda.postprocess`). The plain form of all this is `backends.pytorch`, then `postprocess`.
+A graph is bound to its shapes and addresses. So there is a pair of graphs for each of a few batch sizes: a
+batch is padded to the next of them, pixels are written to one buffer, and the postprocessing has fixed shapes
+(`cuda.postprocess`). The reference is `pipeline.EagerPipeline`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from damoyolo.backends.precision import WEIGHT_DTYPE
 from damoyolo.boxes import STRIDES
+from damoyolo.config import ServingConfig
+from damoyolo.cuda.fuse import fuse
+from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.cuda.postprocess import DevicePostprocess
-from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageObserver, unobserved
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
-
-# Runs before recording: Triton compiles and tunes, cuDNN chooses its kernels, the allocator settles.
-WARM_UP_RUNS = 3
 
 
 @dataclass(frozen=True)
-class _Recording:
-    """One batch size: what replays the network, what replays the rest, and where their results lie."""
+class _CapturedBatch:
+    """One batch size: the graphs of the network and of the postprocessing, and where their results are."""
 
     network: torch.cuda.CUDAGraph
     postprocessing: torch.cuda.CUDAGraph
@@ -34,17 +35,16 @@ class _Recording:
     postprocess: DevicePostprocess
 
 
-class DevicePipeline:
-    """From pixels on the device to detections on the host.
+class GraphPipeline:
+    """See `pipeline.Pipeline`.
 
     network: (B, 3, H, W) uint8 channels_last to RawPredictions, in fp16 or bf16 on the device; capturable.
-    batch_sizes: those to record; the largest bounds what a call may bring.
-    max_candidates, max_kept: of a picture, before and after NMS; one that keeps more goes the plain way.
-    pixels: (largest, 3, H, W) uint8 channels_last; whoever calls `detect` has written the batch to its
-        first rows, on the current stream.
-
-    Not for several threads at once.
+    batch_sizes: those to capture; the largest is the most that a call may bring.
+    max_candidates, max_kept: of an image, before and after NMS; an image that keeps more is postprocessed by
+        `postprocess`.
     """
+
+    name = "pytorch"
 
     def __init__(
         self,
@@ -53,19 +53,21 @@ class DevicePipeline:
         reg_max: int,
         input_size_hw: tuple[int, int],
         device: torch.device,
+        precision: str,
         batch_sizes: Sequence[int],
         max_candidates: int,
         max_kept: int,
     ) -> None:
-        self._network = network  # the graphs hold addresses of its weights, not the weights
+        self._network = network  # kept alive for the graphs
         self.device = device
+        self.precision = precision
         self.input_size_hw = input_size_hw
         height, width = input_size_hw
         level_sizes_hw = [(height // stride, width // stride) for stride in STRIDES]
-        largest = max(batch_sizes)
-        canvas = torch.zeros((largest, height, width, 3), dtype=torch.uint8, device=device)
+        self.max_batch_size = max(batch_sizes)
+        canvas = torch.zeros((self.max_batch_size, height, width, 3), dtype=torch.uint8, device=device)
         self.pixels = canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-        self._recordings: dict[int, _Recording] = {}
+        self._captured: dict[int, _CapturedBatch] = {}
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the smaller ones then find their memory in the pool that all share, which is
         # safe because only one is replayed at a time.
@@ -79,81 +81,78 @@ class DevicePipeline:
                 max_candidates=max_candidates,
                 max_kept=max_kept,
             )
-            self._recordings[batch_size] = self._record(batch_size, postprocess, pool)
+            self._captured[batch_size] = self._capture(batch_size, postprocess, pool)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: DamoYolo,
+        config: ServingConfig,
+        input_size_hw: tuple[int, int],
+        device: torch.device,
+        precision: str,
+    ) -> GraphPipeline:
+        """The pipeline of a folded network on the CPU, which is left alone; precision is fp16 or bf16."""
+        return cls(
+            fuse(model).to(device, WEIGHT_DTYPE[precision]),
+            model.num_classes,
+            model.variant.reg_max,
+            input_size_hw,
+            device,
+            precision,
+            config.graph_batch_sizes,
+            config.max_candidates,
+            max_kept=config.max_detections,
+        )
 
     @torch.inference_mode()
-    def _record(
-        self,
-        batch_size: int,
-        postprocess: DevicePostprocess,
-        pool: Any,
-    ) -> _Recording:
+    def _capture(self, batch_size: int, postprocess: DevicePostprocess, pool: Any) -> _CapturedBatch:
         pixels = self.pixels[:batch_size]
         options = [DetectionOptions(score_threshold=1.0, iou_threshold=0.5, max_detections=1)] * batch_size
         postprocess.set_options(options, [self.input_size_hw] * batch_size, self.input_size_hw)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), kernels_chosen_by_trial():
-            for _ in range(WARM_UP_RUNS):
-                postprocess.launch(self._network(pixels))
-            stream.synchronize()
-            network_graph, rest_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(network_graph, pool=pool, stream=stream):
-                predictions = self._network(pixels)
-            with torch.cuda.graph(rest_graph, pool=pool, stream=stream):
-                postprocess.launch(predictions)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return _Recording(network_graph, rest_graph, predictions, postprocess)
+        with capture_stream(self.device, lambda: postprocess.launch(self._network(pixels))) as stream:
+            network_graph, predictions = capture(lambda: self._network(pixels), stream, pool)
+            postprocess_graph, _ = capture(lambda: postprocess.launch(predictions), stream, pool)
+        return _CapturedBatch(network_graph, postprocess_graph, predictions, postprocess)
 
-    @property
-    def largest_batch(self) -> int:
-        """The most pictures of one call."""
-        return max(self._recordings)
+    def _load(self, pixels: Tensor) -> _CapturedBatch:
+        """The graphs for a batch, whose pixels are copied to the buffer unless they are there already."""
+        count = len(pixels)
+        if pixels.data_ptr() != self.pixels.data_ptr():
+            self.pixels[:count].copy_(pixels)
+        return self._captured[min(size for size in self._captured if size >= count)]
 
-    def network_call(self, pictures: int) -> Callable[[], RawPredictions]:
-        """The network alone as it runs for so many pictures, for measuring it."""
-        recording = self._recording_for(pictures)
+    def network_call(self, pixels: Tensor) -> Callable[[], RawPredictions]:
+        """See `Pipeline.network_call`; runs the next captured batch size."""
+        captured = self._load(pixels)
+        count = len(pixels)
+        predictions = RawPredictions(
+            *(tuple(level[:count] for level in levels) for levels in captured.predictions)
+        )
 
         def replay() -> RawPredictions:
-            recording.network.replay()
-            return recording.predictions
+            captured.network.replay()
+            return predictions
 
         return replay
-
-    def _recording_for(self, pictures: int) -> _Recording:
-        return self._recordings[min(size for size in self._recordings if size >= pictures)]
 
     @torch.inference_mode()
     def detect(
         self,
+        pixels: Tensor,
         options: Sequence[DetectionOptions],
         image_sizes_hw: Sequence[tuple[int, int]],
-        observe: StageObserver = unobserved,
+        time_stage: StageTimer = no_timing,
     ) -> list[Detections]:
-        """The detections of the first `len(options)` pictures of `pixels`.
-
-        options, image_sizes_hw: one a picture, at least one, at most `largest_batch`.
-        observe: called with the name of each stage; what it returns is entered around that stage.
-        """
-        recording = self._recording_for(len(options))
-        with observe(NETWORK):
-            recording.postprocess.set_options(options, image_sizes_hw, self.input_size_hw)
-            recording.network.replay()
-        with observe(POSTPROCESS):
-            recording.postprocessing.replay()
+        """See `Pipeline.detect`; pixels that are the first rows of `self.pixels` are not copied."""
+        with time_stage(NETWORK):
+            captured = self._load(pixels)
+            captured.postprocess.set_options(options, image_sizes_hw, self.input_size_hw)
+            captured.network.replay()
+        with time_stage(POSTPROCESS):
+            captured.postprocessing.replay()
             # The stream, not an event: only waiting for a stream obeys `cuda.blocking_sync`.
             torch.cuda.current_stream(self.device).synchronize()
-            return recording.postprocess.collect(
-                recording.predictions, options, image_sizes_hw, self.input_size_hw
+            return captured.postprocess.collect(
+                captured.predictions, options, image_sizes_hw, self.input_size_hw
             )
-
-
-@contextlib.contextmanager
-def kernels_chosen_by_trial() -> Iterator[None]:
-    """Have cuDNN time its kernels for each new shape; afterwards other networks choose as before."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -1,6 +1,6 @@
 """Postprocessing that never waits: the work of `postprocess` in fixed shapes, fit for a CUDA graph.
 
-`postprocess` defines the result. The kernels are sized for the usual picture; one that has more candidates or
+`postprocess` defines the result. The kernels are sized for the usual image; one that has more candidates or
 detections is marked and goes through `postprocess` afterwards, so that the result is the same for all.
 Needs Triton: import this module where the device is CUDA.
 """
@@ -60,11 +60,11 @@ class DevicePostprocess:
     ) -> None:
         """
         Args:
-            batch_size: pictures of a launch; a batch may have fewer.
+            batch_size: images of a launch; a batch may have fewer.
             level_sizes_hw: height and width of the levels of strides 8, 16, 32.
             max_candidates: what `postprocess` gets when it has to help.
-            capacity: candidates of a picture beyond which it has to; a power of two, at least 32.
-            max_kept: detections of a picture beyond which it has to.
+            capacity: candidates of an image beyond which it has to; a power of two, at least 32.
+            max_kept: detections of an image beyond which it has to.
 
         Raises:
             ValueError: capacity is something else.
@@ -104,17 +104,17 @@ class DevicePostprocess:
     ) -> None:
         """Enqueue on the current stream, the one of the launch, the copy of what the next launch obeys.
 
-        options: one a picture, for the first pictures of the batch; the others get no detections.
-        image_sizes_hw: original height and width of each of these pictures in pixels.
+        options: one an image, for the first images of the batch; the others get no detections.
+        image_sizes_hw: original height and width of each of these images in pixels.
 
         Raises:
-            ValueError: not one option and size a picture, or too many.
+            ValueError: not one option and size an image, or too many.
         """
         count = len(options)
         if len(image_sizes_hw) != count or count > self.batch_size:
             raise ValueError(
                 f"{count} options and {len(image_sizes_hw)} image sizes; one each is needed for up to "
-                f"{self.batch_size} pictures"
+                f"{self.batch_size} images"
             )
         words: NDArray[np.int32] = self._host_control.numpy()  # B, W
         floats = words.view(np.float32)
@@ -210,7 +210,7 @@ class DevicePostprocess:
                 **sizes,
             )
             _run(
-                kernels.settle_and_write,
+                kernels.resolve_and_write,
                 (B,),
                 self._boxes,
                 self._scores,
@@ -254,7 +254,7 @@ class DevicePostprocess:
     ) -> list[Detections]:
         """The detections of the last launch, which must be complete: wait for its stream or event before.
 
-        Pictures that outgrew the buffers are computed anew from `raw`, which must still hold the predictions
+        Images that outgrew the buffers are computed anew from `raw`, which must still hold the predictions
         of that launch; the other arguments are those of `set_options`.
         """
         result: NDArray[np.float32] = self._host_result.numpy()  # B, 1 + max_kept, columns
@@ -274,19 +274,19 @@ class DevicePostprocess:
         if overflowed:
             exact = postprocess(
                 RawPredictions(*(tuple(level[overflowed] for level in levels) for levels in raw)),
-                [options[picture] for picture in overflowed],
-                [image_sizes_hw[picture] for picture in overflowed],
+                [options[image] for image in overflowed],
+                [image_sizes_hw[image] for image in overflowed],
                 input_size_hw,
                 self.max_candidates,
             )
-            for picture, picture_detections in zip(overflowed, exact, strict=True):
-                detections[picture] = picture_detections
+            for image, image_detections in zip(overflowed, exact, strict=True):
+                detections[image] = image_detections
         return detections
 
     def overflowed(self, count: int) -> list[int]:
-        """Which of the first `count` pictures of the last launch outgrew the buffers."""
+        """Which of the first `count` images of the last launch outgrew the buffers."""
         flags: NDArray[np.float32] = self._host_result.numpy()[:count, 0, int(kernels.OVERFLOWED)]
-        return [int(picture) for picture in np.flatnonzero(flags)]
+        return [int(image) for image in np.flatnonzero(flags)]
 
 
 def _logit_bounds(score_thresholds: NDArray[np.float32]) -> NDArray[np.float32]:

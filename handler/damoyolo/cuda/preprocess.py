@@ -1,12 +1,12 @@
-"""Encoded pictures -> network input on a CUDA device, whose JPEG engines decode what they are sure of.
+"""Encoded images -> network input on a CUDA device, whose JPEG engines decode what they are sure of.
 
-A scan of its header sorts every picture: plain baseline JPEG goes to nvJPEG, all of it in one call; all
+A scan of its header sorts every image: plain baseline JPEG goes to nvJPEG, all of it in one call; all
 else (other formats, progressive or CMYK JPEG, odd or broken headers, sizes above the limits) goes at the same
 time to the threads of `preprocess`, which decode it or find its error. One kernel then resizes both kinds
 into the network's input.
 
-nvJPEG repeats the chroma of 4:2:0 pictures where Pillow interpolates it, so pixels differ by a few levels.
-A broken picture within an intact frame of markers can differ more: either decoder fills in what it likes.
+nvJPEG repeats the chroma of 4:2:0 images where Pillow interpolates it, so pixels differ by a few levels.
+A broken image within an intact frame of markers can differ more: either decoder fills in what it likes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode  # importing it registers the operator used below
 
 from damoyolo.config import ServingConfig
-from damoyolo.cuda.kernels.resize import StoredPicture, resize_pictures
+from damoyolo.cuda.kernels.resize import OrientedImage, resize_images
 from damoyolo.errors import RequestError
 from damoyolo.preprocess import EncodedImage, ImagePreprocessor, PreparedBatch, upload
 
 logger = logging.getLogger(__name__)
 
-# Larger pictures are left to Pillow, which has a limit of its own there.
+# Larger images are left to Pillow, which has a limit of its own there.
 LARGEST_DEVICE_PIXELS = 2**26
 
 _START_OF_IMAGE = b"\xff\xd8"
@@ -42,7 +42,7 @@ _EXIF_OR_XMP = 0xE1
 _ADOBE = 0xEE
 # Restart interval, other application data, comment: nothing in them changes how pixels are decoded.
 _HARMLESS = frozenset((0xDD, 0xE0, *range(0xE2, 0xEE), 0xEF, 0xFE))
-# Bytes of padding tolerated behind the end of the picture.
+# Bytes of padding tolerated behind the end of the image.
 _MOST_PADDING = 32
 # A bound on the work for a header that is nothing but tiny segments.
 _MOST_SEGMENTS = 100
@@ -66,7 +66,7 @@ class JpegHeader(NamedTuple):
 
 
 def read_plain_jpeg_header(encoded: EncodedImage) -> JpegHeader | None:
-    """The header of a JPEG that nvJPEG surely decodes to the picture that Pillow shows; None for all else.
+    """The header of a JPEG that nvJPEG surely decodes to the image that Pillow shows; None for all else.
 
     Accepted: baseline, Huffman-coded, 8 bits, one interleaved scan, grey or Y'CbCr in 4:4:4, 4:2:2 or 4:2:0,
     complete to its end marker, nothing unusual between the segments. Never raises, whatever the bytes.
@@ -128,7 +128,7 @@ def _read_header(data: memoryview) -> JpegHeader | None:
         return None
     if xmp_orientation and not orientation:  # Pillow then takes it from there
         return None
-    if orientation is None or not 1 <= orientation <= 8:  # viewers leave such a picture upright
+    if orientation is None or not 1 <= orientation <= 8:  # viewers leave such an image upright
         orientation = 1
     return JpegHeader(*size_hw, orientation)
 
@@ -142,7 +142,7 @@ def _is_known_layout(layout: memoryview, components: int) -> bool:
 
 
 def _read_orientation(tiff: bytes) -> int | None:
-    """Orientation of the main picture in EXIF data, 0 where there is none; None if they are irregular."""
+    """Orientation of the main image in EXIF data, 0 where there is none; None if they are irregular."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return None
@@ -161,7 +161,7 @@ def _read_orientation(tiff: bytes) -> int | None:
 def decode_jpegs(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
     """Decode JPEGs with nvJPEG, in hardware where there is some; returns when all are decoded.
 
-    encoded: bytes of each picture, uint8 on the CPU.
+    encoded: bytes of each image, uint8 on the CPU.
 
     Returns:
         (3, h, w) uint8 R, G, B on the device for each, in memory of the current stream.
@@ -174,7 +174,7 @@ def decode_jpegs(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class DevicePreprocessor(ImagePreprocessor):
-    """Decodes and resizes batches of pictures for one network on one CUDA device. Thread-safe.
+    """Decodes and resizes batches of images for one network on one CUDA device. Thread-safe.
 
     input_size_hw: height and width of the network input in pixels.
     """
@@ -184,15 +184,15 @@ class DevicePreprocessor(ImagePreprocessor):
         self._largest_device_pixels = min(config.max_image_pixels, LARGEST_DEVICE_PIXELS)
         # nvJPEG's hardware writes its results when it is called, whatever is queued on the stream (seen on
         # H100), so it must never be given memory that a queued kernel has yet to read. The allocator keeps
-        # memory apart by stream: decoded pictures live in that of a stream on which nothing else runs, and
+        # memory apart by stream: decoded images live in that of a stream on which nothing else runs, and
         # go back to it when an event tells that they have been read. High priority only because no other
         # part of the process takes streams from that pool.
         self._decode_stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._being_read: deque[tuple[torch.cuda.Event, list[StoredPicture]]] = deque()
+        self._being_read: deque[tuple[torch.cuda.Event, list[OrientedImage]]] = deque()
         self._being_read_lock = threading.Lock()
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
-        """Decode and resize all pictures at once; a bad one costs only itself. An empty batch is fine.
+        """Decode and resize all images at once; a bad one costs only itself. An empty batch is fine.
 
         Waits for the JPEG decoder, for no other work on the device: the resizing is queued on the current
         stream.
@@ -215,27 +215,29 @@ class DevicePreprocessor(ImagePreprocessor):
             in_pool[slot] = self._pool.submit(self._decode, encoded_images[slot])
         outcomes = {slot: in_pool[slot].result() for slot in sorted(in_pool)}
 
-        images = {slot: image for slot, image in outcomes.items() if not isinstance(image, RequestError)}
-        uploaded = upload(list(images.values()), self.device)
-        pictures = decoded | {
-            slot: StoredPicture(pixels) for slot, pixels in zip(images, uploaded, strict=True)
+        pixels_by_slot = {
+            slot: image for slot, image in outcomes.items() if not isinstance(image, RequestError)
         }
-        slots = sorted(pictures)
-        in_order = [pictures[slot] for slot in slots]
+        uploaded = upload(list(pixels_by_slot.values()), self.device)
+        images = decoded | {
+            slot: OrientedImage(pixels) for slot, pixels in zip(pixels_by_slot, uploaded, strict=True)
+        }
+        slots = sorted(images)
+        in_order = [images[slot] for slot in slots]
         rows = self._rows(len(slots), out)
         try:
-            resize_pictures(in_order, rows)
+            resize_images(in_order, rows)
         finally:
             self._keep_until_read(list(decoded.values()))
         return PreparedBatch(
             pixels=rows.permute(0, 3, 1, 2),  # (B, H, W, 3) -> (B, 3, H, W)
-            image_sizes_hw=[picture.shown_size_hw for picture in in_order],
+            image_sizes_hw=[image.oriented_size_hw for image in in_order],
             slots=slots,
             errors={slot: error for slot, error in outcomes.items() if isinstance(error, RequestError)},
         )
 
     def _header_for_device(self, encoded: EncodedImage) -> JpegHeader | None:
-        """None if the picture is for the threads, which also word the errors about limits."""
+        """None if the image is for the threads, which also word the errors about limits."""
         if "JPEG" not in self.config.image_formats or len(encoded) > self.config.max_image_bytes:
             return None
         header = read_plain_jpeg_header(encoded)
@@ -245,8 +247,8 @@ class DevicePreprocessor(ImagePreprocessor):
 
     def _decode_on_device(
         self, encoded_images: Sequence[EncodedImage], headers: dict[int, JpegHeader]
-    ) -> dict[int, StoredPicture]:
-        """The pictures that could be decoded, by slot: nvJPEG gives up a batch for one bad picture."""
+    ) -> dict[int, OrientedImage]:
+        """The images that could be decoded, by slot: nvJPEG gives up a batch for one bad image."""
         if not headers:
             return {}
         self._release_what_has_been_read()
@@ -262,7 +264,7 @@ class DevicePreprocessor(ImagePreprocessor):
         if self._decode_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._decode_stream)
         return {
-            slot: StoredPicture(pixels.permute(1, 2, 0), header.orientation)  # (3, h, w) -> (h, w, 3)
+            slot: OrientedImage(pixels.permute(1, 2, 0), header.orientation)  # (3, h, w) -> (h, w, 3)
             for (slot, header), pixels in zip(headers.items(), planes, strict=True)
             if pixels.shape == (3, header.height, header.width)
         }
@@ -274,13 +276,13 @@ class DevicePreprocessor(ImagePreprocessor):
         rows = out[:count].permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, H, W, 3)
         if rows.shape != (count, *self.input_size_hw, 3) or not rows.is_contiguous():
             raise ValueError(
-                f"out is {tuple(out.shape)} with strides {out.stride()}; needed are {count} pictures or more "
+                f"out is {tuple(out.shape)} with strides {out.stride()}; needed are {count} images or more "
                 f"of (3, {self.input_size_hw[0]}, {self.input_size_hw[1]}), channels last in memory"
             )
         return rows
 
-    def _keep_until_read(self, decoded: list[StoredPicture]) -> None:
-        """Hold the pictures' memory until the current stream has passed this point."""
+    def _keep_until_read(self, decoded: list[OrientedImage]) -> None:
+        """Hold the images' memory until the current stream has passed this point."""
         if self._decode_stream is None or not decoded:
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch
 
 
 @contextlib.contextmanager
-def turn_on_device(device: torch.device) -> Iterator[None]:
+def exclusive_device_lock(device: torch.device) -> Iterator[None]:
     """Wait until no other process of this user and temporary folder is inside with the same CUDA device.
 
     On a CPU nobody waits. The system ends the turn of a process that dies.

@@ -1,4 +1,4 @@
-"""The TinyNAS backbones: pictures in, features C3, C4, C5 at strides 8, 16 and 32 out.
+"""The TinyNAS backbones: images in, features C3, C4, C5 at strides 8, 16 and 32 out.
 
 Source: tinyvision/DAMO-YOLO, damo/base_models/backbones/tinynas_{res,csp,mob}.py.
 """

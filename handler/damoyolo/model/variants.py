@@ -38,7 +38,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A stem that halves the picture, then the stages: five, or four of a CSP backbone.
+    """A stem that halves the image, then the stages: five, or four of a CSP backbone.
 
     focus_stem: the stem gathers four pixel grids; otherwise it is a convolution of stride 2.
     """

@@ -1,7 +1,7 @@
 """COCO average precision (AP) of predictions on an annotated data set, computed by pycocotools.
 
 AP is the mean over the IoU thresholds 0.50, 0.55 .. 0.95 and over the classes that have objects, of the
-precision at 101 recall levels, with the best 100 boxes of each picture (Lin et al., Microsoft COCO, 2014).
+precision at 101 recall levels, with the best 100 boxes of each image (Lin et al., Microsoft COCO, 2014).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from lib.accuracy.datasets import DetectionDataset
 
-MAX_BOXES_PER_PICTURE = 100
+MAX_BOXES_PER_IMAGE = 100
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 IOU_50, IOU_75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55 .. 0.95
 
@@ -63,17 +63,15 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
     """COCO metrics of `predictions`, whose ids are those of `dataset`.
 
     Raises:
-        MetricsError: there are no pictures, no objects or no predictions.
+        MetricsError: there are no images, no objects or no predictions.
     """
-    if not dataset.pictures:
-        raise MetricsError(f"the data set {dataset.name} has no pictures")
-    if not any(not found.ignored for picture in dataset.pictures for found in picture.objects):
-        raise MetricsError(
-            f"the {len(dataset.pictures)} pictures of {dataset.name} have no objects to be found"
-        )
+    if not dataset.images:
+        raise MetricsError(f"the data set {dataset.name} has no images")
+    if not any(not found.ignored for image in dataset.images for found in image.objects):
+        raise MetricsError(f"the {len(dataset.images)} images of {dataset.name} have no objects to be found")
     if not predictions:
         raise MetricsError(
-            f"nothing was detected in the {len(dataset.pictures)} pictures of {dataset.name}; lower "
+            f"nothing was detected in the {len(dataset.images)} images of {dataset.name}; lower "
             "--score-threshold, or look whether the weights belong to these classes"
         )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step on stdout
@@ -81,7 +79,7 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
         # loadRes writes into what it is given.
         results = truth.loadRes([{**prediction} for prediction in predictions])
         evaluation = COCOeval(truth, results, "bbox")
-        evaluation.params.maxDets = [MAX_BOXES_PER_PICTURE]
+        evaluation.params.maxDets = [MAX_BOXES_PER_IMAGE]
         evaluation.params.areaRng = [[0, 1e10]]
         evaluation.params.areaRngLbl = ["all"]
         evaluation.evaluate()
@@ -100,7 +98,7 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
 
 
 def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
-    """Draw precision over recall of each class, at IoU 0.50 and 0.75, into a picture file."""
+    """Draw precision over recall of each class, at IoU 0.50 and 0.75, into an image file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,13 +130,13 @@ def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
 def _ground_truth(dataset: DetectionDataset) -> COCO:
     """The data set as pycocotools holds it."""
     annotations: list[dict[str, Any]] = []
-    for picture in dataset.pictures:
-        for found in picture.objects:
+    for image in dataset.images:
+        for found in image.objects:
             x1, y1, x2, y2 = found.box_xyxy
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # 0 would read as "not matched"
-                    "image_id": picture.image_id,
+                    "image_id": image.image_id,
                     "category_id": found.category_id,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": (x2 - x1) * (y2 - y1),
@@ -148,7 +146,7 @@ def _ground_truth(dataset: DetectionDataset) -> COCO:
     truth = COCO()
     truth.dataset = {
         "info": {},
-        "images": [{"id": picture.image_id} for picture in dataset.pictures],
+        "images": [{"id": image.image_id} for image in dataset.images],
         "categories": [
             {"id": category_id, "name": name} for category_id, name in dataset.class_names.items()
         ],

@@ -1,4 +1,4 @@
-"""Annotated pictures for evaluation, read from COCO form or Pascal-VOC form."""
+"""Annotated images for evaluation, read from COCO form or Pascal-VOC form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DatasetError(Exception):
 
 @dataclass(frozen=True)
 class AnnotatedObject:
-    """An object of a picture.
+    """An object of an image.
 
     box_xyxy: x1, y1, x2, y2 in pixels.
     ignored: finding it is neither rewarded nor punished (COCO's `iscrowd`, VOC's `difficult`).
@@ -31,8 +31,8 @@ class AnnotatedObject:
 
 
 @dataclass(frozen=True)
-class AnnotatedPicture:
-    """A picture file and the objects in it."""
+class AnnotatedImage:
+    """An image file and the objects in it."""
 
     image_id: int
     path: Path
@@ -41,7 +41,7 @@ class AnnotatedPicture:
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """Annotated pictures.
+    """Annotated images.
 
     class_names: name of each category id. dropped_objects: annotated objects left out for being under
     MIN_SIDE_PX wide or high.
@@ -49,20 +49,20 @@ class DetectionDataset:
 
     name: str
     class_names: Mapping[int, str]
-    pictures: tuple[AnnotatedPicture, ...]
+    images: tuple[AnnotatedImage, ...]
     dropped_objects: int
 
     @property
     def object_count(self) -> int:
         """How many annotated objects there are, ignored ones included."""
-        return sum(len(picture.objects) for picture in self.pictures)
+        return sum(len(image.objects) for image in self.images)
 
 
-def read_coco(annotations_file: Path, picture_dir: Path) -> DetectionDataset:
-    """A data set in COCO form: an instances JSON file, whose `file_name`s lie in `picture_dir`.
+def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
+    """A data set in COCO form: an instances JSON file, whose `file_name`s lie in `image_dir`.
 
     Raises:
-        DatasetError: the file is not of that form, or a picture is missing.
+        DatasetError: the file is not of that form, or an image is missing.
     """
     try:
         content = json.loads(annotations_file.read_bytes())
@@ -71,7 +71,7 @@ def read_coco(annotations_file: Path, picture_dir: Path) -> DetectionDataset:
     objects: dict[int, list[AnnotatedObject]] = {}
     try:
         class_names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
-        paths = {int(image["id"]): picture_dir / str(image["file_name"]) for image in content["images"]}
+        paths = {int(image["id"]): image_dir / str(image["file_name"]) for image in content["images"]}
         for annotation in content["annotations"]:
             image_id, category_id = int(annotation["image_id"]), int(annotation["category_id"])
             if image_id not in paths or category_id not in class_names:
@@ -93,7 +93,7 @@ def read_coco(annotations_file: Path, picture_dir: Path) -> DetectionDataset:
 
 
 def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
-    """A data set in Pascal-VOC form: the pictures that ImageSets/Main/<split>.txt of `voc_dir` lists.
+    """A data set in Pascal-VOC form: the images that ImageSets/Main/<split>.txt of `voc_dir` lists.
 
     Boxes are taken as they stand: width is xmax - xmin. Classes are those that occur in the split, in
     alphabetical order from id 1.
@@ -124,7 +124,7 @@ _VocObject = tuple[str, tuple[float, float, float, float], bool]
 
 
 def _read_voc_annotation(path: Path) -> tuple[str, list[_VocObject]]:
-    """File name of the picture, and (class name, box_xyxy, difficult) of each object."""
+    """File name of the image, and (class name, box_xyxy, difficult) of each object."""
     try:
         root = ElementTree.parse(path).getroot()
         found: list[_VocObject] = []
@@ -157,15 +157,15 @@ def _dataset(
     missing = [path for path in paths.values() if not path.is_file()]
     if missing:
         raise DatasetError(
-            f"{len(missing)} of {len(paths)} pictures of {name} are missing, the first is {missing[0]}"
+            f"{len(missing)} of {len(paths)} images of {name} are missing, the first is {missing[0]}"
         )
-    pictures = []
+    images = []
     for image_id, path in paths.items():
         kept = tuple(found for found in objects.get(image_id, ()) if is_large_enough(found.box_xyxy))
-        pictures.append(AnnotatedPicture(image_id, path, kept))
+        images.append(AnnotatedImage(image_id, path, kept))
     annotated = sum(map(len, objects.values()))
     return DetectionDataset(
-        name, class_names, tuple(pictures), annotated - sum(len(picture.objects) for picture in pictures)
+        name, class_names, tuple(images), annotated - sum(len(image.objects) for image in images)
     )
 
 

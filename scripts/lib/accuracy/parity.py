@@ -21,8 +21,8 @@ from lib.accuracy.predictors import (
     detector_predictor,
     gather_predictions,
 )
-from lib.archive.reader import load_detector, served_network
-from lib.images import read_pictures
+from lib.archive.reader import load_detector
+from lib.images import read_images
 from lib.paths import SAMPLE_IMAGES
 
 from damoyolo.boxes import decode_predictions
@@ -34,13 +34,13 @@ SEEN_SCORE = 0.25  # an anchor point sees an object at such a score; only its bo
 Network = Callable[[Tensor], RawPredictions]
 
 
-class GateError(Exception):
-    """The engine is wrong, or the pictures cannot tell."""
+class ParityError(Exception):
+    """The backend is wrong, or the images cannot tell."""
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far an engine may be from PyTorch in float32.
+    """How far a backend may be from PyTorch in float32.
 
     score: difference of any score, 0..1. box_px: difference of a side of a box that either of them sees, in
     pixels of the network input. logit_noise: root mean square of the error of a class's logits, as a share of
@@ -76,11 +76,11 @@ class Parity(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GateReport:
+class ParityReport:
     """What was measured, and against what.
 
-    unseen_classes: classes that the pictures do not show, so that only their logits were compared.
-    reference_ap, ap: of PyTorch in float32 and of the engine; None without a data set.
+    unseen_classes: classes that the images do not show, so that only their logits were compared.
+    reference_ap, ap: of PyTorch in float32 and of the backend; None without a data set.
     """
 
     precision: str
@@ -91,7 +91,7 @@ class GateReport:
     ap: float | None = None
 
     def failures(self) -> list[str]:
-        """What is beyond its tolerance, a line each; empty if the engine may be used."""
+        """What is beyond its tolerance, a line each; empty if the backend may be used."""
         found = []
         for parity in self.parities:
             if parity.broken is not None:
@@ -121,7 +121,7 @@ class GateReport:
             if each.broken is None
         ]
         if self.unseen_classes:
-            lines.append(f"not in the pictures, logits compared only: {', '.join(self.unseen_classes)}")
+            lines.append(f"not in the images, logits compared only: {', '.join(self.unseen_classes)}")
         if self.ap is None:
             lines.append("AP not compared: no data set given")
         else:
@@ -135,51 +135,51 @@ class GateReport:
         return {**content, "failures": self.failures()}
 
     def require_passed(self) -> None:
-        """Refuse the engine if anything is beyond its tolerance.
+        """Refuse the backend if anything is beyond its tolerance.
 
         Raises:
-            GateError: with every failure.
+            ParityError: with every failure.
         """
         failures = self.failures()
         if failures:
-            raise GateError(f"the engine differs from PyTorch in float32: {'; '.join(failures)}")
+            raise ParityError(f"the backend differs from PyTorch in float32: {'; '.join(failures)}")
 
 
 def compare(
     reference: Detector,
     candidate: Detector,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     batch_sizes: Sequence[int],
     tolerances: Tolerances,
     dataset: DetectionDataset | None = None,
-) -> GateReport:
-    """Measure an engine against PyTorch in float32.
+) -> ParityReport:
+    """Measure a backend against PyTorch in float32.
 
-    batch_sizes: the smallest and the largest of every range that the engine was built for.
+    batch_sizes: the smallest and the largest of every range that the backend was built for.
 
     Raises:
-        GateError: the pictures show nothing, or one cannot be read.
+        ParityError: the images show nothing, or one cannot be read.
     """
-    batch = reference.preprocessor.prepare(pictures)
+    batch = reference.preprocessor.prepare(images)
     for index, error in batch.errors.items():
-        raise GateError(f"picture {index + 1}: {error}")
+        raise ParityError(f"image {index + 1}: {error}")
     sizes = sorted(set(batch_sizes))
     pixels = with_variations(batch.pixels, sizes[-1])
-    expected = [reference.engine(pixels[index : index + 1]) for index in range(len(pixels))]
+    expected = [reference.raw_predictions(pixels[index : index + 1]) for index in range(len(pixels))]
     scores = torch.stack([decode_predictions(each)[0].amax(dim=(0, 1)) for each in expected]).amax(dim=0)  # K
     if not (scores > SEEN_SCORE).any():
-        raise GateError(
-            f"PyTorch sees nothing in the {len(pictures)} pictures (best score {scores.max():.3f}); they can "
-            "tell nothing about an engine: --pictures takes a folder of pictures with objects"
+        raise ParityError(
+            f"PyTorch sees nothing in the {len(images)} images (best score {scores.max():.3f}); they can "
+            "tell nothing about a backend: --images takes a folder of images with objects"
         )
     names = reference.config.class_names
-    report = GateReport(
-        candidate.engine.precision,
+    report = ParityReport(
+        candidate.pipeline.precision,
         tolerances,
-        tuple(measure_parity(served_network(candidate), pixels, expected, size) for size in sizes),
+        tuple(measure_parity(candidate.raw_predictions, pixels, expected, size) for size in sizes),
         tuple(name for name, score in zip(names, scores, strict=True) if score <= SEEN_SCORE),
     )
-    # A wrong engine can make AP slow to compute, or impossible.
+    # A wrong backend can make AP slow to compute, or impossible.
     if dataset is None or report.failures():
         return report
     aps = [average_precision(each, dataset) for each in (reference, candidate)]
@@ -187,9 +187,9 @@ def compare(
 
 
 def with_variations(pixels: Tensor, at_least: int) -> Tensor:
-    """Pictures, then mirrored and shifted ones, so that an engine cannot mix up a batch unseen.
+    """Images, then mirrored and shifted ones, so that a backend cannot mix up a batch unseen.
 
-    pixels: (N, 3, H, W). Returns N pictures, or `at_least` if that is more and 16 variations of each suffice.
+    pixels: (N, 3, H, W). Returns N images, or `at_least` if that is more and 16 variations of each suffice.
     """
     height, width = pixels.shape[2:]
     needed = max(len(pixels), at_least)
@@ -209,9 +209,9 @@ def with_variations(pixels: Tensor, at_least: int) -> Tensor:
 def measure_parity(
     network: Network, pixels: Tensor, expected: Sequence[RawPredictions], batch_size: int
 ) -> Parity:
-    """The largest differences of a network from what was expected, over all pictures in batches of one size.
+    """The largest differences of a network from what was expected, over all images in batches of one size.
 
-    pixels: (N, 3, H, W) uint8 on the device. expected: of each picture by itself.
+    pixels: (N, 3, H, W) uint8 on the device. expected: of each image by itself.
     """
     worst = Parity(batch_size, 0.0, 0.0, 0.0)
     for first in range(0, len(pixels), batch_size):
@@ -220,7 +220,7 @@ def measure_parity(
         try:
             found = network(pixels[rows])
         except RuntimeError as error:
-            return worst._replace(broken=f"the engine fails: {error}")
+            return worst._replace(broken=f"the backend fails: {error}")
         broken = _what_is_broken(found, wanted)
         if broken is not None:
             return worst._replace(broken=broken)
@@ -241,7 +241,7 @@ def average_precision(detector: Detector, dataset: DetectionDataset) -> float:
     """AP on a data set (COCO metric; score 0.05, IoU 0.7, 500 boxes).
 
     Raises:
-        GateError: the data set does not fit, or nothing is found in it.
+        ParityError: the data set does not fit, or nothing is found in it.
     """
     try:
         predictions, _ = gather_predictions(
@@ -249,7 +249,7 @@ def average_precision(detector: Detector, dataset: DetectionDataset) -> float:
         )
         return compute_metrics(dataset, predictions).overall.ap
     except (EvaluationError, MetricsError) as error:
-        raise GateError(f"no AP: {error}") from error
+        raise ParityError(f"no AP: {error}") from error
 
 
 def _what_is_broken(found: RawPredictions, wanted: RawPredictions) -> str | None:
@@ -264,7 +264,7 @@ def _what_is_broken(found: RawPredictions, wanted: RawPredictions) -> str | None
 
 
 def _logit_noise(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Of the worst class; finds a class that is lost even if no picture shows one."""
+    """Of the worst class; finds a class that is lost even if no image shows one."""
     columns, wanted_columns = (
         torch.cat([level.float().transpose(0, 1).flatten(1) for level in side], dim=1)
         for side in (found, wanted)
@@ -283,11 +283,11 @@ def load_pair(archive: Path, device: torch.device) -> tuple[Detector, Detector]:
     return load_detector(archive, device, **plain), load_detector(archive, device)
 
 
-def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
+def add_parity_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the comparison, for every script that has one."""
     group = parser.add_argument_group("accuracy gate (tolerances: those of the precision unless given)")
     group.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         default=SAMPLE_IMAGES,
         metavar="DIR",
@@ -296,7 +296,7 @@ def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal-VOC form to compare AP on")
     group.add_argument("--split", default="test", help="list of ImageSets/Main to take (%(default)s)")
     group.add_argument("--coco", type=Path, metavar="FILE", help="instances file of one in COCO form")
-    group.add_argument("--coco-pictures", type=Path, metavar="DIR", help="folder of the pictures of --coco")
+    group.add_argument("--coco-images", type=Path, metavar="DIR", help="folder of the images of --coco")
     for field in dataclasses.fields(Tolerances):
         group.add_argument(f"--{field.name.replace('_', '-')}-tolerance", type=float, metavar="MOST")
     group.add_argument("--report", type=Path, metavar="FILE", help="write all figures as JSON")
@@ -320,59 +320,59 @@ def chosen_dataset(arguments: argparse.Namespace) -> DetectionDataset | None:
     """
     if arguments.voc is not None and arguments.coco is not None:
         raise DatasetError("two data sets are given; give one of --voc and --coco")
-    if (arguments.coco is None) != (arguments.coco_pictures is None):
-        raise DatasetError("--coco and --coco-pictures belong together")
+    if (arguments.coco is None) != (arguments.coco_images is None):
+        raise DatasetError("--coco and --coco-images belong together")
     if arguments.voc is not None:
         return read_voc(arguments.voc, arguments.split)
-    return None if arguments.coco is None else read_coco(arguments.coco, arguments.coco_pictures)
+    return None if arguments.coco is None else read_coco(arguments.coco, arguments.coco_images)
 
 
 class Evidence(NamedTuple):
-    """What engines are compared on: JPEG files, and a data set for AP."""
+    """What backends are compared on: JPEG files, and a data set for AP."""
 
-    pictures: list[bytes]
+    images: list[bytes]
     dataset: DetectionDataset | None
 
 
 def read_evidence(arguments: argparse.Namespace) -> Evidence:
-    """What the options of `add_gate_arguments` name.
+    """What the options of `add_parity_arguments` name.
 
     Raises:
         DatasetError, OSError: it cannot be read.
     """
-    return Evidence(read_pictures(arguments.pictures), chosen_dataset(arguments))
+    return Evidence(read_images(arguments.images), chosen_dataset(arguments))
 
 
 def require_enough(evidence: Evidence, precision: str) -> None:
-    """Refuse evidence that cannot prove an engine of this precision.
+    """Refuse evidence that cannot prove a backend of this precision.
 
     Raises:
-        GateError: it is int8, and there is no data set.
+        ParityError: it is int8, and there is no data set.
     """
     if precision == "int8" and evidence.dataset is None:
-        raise GateError(
-            "an int8 engine differs too much for its raw predictions to prove it; give a data set to compare "
-            "AP on: --voc DIR, or --coco FILE --coco-pictures DIR"
+        raise ParityError(
+            "the raw predictions of an int8 backend differ too much to prove anything; give a data set to "
+            "compare AP on: --voc DIR, or --coco FILE --coco-images DIR"
         )
 
 
-def run_gate(
+def check_parity(
     archive: Path,
     device: torch.device,
     batch_sizes: Sequence[int],
     arguments: argparse.Namespace,
     evidence: Evidence,
 ) -> None:
-    """Compare as the options of `add_gate_arguments` say, print the figures, write the report.
+    """Compare as the options of `add_parity_arguments` say, print the figures, write the report.
 
     Raises:
-        GateError, DamoYoloError, DatasetError, OSError: the engine must not be used.
+        ParityError, DamoYoloError, DatasetError, OSError: the backend must not be used.
     """
     reference, candidate = load_pair(archive, device)
-    precision = candidate.engine.precision
+    precision = candidate.pipeline.precision
     require_enough(evidence, precision)
     tolerances = chosen_tolerances(arguments, precision)
-    report = compare(reference, candidate, evidence.pictures, batch_sizes, tolerances, evidence.dataset)
+    report = compare(reference, candidate, evidence.images, batch_sizes, tolerances, evidence.dataset)
     for detector in (reference, candidate):
         detector.close()
     print("\n".join(report.lines()))

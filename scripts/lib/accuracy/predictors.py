@@ -25,14 +25,14 @@ class EvaluationError(Exception):
 
 
 class LabelledBox(NamedTuple):
-    """A detection; box_xyxy in pixels of the picture."""
+    """A detection; box_xyxy in pixels of the image."""
 
     label: str
     score: float
     box_xyxy: Sequence[float]
 
 
-# Detections of each picture file, in the order of the files.
+# Detections of each image file, in the order of the files.
 Predictor = Callable[[Sequence[Path]], Iterator[list[LabelledBox]]]
 
 
@@ -63,7 +63,7 @@ def in_process_predictor(
 
     archive: .mar file, or the folder of an unpacked one. device: None takes a GPU where there is one.
 
-    Returns the predictor, the detector's class names, and its device, engine and precision for the record.
+    Returns the predictor, the detector's class names, and its device, backend and precision for the record.
 
     Raises:
         EvaluationError: the archive does not load, or the detector lacks one of the classes asked for.
@@ -100,14 +100,14 @@ def in_process_predictor(
     hardware = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else platform.machine()
     record = {
         "device": f"{torch_device} ({hardware})",
-        "backend": detector.engine.name,
-        "precision": detector.engine.precision,
+        "backend": detector.pipeline.name,
+        "precision": detector.pipeline.precision,
     }
     return predict, names, record
 
 
 def detector_predictor(detector: Detector, options: DetectionOptions, batch_size: int) -> Predictor:
-    """Detections by a detector that is there already, so many pictures at a time."""
+    """Detections by a detector that is there already, so many images at a time."""
     from damoyolo.structures import Detections
 
     names = detector.config.class_names
@@ -145,27 +145,27 @@ def match_labels(class_names: Mapping[int, str], labels: Iterable[str]) -> dict[
 def gather_predictions(
     dataset: DetectionDataset, predictor: Predictor, progress: bool | None
 ) -> tuple[list[CocoPrediction], float]:
-    """Detections in all pictures in COCO form, and the seconds that took.
+    """Detections in all images in COCO form, and the seconds that took.
 
     progress: whether to show a bar on stderr; None shows it on a terminal.
 
     Raises:
-        EvaluationError: a picture failed, or a label is no class of the data set.
+        EvaluationError: an image failed, or a label is no class of the data set.
     """
-    paths = [picture.path for picture in dataset.pictures]
-    # Ahead of the clock: a cold start, and mistakes that every picture would repeat.
+    paths = [image.path for image in dataset.images]
+    # Ahead of the clock: a cold start, and mistakes that every image would repeat.
     for boxes in islice(predictor(paths[:1]), 1):
         match_labels(dataset.class_names, (box.label for box in boxes))
     predictions: list[CocoPrediction] = []
     start_s = time.perf_counter()
-    with tqdm(total=len(paths), unit="picture", disable=None if progress is None else not progress) as bar:
-        for picture, boxes in zip(dataset.pictures, predictor(paths), strict=True):
+    with tqdm(total=len(paths), unit="image", disable=None if progress is None else not progress) as bar:
+        for image, boxes in zip(dataset.images, predictor(paths), strict=True):
             ids = match_labels(dataset.class_names, (box.label for box in boxes))
             for box in boxes:
                 x1, y1, x2, y2 = box.box_xyxy
                 predictions.append(
                     {
-                        "image_id": picture.image_id,
+                        "image_id": image.image_id,
                         "category_id": ids[box.label],
                         "bbox": [x1, y1, x2 - x1, y2 - y1],
                         "score": box.score,

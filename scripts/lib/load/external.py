@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from lib.load.generator import PERCENTILES, LoadError, LoadResult
 
-# Reads the pictures once a thread; its last line is what `run_wrk` reads.
+# Reads the images once a thread; its last line is what `run_wrk` reads.
 WRK_SCRIPT = """
 local requests = {}
 local current = 0
@@ -67,7 +67,7 @@ def run_wrk(
         raise LoadError("wrk is not on the path; install it, or use the built-in generator")
     with tempfile.TemporaryDirectory(prefix="wrk-") as name:
         folder = Path(name)
-        script = folder / "pictures.lua"
+        script = folder / "images.lua"
         ranks = ",".join(str(rank) for rank in PERCENTILES.values())
         script.write_text(WRK_SCRIPT.replace("RANKS", ranks))
         files = []
@@ -103,9 +103,9 @@ def run_wrk(
     )
 
 
-def write_perf_analyzer_input(pictures: Sequence[Path], path: Path) -> Path:
-    """The file that names the pictures for perf_analyzer, each sent as multipart part `data`."""
-    streams = [{"TORCHSERVE_INPUT": [str(picture.resolve())]} for picture in pictures]
+def write_perf_analyzer_input(images: Sequence[Path], path: Path) -> Path:
+    """The file that names the images for perf_analyzer, each sent as multipart part `data`."""
+    streams = [{"TORCHSERVE_INPUT": [str(image.resolve())]} for image in images]
     path.write_text(json.dumps({"data": streams}, indent=1))
     return path
 
@@ -115,7 +115,7 @@ def perf_analyzer_command(
 ) -> list[str]:
     """The command by which NVIDIA's perf_analyzer (of the Triton SDK) drives this server in a closed loop.
 
-    Options as its documentation gives them for TorchServe, where it speaks HTTP alone and sends one picture a
+    Options as its documentation gives them for TorchServe, where it speaks HTTP alone and sends one image a
     request.
     """
     return [

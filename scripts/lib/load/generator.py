@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.load.worker import WorkerTally, WorkerTask
+from lib.load.worker import WorkerStats, WorkerTask
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
 START_LEAD_S = 0.1  # until every process has read when to start
@@ -39,7 +39,7 @@ class LoadError(Exception):
 class Load:
     """What to send, and how.
 
-    bodies: encoded pictures; each connection goes through them in turn, starting at one of its own.
+    bodies: encoded images; each connection goes through them in turn, starting at one of its own.
     connections: requests in flight, in an open loop the most of them.
     rate_per_s: arrivals of an open loop; None is a closed loop. poisson: random arrivals, else evenly spaced.
     warm_up_s: load before the measurement, not counted. timeout_s: of each request, from its arrival.
@@ -125,15 +125,15 @@ def generate_load(load: Load) -> LoadResult:
             stack.callback(_end, worker)
             workers.append(worker)
         for worker, task in zip(workers, tasks, strict=True):
-            _tell(worker, task)
+            _send(worker, task)
         for worker in workers:
             assert worker.stdout is not None
             if worker.stdout.read(1) != b"R":
                 raise LoadError("a process of the load generator did not start; its message is above")
         start_s = time.monotonic() + START_LEAD_S
         for worker in workers:
-            _tell(worker, start_s)
-        tallies = [_hear(worker) for worker in workers]
+            _send(worker, start_s)
+        tallies = [_receive(worker) for worker in workers]
     measured_from_s = start_s + load.warm_up_s
     return _merge(tallies, (measured_from_s, measured_from_s + load.duration_s))
 
@@ -146,7 +146,7 @@ def default_processes() -> int:
 def _tasks(load: Load) -> list[WorkerTask]:
     """The share of each process."""
     if not load.bodies:
-        raise LoadError("no picture to send; at least one is needed")
+        raise LoadError("no image to send; at least one is needed")
     if load.rate_per_s is not None and load.rate_per_s <= 0:
         raise LoadError(f"the rate is {load.rate_per_s}; accepted is a number above 0")
     parts = urlsplit(load.url)
@@ -196,7 +196,7 @@ def build_requests(url: str, bodies: Sequence[bytes], headers: Mapping[str, str]
     return tuple(f"{head}Content-Length: {len(body)}\r\n\r\n".encode("ascii") + body for body in bodies)
 
 
-def _tell(worker: subprocess.Popen[bytes], message: WorkerTask | float) -> None:
+def _send(worker: subprocess.Popen[bytes], message: WorkerTask | float) -> None:
     assert worker.stdin is not None
     try:
         pickle.dump(message, worker.stdin)
@@ -205,10 +205,10 @@ def _tell(worker: subprocess.Popen[bytes], message: WorkerTask | float) -> None:
         raise LoadError("a process of the load generator ended early; its message is above") from None
 
 
-def _hear(worker: subprocess.Popen[bytes]) -> WorkerTally:
+def _receive(worker: subprocess.Popen[bytes]) -> WorkerStats:
     assert worker.stdout is not None
     try:
-        tally: WorkerTally = pickle.load(worker.stdout)
+        tally: WorkerStats = pickle.load(worker.stdout)
     except EOFError:
         raise LoadError("a process of the load generator ended early; its message is above") from None
     return tally
@@ -224,7 +224,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
     worker.wait(STARTUP_PATIENCE_S)
 
 
-def _merge(tallies: Sequence[WorkerTally], window_s: tuple[float, float]) -> LoadResult:
+def _merge(tallies: Sequence[WorkerStats], window_s: tuple[float, float]) -> LoadResult:
     latencies_ms = np.concatenate([np.frombuffer(tally.latencies_s) for tally in tallies]) * 1e3
     statuses: Counter[int] = sum((tally.statuses for tally in tallies), Counter())
     answers = sum(tally.answers_in_window for tally in tallies)

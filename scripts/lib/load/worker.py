@@ -24,7 +24,7 @@ from typing import Any
 TICK_S = 0.01  # how exactly time limits are kept
 REST_S = 0.05  # pause of a connection that failed: a dead server is not asked in a tight loop
 RECEIVE_BYTES = 65536
-SEND_BUFFER_BYTES = 262144  # a whole camera picture leaves in one call
+SEND_BUFFER_BYTES = 262144  # a whole camera image leaves in one call
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)")
 
 
@@ -53,7 +53,7 @@ class WorkerTask:
 
 
 @dataclass
-class WorkerTally:
+class WorkerStats:
     """What became of the requests whose scheduled time lies in the window of measurement.
 
     latencies_s: of answers with status 200, from the scheduled time, and of requests that were given up.
@@ -126,9 +126,9 @@ class LoadLoop:
         family, _, _, _, address = socket.getaddrinfo(task.host, task.port, type=socket.SOCK_STREAM)[0]
         self._family: socket.AddressFamily = family
         self._address: tuple[Any, ...] = address
-        self._tally = WorkerTally()
+        self._tally = WorkerStats()
 
-    def run(self) -> WorkerTally:
+    def run(self) -> WorkerStats:
         """The tally; no later than the end of the window plus the time limit of a request."""
         next_scan_s = 0.0
         measured_from: tuple[float, float] | None = None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from damoyolo.backends.pytorch import PyTorchBackend
-from damoyolo.cuda.fuse import RewriteOptions, rewrite
-from damoyolo.cuda.pipeline import WARM_UP_RUNS, kernels_chosen_by_trial
+from damoyolo.cuda.fuse import FuseOptions, fuse
+from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.model.checkpoint import Checkpoint, load_checkpoint
 from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.fold import fold_state_dict
@@ -21,14 +21,14 @@ from damoyolo.structures import RawPredictions
 Network = Callable[[Tensor], RawPredictions]
 
 # Each adds one rewrite to those before it.
-REWRITES_IN_ORDER = ("cudnn_epilogue", "merged_head", "pointwise", "pooling", "stem")
-NO_REWRITES = RewriteOptions(**dict.fromkeys(REWRITES_IN_ORDER, False))
+FUSIONS_IN_ORDER = ("cudnn_epilogue", "merged_head", "pointwise", "pooling", "stem")
+NO_FUSIONS = FuseOptions(**dict.fromkeys(FUSIONS_IN_ORDER, False))
 # The rung that later ones are compared with: plain 16-bit PyTorch without launch gaps.
 BASELINE = "fp16 channels-last, CUDA graph"
 
 
 @dataclass(frozen=True)
-class Rung:
+class AblationStep:
     """One row of the ladder: a network made ready, and whether it is recorded as a CUDA graph."""
 
     name: str
@@ -36,48 +36,50 @@ class Rung:
     graph: bool = False
 
 
-def rungs(weights: Path, num_classes: int, device: torch.device, *, compile_too: bool) -> list[Rung]:
+def ablation_steps(
+    weights: Path, num_classes: int, device: torch.device, *, compile_too: bool
+) -> list[AblationStep]:
     """The ladder of the device; on a CPU the part of it that a CPU can climb."""
     checkpoint = load_checkpoint(weights, num_classes=num_classes)
 
     def plain(precision: str, *, folded: bool = False) -> Callable[[], Network]:
         return lambda: PyTorchBackend(_model(checkpoint, folded=folded), device, precision)
 
-    def rewritten(options: RewriteOptions) -> Callable[[], Network]:
-        return lambda: rewrite(_model(checkpoint, folded=True), options).to(device, torch.float16)
+    def fused(options: FuseOptions) -> Callable[[], Network]:
+        return lambda: fuse(_model(checkpoint, folded=True), options).to(device, torch.float16)
 
     if device.type != "cuda":
         return [
-            Rung("float32", plain("fp32")),
-            Rung("+ folding", plain("fp32", folded=True)),
-            Rung("AMP (bf16), folded", plain("amp", folded=True)),
-            Rung("bf16, folded", plain("bf16", folded=True)),
+            AblationStep("float32", plain("fp32")),
+            AblationStep("+ folding", plain("fp32", folded=True)),
+            AblationStep("AMP (bf16), folded", plain("amp", folded=True)),
+            AblationStep("bf16, folded", plain("bf16", folded=True)),
         ]
-    ladder = [
-        Rung("float32", plain("fp32")),
-        Rung("TF32", plain("tf32")),
-        Rung("AMP (fp16)", plain("amp")),
-        Rung("fp16 channels-last", plain("fp16")),
-        Rung(BASELINE, plain("fp16"), graph=True),
-        Rung("+ folding", plain("fp16", folded=True), graph=True),
+    ablation = [
+        AblationStep("float32", plain("fp32")),
+        AblationStep("TF32", plain("tf32")),
+        AblationStep("AMP (fp16)", plain("amp")),
+        AblationStep("fp16 channels-last", plain("fp16")),
+        AblationStep(BASELINE, plain("fp16"), graph=True),
+        AblationStep("+ folding", plain("fp16", folded=True), graph=True),
     ]
-    options = NO_REWRITES
-    for name in REWRITES_IN_ORDER:
+    options = NO_FUSIONS
+    for name in FUSIONS_IN_ORDER:
         options = replace(options, **{name: True})
-        ladder.append(Rung(f"+ {name.replace('_', ' ')}", rewritten(options), graph=True))
+        ablation.append(AblationStep(f"+ {name.replace('_', ' ')}", fused(options), graph=True))
     if compile_too:
-        ladder.append(
-            Rung(
+        ablation.append(
+            AblationStep(
                 "folding + torch.compile instead",
                 lambda: _compiled(_model(checkpoint, folded=True), device),
                 graph=True,
             )
         )
-    return ladder
+    return ablation
 
 
-def flop_a_picture(weights: Path, num_classes: int) -> int:
-    """Floating-point operations of the folded network for one picture of its variant's size.
+def flop_per_image(weights: Path, num_classes: int) -> int:
+    """Floating-point operations of the folded network for one image of its variant's size.
 
     Those of convolutions, a multiplication and an addition counting as two.
     """
@@ -112,12 +114,12 @@ def _compiled(model: DamoYolo, device: torch.device) -> Network:
 
 
 def ready_calls(
-    ladder: Sequence[Rung], pixels: Tensor
-) -> Iterator[tuple[Rung, Callable[[], RawPredictions]]]:
+    ablation: Sequence[AblationStep], pixels: Tensor
+) -> Iterator[tuple[AblationStep, Callable[[], RawPredictions]]]:
     """A call for each rung that predicts for `pixels`; recorded where the rung says so."""
-    for rung in ladder:
-        network = rung.build()
-        yield rung, (_recorded(network, pixels) if rung.graph else _eager(network, pixels))
+    for step in ablation:
+        network = step.build()
+        yield step, (_captured(network, pixels) if step.graph else _eager(network, pixels))
 
 
 def _eager(network: Network, pixels: Tensor) -> Callable[[], RawPredictions]:
@@ -129,17 +131,9 @@ def _eager(network: Network, pixels: Tensor) -> Callable[[], RawPredictions]:
 
 
 @torch.inference_mode()
-def _recorded(network: Network, pixels: Tensor) -> Callable[[], RawPredictions]:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), kernels_chosen_by_trial():
-        for _ in range(WARM_UP_RUNS):
-            network(pixels)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            predictions = network(pixels)
-    torch.cuda.current_stream().wait_stream(stream)
+def _captured(network: Network, pixels: Tensor) -> Callable[[], RawPredictions]:
+    with capture_stream(pixels.device, lambda: network(pixels)) as stream:
+        graph, predictions = capture(lambda: network(pixels), stream)
 
     def replay(_weights: Network = network) -> RawPredictions:
         graph.replay()  # it holds addresses of the weights, so the network has to live as long

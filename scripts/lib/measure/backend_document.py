@@ -16,8 +16,8 @@ COLUMNS = {
     "box_difference_px": ("box diff., px", ".2g"),
     "detector_ms": ("ms at batch 1", ".1f"),
     "network_ms": ("of which network", ".1f"),
-    "pictures_per_s": ("pictures/s at batch 1", ".1f"),
-    "best_pictures_per_s": ("at the best batch", ".1f"),
+    "images_per_s": ("images/s at batch 1", ".1f"),
+    "best_images_per_s": ("at the best batch", ".1f"),
     "best_batch_size": ("best batch", "d"),
     "resident_mib": ("memory, MiB", ".0f"),
     "peak_mib": ("peak, MiB", ".0f"),
@@ -66,20 +66,20 @@ def _split(document: Path, device: str) -> tuple[str, str, str]:
 def section_text(rows: Sequence[Row], device: str, measured_on: str | None) -> str:
     """The table of a device.
 
-    rows: in their order. Each has "variant" and "engine", and either figures or "not_run" with the reason.
+    rows: in their order. Each has "variant" and "backend", and either figures or "not_run" with the reason.
         Figures have the "turn" in which they were measured: rows of a variant that were not measured together
         with its first measured row are marked, since only those of one turn compare well in speed.
     measured_on: hardware, versions and method, or None if nothing was measured.
     """
     columns = {key: each for key, each in COLUMNS.items() if device == "cuda" or key not in ON_CUDA_ONLY}
     lines = [
-        "| " + " | ".join(["model", "engine", *(heading for heading, _ in columns.values())]) + " |",
+        "| " + " | ".join(["model", "backend", *(heading for heading, _ in columns.values())]) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
     turns: dict[str, Any] = {}
     any_other_run = False
     for row in rows:
-        name = row["engine"]
+        name = row["backend"]
         if "not_run" in row:
             cells = [f"not run ({row['not_run']})", *["-"] * (len(columns) - 1)]
         else:

@@ -40,14 +40,14 @@ class WorkerError(Exception):
 class Method:
     """How to measure.
 
-    batch_sizes: ascending, the first is 1. slice_s: seconds of a turn. pictures: folder of JPEG files.
-    voc: data set for the AP, or None. threads: of PyTorch and the engines; None leaves it to PyTorch.
+    batch_sizes: ascending, the first is 1. slice_s: seconds of a turn. images: folder of JPEG files.
+    voc: data set for the AP, or None. threads: of PyTorch and the backends; None leaves it to PyTorch.
     """
 
     batch_sizes: tuple[int, ...]
     rounds: int
     slice_s: float
-    pictures: Path
+    images: Path
     voc: Path | None = None
     threads: int | None = None
 
@@ -57,7 +57,7 @@ class Method:
             "batch_sizes": list(self.batch_sizes),
             "rounds": self.rounds,
             "slice_s": self.slice_s,
-            "pictures": self.pictures.resolve().name,
+            "images": self.images.resolve().name,
             "data_set": None if self.voc is None else self.voc.resolve().name,
         }
 
@@ -73,7 +73,7 @@ class WorkerProcess:
 
     def __init__(self, folder: Path, device: str, method: Method) -> None:
         command = [sys.executable, str(WORKER), "--folder", str(folder), "--device", device]
-        command += ["--pictures", str(method.pictures.resolve())]
+        command += ["--images", str(method.images.resolve())]
         if method.threads is not None:
             command += ["--threads", str(method.threads)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
@@ -209,10 +209,10 @@ def _speeds(medians_s: Mapping[tuple[str, int], float], batch_sizes: Sequence[in
     return {
         "network_ms": medians_s["network", 1] * 1e3,
         "detector_ms": medians_s["detector", 1] * 1e3,
-        "pictures_per_s": rates[1],
-        "best_pictures_per_s": rates[best],
+        "images_per_s": rates[1],
+        "best_images_per_s": rates[best],
         "best_batch_size": best,
-        "pictures_per_s_by_batch_size": {str(size): rate for size, rate in rates.items()},
+        "images_per_s_by_batch_size": {str(size): rate for size, rate in rates.items()},
     }
 
 
@@ -224,18 +224,18 @@ def _used_device_mib(device: str) -> float | None:
     return (total - free) / 2**20
 
 
-def write_reference(path: Path, folder: Path, device: str, pictures: Sequence[bytes]) -> None:
-    """What PyTorch in float32 predicts for pictures with the weights of an unpacked archive.
+def write_reference(path: Path, folder: Path, device: str, images: Sequence[bytes]) -> None:
+    """What PyTorch in float32 predicts for images with the weights of an unpacked archive.
 
-    pictures: encoded.
+    images: encoded.
     """
     from damoyolo.boxes import decode_predictions
     from damoyolo.detector import Detector
 
     detector = Detector.from_archive_dir(folder, device, precision="fp32", backend="pytorch")
     try:
-        pixels = detector.preprocessor.prepare(pictures).pixels
-        scores, boxes_xyxy = decode_predictions(detector.engine(pixels))
+        pixels = detector.preprocessor.prepare(images).pixels
+        scores, boxes_xyxy = decode_predictions(detector.raw_predictions(pixels))
         torch.save(
             {
                 "pixels": pixels.cpu().contiguous(),

@@ -1,4 +1,4 @@
-"""The rows of the table of engines: each engine in each precision, and whether this machine can run it."""
+"""The rows of the table of backends: each backend in each precision, and whether this machine can run it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from damoyolo.backends.precision import cpu_computes_bf16
 
 
 @dataclass(frozen=True)
-class EngineRow:
-    """One engine in one precision.
+class BackendRow:
+    """One backend in one precision.
 
     device: "cpu" or "cuda". backend, precision: settings of the archive (ServingConfig).
     arithmetic: the precision as people are told it. quantised: the archive holds an INT8 file.
@@ -31,26 +31,26 @@ class EngineRow:
 
 
 ROWS = (
-    EngineRow("cpu", "pytorch", "fp32", "fp32"),
-    EngineRow("cpu", "pytorch", "bf16", "bf16"),
-    EngineRow("cpu", "onnxruntime", "fp32", "fp32"),
-    EngineRow("cpu", "onnxruntime", "auto", "int8", quantised=True),
-    EngineRow("cpu", "openvino", "fp32", "fp32"),
-    EngineRow("cpu", "openvino", "bf16", "bf16"),
-    EngineRow("cpu", "openvino", "fp32", "int8, rest fp32", quantised=True),
-    EngineRow("cpu", "openvino", "bf16", "int8, rest bf16", quantised=True),
-    EngineRow("cuda", "pytorch", "fp32", "fp32"),
-    EngineRow("cuda", "pytorch", "tf32", "tf32"),
-    EngineRow("cuda", "pytorch", "amp", "amp"),
-    EngineRow("cuda", "pytorch", "fp16", "fp16"),
-    EngineRow("cuda", "pytorch", "bf16", "bf16"),
-    EngineRow("cuda", "onnxruntime", "fp32", "fp32"),
-    EngineRow("cuda", "tensorrt", "fp32", "fp32"),
-    EngineRow("cuda", "tensorrt", "fp16", "fp16"),
-    EngineRow("cuda", "tensorrt", "auto", "int8", quantised=True),
+    BackendRow("cpu", "pytorch", "fp32", "fp32"),
+    BackendRow("cpu", "pytorch", "bf16", "bf16"),
+    BackendRow("cpu", "onnxruntime", "fp32", "fp32"),
+    BackendRow("cpu", "onnxruntime", "auto", "int8", quantised=True),
+    BackendRow("cpu", "openvino", "fp32", "fp32"),
+    BackendRow("cpu", "openvino", "bf16", "bf16"),
+    BackendRow("cpu", "openvino", "fp32", "int8, rest fp32", quantised=True),
+    BackendRow("cpu", "openvino", "bf16", "int8, rest bf16", quantised=True),
+    BackendRow("cuda", "pytorch", "fp32", "fp32"),
+    BackendRow("cuda", "pytorch", "tf32", "tf32"),
+    BackendRow("cuda", "pytorch", "amp", "amp"),
+    BackendRow("cuda", "pytorch", "fp16", "fp16"),
+    BackendRow("cuda", "pytorch", "bf16", "bf16"),
+    BackendRow("cuda", "onnxruntime", "fp32", "fp32"),
+    BackendRow("cuda", "tensorrt", "fp32", "fp32"),
+    BackendRow("cuda", "tensorrt", "fp16", "fp16"),
+    BackendRow("cuda", "tensorrt", "auto", "int8", quantised=True),
 )
 REFERENCE = ROWS[0].name  # what every row stands beside, on either device
-# Modules that building and running an archive takes, the engine's own first.
+# Modules that building and running an archive takes, the backend's own first.
 LIBRARIES = {
     "pytorch": ("torch",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
@@ -59,7 +59,7 @@ LIBRARIES = {
 }
 
 
-def rows_of(device: str) -> list[EngineRow]:
+def rows_of(device: str) -> list[BackendRow]:
     """The rows of a device, in the order of the table."""
     return [row for row in ROWS if row.device == device]
 
@@ -86,7 +86,7 @@ class Machine:
         return cls(torch.cuda.is_available(), found, on_cuda, cpu_computes_bf16())
 
 
-def reason_not_run(row: EngineRow, machine: Machine, *, has_int8_file: bool) -> str | None:
+def reason_not_run(row: BackendRow, machine: Machine, *, has_int8_file: bool) -> str | None:
     """Why a row cannot run on a machine, in a few words; None if it can."""
     if row.device == "cuda" and not machine.has_gpu:
         return "no GPU"

@@ -1,6 +1,6 @@
 """One archive in a process of its own, as a worker of the server has it; asked and answered in JSON.
 
-    python scripts/lib/measure/backend_worker.py --folder UNPACKED --device cpu --pictures tests/data/smears
+    python scripts/lib/measure/backend_worker.py --folder UNPACKED --device cpu --images tests/data/smears
 
 A line on stdin is a question, {"ask": NAME, ...}; the line on stdout that follows is its answer, or
 {"error": TEXT}. The questions are the methods of `MeasuredDetector`. `backend_process` asks them.
@@ -29,7 +29,7 @@ class MeasuredDetector:
     the detector.
     """
 
-    def __init__(self, folder: Path, device: str, threads: int | None, pictures: Path) -> None:
+    def __init__(self, folder: Path, device: str, threads: int | None, images: Path) -> None:
         started = time.perf_counter()
         import torch
 
@@ -39,20 +39,20 @@ class MeasuredDetector:
         if threads is not None:
             torch.set_num_threads(threads)
         self._import_s = time.perf_counter() - started
-        self._pictures = [path.read_bytes() for path in sorted(pictures.glob("*.jpg"))]
+        self._images = [path.read_bytes() for path in sorted(images.glob("*.jpg"))]
         self._calls: dict[tuple[str, int], Callable[[], object]] = {}
         started = time.perf_counter()
         self.detector = Detector.from_archive_dir(folder, device)
-        self.detector.detect(self._pictures[:1], [self.detector.config.default_options()])
+        self.detector.detect(self._images[:1], [self.detector.config.default_options()])
         self._start_s = time.perf_counter() - started
 
     def start(self) -> Answer:
-        """Seconds of the imports that all engines share, and from then on until the first detection."""
+        """Seconds of the imports that all backends share, and from then on until the first detection."""
         return {
             "import_s": self._import_s,
             "start_s": self._start_s,
             "resident_mib": _memory_mib("VmRSS"),
-            "runs_in": f"{self.detector.engine.name} {self.detector.engine.precision}",
+            "runs_in": f"{self.detector.pipeline.name} {self.detector.pipeline.precision}",
         }
 
     def warm(self, batch_sizes: Sequence[int]) -> Answer:
@@ -66,14 +66,13 @@ class MeasuredDetector:
         import torch
 
         from lib.accuracy.parity import compare_decoded
-        from lib.archive.reader import served_network
 
         from damoyolo.boxes import decode_predictions
 
         expected = torch.load(reference, weights_only=True)
         with torch.inference_mode():
             found = decode_predictions(
-                served_network(self.detector)(expected["pixels"].to(self.detector.device))
+                self.detector.raw_predictions(expected["pixels"].to(self.detector.device))
             )
         scores, boxes_xyxy = (each.cpu() for each in found)
         agreement = compare_decoded((scores, boxes_xyxy), (expected["scores"], expected["boxes_xyxy"]))
@@ -99,7 +98,7 @@ class MeasuredDetector:
         from lib.measure.calls import batch_calls
 
         if (part, batch_size) not in self._calls:
-            call = batch_calls(self.detector, self._pictures, batch_size)[part]
+            call = batch_calls(self.detector, self._images, batch_size)[part]
             call()  # once untimed
             self._calls[part, batch_size] = call
         return self._calls[part, batch_size]
@@ -123,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--folder", type=Path, required=True, help="unpacked archive")
     parser.add_argument("--device", required=True, help="cpu or cuda[:index]")
-    parser.add_argument("--threads", type=int, help="of PyTorch and the engine (PyTorch's own choice)")
-    parser.add_argument("--pictures", type=Path, required=True, help="folder of JPEG files")
+    parser.add_argument("--threads", type=int, help="of PyTorch and the backend (PyTorch's own choice)")
+    parser.add_argument("--images", type=Path, required=True, help="folder of JPEG files")
     arguments = parser.parse_args(argv)
     # Libraries print to stdout too; from here on that goes to stderr, and answers alone are answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def load() -> Answer:
         loaded.append(
-            MeasuredDetector(arguments.folder, arguments.device, arguments.threads, arguments.pictures)
+            MeasuredDetector(arguments.folder, arguments.device, arguments.threads, arguments.images)
         )
         return loaded[0].start()
 

@@ -12,21 +12,19 @@ from damoyolo.detector import Detector
 
 
 def batch_seconds(
-    detector: Detector, pictures: Sequence[bytes], batch_size: int, rounds: int = 5, slice_s: float = 0.3
+    detector: Detector, images: Sequence[bytes], batch_size: int, rounds: int = 5, slice_s: float = 0.3
 ) -> tuple[float, float]:
     """Median seconds of a batch: of the network (pixels to raw predictions), and of the whole detector."""
     medians_s = interleaved_medians_s(
-        batch_calls(detector, pictures, batch_size), detector.device, rounds, slice_s
+        batch_calls(detector, images, batch_size), detector.device, rounds, slice_s
     )
     return medians_s["network"], medians_s["detector"]
 
 
-def batch_calls(detector: Detector, pictures: Sequence[bytes], batch_size: int) -> dict[str, Call]:
+def batch_calls(detector: Detector, images: Sequence[bytes], batch_size: int) -> dict[str, Call]:
     """The "network" alone and the whole "detector", each for one batch."""
-    batch = cycled(pictures, batch_size)
+    batch = cycled(images, batch_size)
     options = [detector.config.default_options()] * batch_size
-    if detector.pipeline is not None:
-        network: Call = detector.pipeline.network_call(batch_size)
-    else:
-        network = functools.partial(detector.engine, detector.preprocessor.prepare(batch).pixels)
+    pipeline = detector.pipeline
+    network = pipeline.network_call(detector.preprocessor.prepare(batch, pipeline.pixels).pixels)
     return {"network": network, "detector": functools.partial(detector.detect, batch, options)}

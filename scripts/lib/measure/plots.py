@@ -1,4 +1,4 @@
-"""Pictures of measurements, drawn without a screen."""
+"""Images of measurements, drawn without a screen."""
 
 from __future__ import annotations
 

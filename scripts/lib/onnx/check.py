@@ -32,14 +32,14 @@ class ExportError(Exception):
 def check_onnx(
     path: Path,
     model: DamoYolo,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     *,
     score_tolerance: float = SCORE_TOLERANCE,
     box_tolerance_px: float = BOX_TOLERANCE_PX,
 ) -> Agreement:
     """Run a file with onnxruntime on the CPU and compare it with the network in PyTorch.
 
-    pictures: batches, (B, 3, H, W) uint8 RGB each, of any sizes that are multiples of 32.
+    images: batches, (B, 3, H, W) uint8 RGB each, of any sizes that are multiples of 32.
 
     Raises:
         ExportError: a score, or a likely box, differs by more than the tolerance; says how far.
@@ -56,7 +56,7 @@ def check_onnx(
     if compare is None:
         raise ExportError(f"{path} has the outputs of no form that this script writes")
     agreements = []
-    for pixels in pictures:
+    for pixels in images:
         with torch.inference_mode():
             raw = model(pixels.float())
         agreements.append(compare(session, pixels, raw))
@@ -127,13 +127,13 @@ def sample_batches(model: DamoYolo, folder: Path) -> list[Tensor]:
     Raises:
         FileNotFoundError: the folder has none.
     """
-    pictures = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    if not pictures:
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    if not images:
         raise FileNotFoundError(f"no *.jpg in {folder}; tests/data/smears/render.py draws some")
     config = ServingConfig(variant=model.variant.name)
     height, width = model.variant.input_size_hw
     batches = []
-    for chosen, size_hw in ((pictures, (height, width)), (pictures[:1], (height // 64 * 32, width))):
+    for chosen, size_hw in ((images, (height, width)), (images[:1], (height // 64 * 32, width))):
         preprocessor = ImagePreprocessor(config, size_hw, torch.device("cpu"))
         batches.append(preprocessor.prepare(chosen).pixels.clone())
         preprocessor.close()

@@ -14,20 +14,20 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxFacts, RawForm, facts_of
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata, RawOutputs, metadata_of
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
 
-Form = Literal["raw", "boxes", "detections"]
-FORMS: tuple[Form, ...] = ("raw", "boxes", "detections")
+OutputKind = Literal["raw", "boxes", "detections"]
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("raw", "boxes", "detections")
 OPSET = 18  # the oldest that PyTorch's exporter writes without converting
 MAX_SIDE = 32 * 1024  # pixels; the exporter wants a bound
 
 
-class _BoxesForm(nn.Module):
-    """Grey levels as bytes in, scores and boxes of every anchor point out, for pictures of any size."""
+class _BoxOutputs(nn.Module):
+    """Grey levels as bytes in, scores and boxes of every anchor point out, for images of any size."""
 
     def __init__(self, model: DamoYolo) -> None:
         super().__init__()
@@ -47,20 +47,20 @@ class _BoxesForm(nn.Module):
 
 
 def export_onnx(
-    model: DamoYolo, path: Path, *, form: Form = "raw", class_names: Sequence[str] | None = None
+    model: DamoYolo, path: Path, *, form: OutputKind = "raw", class_names: Sequence[str] | None = None
 ) -> None:
     """Write the network as ONNX; equal weights give equal bytes under equal versions of the libraries.
 
     model: folded, in float32; left as it is. class_names: for the metadata; None numbers the classes.
     """
     names = class_names or [str(index) for index in range(model.num_classes)]
-    network: nn.Module = (RawForm if form == "raw" else _BoxesForm)(copy.deepcopy(model).cpu())
+    network: nn.Module = (RawOutputs if form == "raw" else _BoxOutputs)(copy.deepcopy(model).cpu())
     outputs = OUTPUT_NAMES if form == "raw" else ("scores", "boxes_xyxy")
     written = _export(network.eval(), outputs)
     _name_sizes(written)
     if form == "detections":
         _append_suppression(written)
-    helper.set_model_props(written, facts_of(model, names, form).to_metadata())
+    helper.set_model_props(written, metadata_of(model, names, form).to_metadata())
     onnx.checker.check_model(written)
     onnx.save(written, path)
 
@@ -88,11 +88,11 @@ def _export(network: nn.Module, output_names: Sequence[str]) -> onnx.ModelProto:
             verbose=False,
         )
         written = onnx.load(target)
-    _forget_origin(written)
+    _strip_metadata(written)
     return written
 
 
-def _forget_origin(written: onnx.ModelProto) -> None:
+def _strip_metadata(written: onnx.ModelProto) -> None:
     """Drop what names source files of the machine, and the inner shapes, whose symbols mean nothing."""
     del written.graph.value_info[:]
     del written.graph.metadata_props[:]
@@ -176,7 +176,7 @@ def _append_suppression(written: onnx.ModelProto) -> None:
                     "iou_threshold",
                     "score_threshold",
                 ],
-                "nms.selected",  # N,3: picture, class, anchor point
+                "nms.selected",  # N,3: image, class, anchor point
             ),
             node("Gather", ["nms.selected", "nms.box_columns"], "nms.box_places", axis=1),
             node("GatherND", ["all_boxes_xyxy", "nms.box_places"], "boxes_xyxy"),
@@ -196,7 +196,7 @@ def _append_suppression(written: onnx.ModelProto) -> None:
     )
 
 
-def read_facts(path: Path) -> OnnxFacts:
+def read_onnx_metadata(path: Path) -> OnnxMetadata:
     """What a file says of itself.
 
     Raises:
@@ -208,4 +208,4 @@ def read_facts(path: Path) -> OnnxFacts:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the reader's own class is not importable everywhere
         raise ConfigError(f"{path} is no ONNX file ({type(error).__name__})") from error
-    return OnnxFacts.from_metadata({entry.key: entry.value for entry in written.metadata_props}, path)
+    return OnnxMetadata.from_metadata({entry.key: entry.value for entry in written.metadata_props}, path)

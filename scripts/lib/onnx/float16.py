@@ -1,4 +1,4 @@
-"""An ONNX file of the network from float32 to float16 throughout, for engines that take its types literally.
+"""An ONNX file of the network from float32 to float16 throughout, for backends that take its types literally.
 
 Pixels stay uint8 and the raw predictions float32; each is cast where it enters and leaves.
 """

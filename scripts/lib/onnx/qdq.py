@@ -1,6 +1,6 @@
 """The QDQ form of an ONNX network: what its blocks are, calibrated ranges, and chosen blocks in INT8.
 
-QDQ is plain ONNX: a pair of QuantizeLinear and DequantizeLinear says at each tensor that an engine may
+QDQ is plain ONNX: a pair of QuantizeLinear and DequantizeLinear says at each tensor that a backend may
 compute on 8-bit integers there. Weights are int8, symmetric, with a scale for each output channel.
 """
 
@@ -125,27 +125,27 @@ def _first_convolution(network: onnx.ModelProto) -> int:
     )
 
 
-class _Pictures(CalibrationDataReader):  # type: ignore[misc]
-    """Pictures, (N, 3, H, W), one after the other."""
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    """Images, (N, 3, H, W), one after the other."""
 
     def __init__(self, input_name: str, pixels: NDArray[np.uint8]) -> None:
-        self._feeds = iter({input_name: picture[None]} for picture in pixels)
+        self._feeds = iter({input_name: image[None]} for image in pixels)
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
         return next(self._feeds, None)
 
 
 def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: RangeMethod = "minmax") -> Ranges:
-    """The range of every value between two nodes, over these pictures, for `quantize_blocks`.
+    """The range of every value between two nodes, over these images, for `quantize_blocks`.
 
-    pixels: (N, 3, H, W) uint8 RGB. method: "minmax" takes the extremes over all pictures; "mean" the mean of
-        each picture's extremes, which cuts off what few pictures have.
+    pixels: (N, 3, H, W) uint8 RGB. method: "minmax" takes the extremes over all images; "mean" the mean of
+        each image's extremes, which cuts off what few images have.
 
     Raises:
-        QuantizationError: there are no pictures.
+        QuantizationError: there are no images.
     """
     if not len(pixels):
-        raise QuantizationError("there are no pictures to calibrate with; accepted is one at least")
+        raise QuantizationError("there are no images to calibrate with; accepted is one at least")
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder, _quiet():
         path = Path(folder) / "network.onnx"
         onnx.save(onnx.shape_inference.infer_shapes(network), path)
@@ -156,8 +156,8 @@ def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: Range
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"moving_average": method == "mean"},
         )
-        # One picture at a time: the memory of the largest layers, and means over pictures.
-        calibrator.collect_data(_Pictures(network.graph.input[0].name, pixels))
+        # One image at a time: the memory of the largest layers, and means over images.
+        calibrator.collect_data(_Images(network.graph.input[0].name, pixels))
         return calibrator.compute_data()
 
 

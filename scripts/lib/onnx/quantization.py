@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from tqdm import tqdm
 
-from lib.images import NoPicturesError, find_pictures
+from lib.images import NoImagesError, find_images
 from lib.onnx.export import export_onnx
 from lib.onnx.qdq import (
     Block,
@@ -26,7 +26,7 @@ from lib.onnx.qdq import (
     find_blocks,
     quantize_blocks,
 )
-from lib.onnx.sensitivity import Deviation, Judge, Sensitivity, fewest_kept, measure_blocks
+from lib.onnx.sensitivity import Deviation, QuantizationEvaluator, Sensitivity, fewest_kept, measure_blocks
 
 from damoyolo.config import ServingConfig
 from damoyolo.model.damoyolo import DamoYolo
@@ -43,16 +43,16 @@ class QuantizationRequest:
     """What to make of a network.
 
     max_loss: AP that may be lost, as lib/onnx/sensitivity.py estimates it.
-    calibration_pictures, check_pictures: at most so many pictures are calibrated with, and compared on; no
-        picture serves for both.
+    calibration_images, check_images: at most so many images are calibrated with, and compared on; no
+        image serves for both.
     float_blocks: names of blocks that stay float32 whatever the sweep says, or how such names begin.
     """
 
     max_loss: float = 0.005
     target: Target = "cpu"
     ranges: RangeMethod = "minmax"
-    calibration_pictures: int = 32
-    check_pictures: int = 16
+    calibration_images: int = 32
+    check_images: int = 16
     float_blocks: tuple[str, ...] = ALWAYS_FLOAT
     progress: bool | None = None
 
@@ -63,7 +63,7 @@ class QuantizedNetwork:
 
     network: metadata and all. ranked: the worst block first. kept: float32 for the sake of the loss.
     all_int8: deviation where the sweep keeps nothing. deviation: of `network`.
-    calibration_count, check_count: pictures that were calibrated with, and compared on.
+    calibration_count, check_count: images that were calibrated with, and compared on.
     """
 
     network: onnx.ModelProto
@@ -83,9 +83,9 @@ def quantize(
     network: float32, as scripts/export_onnx.py writes it. pixels: (N, 3, H, W) uint8 RGB.
 
     Raises:
-        QuantizationError: too few pictures, nothing found in them, or nothing that may be quantised.
+        QuantizationError: too few images, nothing found in them, or nothing that may be quantised.
     """
-    calibration, check = split_pictures(len(pixels), request)
+    calibration, check = split_images(len(pixels), request)
     blocks = find_blocks(network)
     _require_known(request.float_blocks, blocks)
     candidates = [block for block in blocks if not _stays_float(block, request.float_blocks)]
@@ -94,11 +94,11 @@ def quantize(
             f"every block of the network is to stay float32 ({', '.join(request.float_blocks)}); "
             "change --keep-float"
         )
-    judge = Judge(network, pixels[check])
+    evaluate_deviation = QuantizationEvaluator(network, pixels[check])
     ranges = calibrate(network, pixels[calibration], request.ranges)
     disabled = None if request.progress is None else not request.progress
     with tqdm(candidates, desc="blocks", unit="block", disable=disabled) as shown:
-        ranked = measure_blocks(network, ranges, shown, judge, request.target)
+        ranked = measure_blocks(network, ranges, shown, evaluate_deviation, request.target)
 
     attempts: dict[int, tuple[onnx.ModelProto, Deviation]] = {}
 
@@ -106,14 +106,14 @@ def quantize(
         if kept not in attempts:
             chosen = [each.block for each in ranked[kept:]]
             quantized = quantize_blocks(network, ranges, chosen, request.target)
-            attempts[kept] = quantized, judge(quantized)
+            attempts[kept] = quantized, evaluate_deviation(quantized)
         return attempts[kept]
 
     kept = fewest_kept(len(ranked), lambda count: attempt(count)[1].loss, request.max_loss)
     if kept == len(ranked):
         raise QuantizationError(
             f"a loss of {request.max_loss:g} AP leaves nothing in INT8: the block that is harmed least loses "
-            f"{attempt(len(ranked) - 1)[1].loss:.4f}; raise --max-loss, or give more pictures"
+            f"{attempt(len(ranked) - 1)[1].loss:.4f}; raise --max-loss, or give more images"
         )
     quantized, deviation = attempt(kept)
     facts = {entry.key: entry.value for entry in network.metadata_props}
@@ -130,19 +130,19 @@ def quantize(
     )
 
 
-def split_pictures(count: int, request: QuantizationRequest) -> tuple[list[int], list[int]]:
-    """Indices of the pictures to calibrate with, and of those to compare on, both spread over all.
+def split_images(count: int, request: QuantizationRequest) -> tuple[list[int], list[int]]:
+    """Indices of the images to calibrate with, and of those to compare on, both spread over all.
 
     Raises:
         QuantizationError: there are not two.
     """
     if count < 2:
         raise QuantizationError(
-            f"{count} pictures given; accepted are 2 at least, some to calibrate with and some to compare on"
+            f"{count} images given; accepted are 2 at least, some to calibrate with and some to compare on"
         )
-    check = _spread(list(range(count)), min(request.check_pictures, max(1, count // 3)))
+    check = _spread(list(range(count)), min(request.check_images, max(1, count // 3)))
     rest = sorted(set(range(count)) - set(check))
-    return _spread(rest, min(request.calibration_pictures, len(rest))), check
+    return _spread(rest, min(request.calibration_images, len(rest))), check
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
@@ -163,21 +163,21 @@ def _stays_float(block: Block, names: Sequence[str]) -> bool:
     return any(block.name == name or block.name.startswith(f"{name}.") for name in names)
 
 
-def picture_paths(folder: Path, at_most: int) -> list[Path]:
-    """Pictures of a folder and of those below it; where there are more, spread over all.
+def image_paths(folder: Path, at_most: int) -> list[Path]:
+    """Images of a folder and of those below it; where there are more, spread over all.
 
     Raises:
         QuantizationError: there are none.
     """
     try:
-        found = find_pictures([folder], recursive=True)
-    except NoPicturesError as error:
-        raise QuantizationError(f"{error}; --calibration takes a folder of pictures") from error
+        found = find_images([folder], recursive=True)
+    except NoImagesError as error:
+        raise QuantizationError(f"{error}; --calibration takes a folder of images") from error
     return [found[index] for index in _spread(range(len(found)), min(at_most, len(found)))]
 
 
 def read_pixels(paths: Sequence[Path], variant: str, input_size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Picture files as the server would feed them, (N, 3, H, W) uint8 RGB.
+    """Image files as the server would feed them, (N, 3, H, W) uint8 RGB.
 
     Raises:
         QuantizationError: one cannot be read.

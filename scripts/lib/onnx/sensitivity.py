@@ -1,6 +1,6 @@
 """How far INT8 takes a network from float32, block by block, and how many blocks have to stay float32.
 
-Two measures, on pictures that were not calibrated with and need no annotations:
+Two measures, on images that were not calibrated with and need no annotations:
 
 drift   Over all anchor points and classes that either network scores above 0.05: the change of the score,
         plus the score times the part of the box that moved away (1 - IoU), relative to the sum of scores.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib.accuracy.coco_metrics import CocoPrediction, MetricsError, compute_metrics
-from lib.accuracy.datasets import AnnotatedObject, AnnotatedPicture, DetectionDataset, is_large_enough
+from lib.accuracy.datasets import AnnotatedImage, AnnotatedObject, DetectionDataset, is_large_enough
 from lib.accuracy.predictors import EVALUATION_OPTIONS
 from lib.onnx.qdq import Block, QuantizationError, Ranges, Target, quantize_blocks
 
@@ -40,8 +40,8 @@ LIKELY_SCORE = EVALUATION_OPTIONS.score_threshold
 CONFIDENT_SCORE = 0.5
 # Deviation of a side, relative to the box's width or height. The demo network's AP is 0.71 by this truth, and
 # 0.63 by annotators.
-SIDE_SCATTER = 0.05
-SCATTERINGS = 4  # of each picture, so that no single throw decides
+BOX_JITTER = 0.05
+JITTER_REPEATS = 4  # of each image, so that no single throw decides
 BATCH_SIZE = 4
 ERRORS_ONLY = 3  # of onnxruntime's log levels
 
@@ -64,32 +64,32 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Of all pictures: decoded, (N, A, K) and (N, A, 4), and what is left after NMS."""
+    """Of all images: decoded, (N, A, K) and (N, A, 4), and what is left after NMS."""
 
     scores: Tensor
     boxes_xyxy: Tensor
     detections: list[Detections]
 
 
-class Judge:
-    """Compares networks with one float32 network on the same pictures.
+class QuantizationEvaluator:
+    """Compares networks with one float32 network on the same images.
 
     network: as scripts/export_onnx.py writes it. pixels: (N, 3, H, W) uint8 RGB.
 
     Raises:
-        QuantizationError: there are no pictures, or the network finds nothing in them with confidence.
+        QuantizationError: there are no images, or the network finds nothing in them with confidence.
     """
 
     def __init__(self, network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> None:
         if not len(pixels):
-            raise QuantizationError("there are no pictures to compare on; accepted is one at least")
+            raise QuantizationError("there are no images to compare on; accepted is one at least")
         self._pixels = pixels
         self._reference = _predict(network, pixels)
-        self._truth = _scattered_truth(self._reference.detections)
-        if not self._truth.object_count:
+        self._parse_bool = _scattered_truth(self._reference.detections)
+        if not self._parse_bool.object_count:
             raise QuantizationError(
                 f"the float32 network finds nothing above a score of {CONFIDENT_SCORE} in the {len(pixels)} "
-                "pictures to compare on; accepted are pictures like those that it will be served with"
+                "images to compare on; accepted are images like those that it will be served with"
             )
         self.reference_ap = self._average_precision(self._reference.detections)
 
@@ -103,20 +103,20 @@ class Judge:
 
     def _average_precision(self, detections: Sequence[Detections]) -> float:
         predictions: list[CocoPrediction] = []
-        for picture in self._truth.pictures:
-            found = detections[picture.image_id % len(detections)]
+        for image in self._parse_bool.images:
+            found = detections[image.image_id % len(detections)]
             for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
                 x1, y1, x2, y2 = map(float, box)
                 predictions.append(
                     {
-                        "image_id": picture.image_id,
+                        "image_id": image.image_id,
                         "category_id": int(class_id),
                         "bbox": [x1, y1, x2 - x1, y2 - y1],
                         "score": float(score),
                     }
                 )
         try:
-            return compute_metrics(self._truth, predictions).overall.ap
+            return compute_metrics(self._parse_bool, predictions).overall.ap
         except MetricsError:  # a network so broken that it finds nothing
             return 0.0
 
@@ -125,11 +125,14 @@ def measure_blocks(
     network: onnx.ModelProto,
     ranges: Ranges,
     blocks: Iterable[Block],
-    judge: Judge,
+    evaluate_deviation: QuantizationEvaluator,
     target: Target = "cpu",
 ) -> list[Sensitivity]:
     """What each block costs, quantised while all others are float32; the worst first."""
-    found = [Sensitivity(block, judge(quantize_blocks(network, ranges, [block], target))) for block in blocks]
+    found = [
+        Sensitivity(block, evaluate_deviation(quantize_blocks(network, ranges, [block], target)))
+        for block in blocks
+    ]
     # Equal drifts in the order of computation, so that the result is always the same.
     return sorted(found, key=lambda each: -each.deviation.drift)
 
@@ -205,21 +208,21 @@ def _overlap(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
 
 
 def _scattered_truth(detections: Sequence[Detections]) -> DetectionDataset:
-    """The confident detections as annotations, scattered; picture `i` is detections[i % len(detections)]."""
+    """The confident detections as annotations, scattered; image `i` is detections[i % len(detections)]."""
     random = np.random.default_rng(0)
-    pictures = []
-    for image_id in range(SCATTERINGS * len(detections)):
+    images = []
+    for image_id in range(JITTER_REPEATS * len(detections)):
         found = detections[image_id % len(detections)]
         objects = []
         for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
             width, height = float(box[2] - box[0]), float(box[3] - box[1])
             x1, y1, x2, y2 = (
-                float(side) + SIDE_SCATTER * extent * random.standard_normal()
+                float(side) + BOX_JITTER * extent * random.standard_normal()
                 for side, extent in zip(box, (width, height, width, height), strict=True)
             )
             if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2)):
                 objects.append(AnnotatedObject(int(class_id), (x1, y1, x2, y2)))
-        pictures.append(AnnotatedPicture(image_id, Path(), tuple(objects)))
+        images.append(AnnotatedImage(image_id, Path(), tuple(objects)))
     class_ids = {int(class_id) for found in detections for class_id in found.class_ids}
     names = {class_id: str(class_id) for class_id in sorted(class_ids)}
-    return DetectionDataset("detections of the float32 network", names, tuple(pictures), dropped_objects=0)
+    return DetectionDataset("detections of the float32 network", names, tuple(images), dropped_objects=0)

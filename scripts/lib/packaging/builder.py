@@ -24,7 +24,7 @@ from lib.packaging.weights import fetch_weights
 from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
 
 from damoyolo.backends import ONNX_FILE
-from damoyolo.backends.onnx_metadata import require_fitting
+from damoyolo.backends.onnx_metadata import check_compatible
 from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.model.checkpoint import load_checkpoint, load_packaged, save_packaged
@@ -40,11 +40,11 @@ class ArchiveRequest:
     weights: file, https address or name of an official checkpoint. sha256: of that file, if known.
     variant: name of the variant; None takes the one that the weights fit.
     class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
-    onnx: file of scripts/export_onnx.py, or of a quantiser of it, to pack beside the weights; the engines
+    onnx: file of scripts/export_onnx.py, or of a quantiser of it, to pack beside the weights; the backends
         that take such files run it in their place. None exports one where the backend needs it.
     model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
     serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
-    engine_files: what another backend than PyTorch needs, packed under their own names.
+    backend_files: what another backend than PyTorch needs, packed under their own names.
     """
 
     weights: str = str(DEMO_WEIGHTS)
@@ -57,7 +57,7 @@ class ArchiveRequest:
     output_dir: Path = MODEL_STORE
     model_settings: dict[str, Any] = field(default_factory=dict)
     serving: dict[str, Any] = field(default_factory=dict)
-    engine_files: tuple[Path, ...] = ()
+    backend_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     }
     config = ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
     settings["handler"] = serving
-    if config.backend == "tensorrt" and not request.engine_files:
+    if config.backend == "tensorrt" and not request.backend_files:
         raise ArchiveError(
-            "backend is tensorrt, whose engine is built and proven on the GPU that serves: "
+            "backend is tensorrt, whose backend is built and proven on the GPU that serves: "
             "scripts/build_tensorrt.py builds it and the archive"
         )
 
@@ -126,14 +126,14 @@ def _add_onnx(source: Path | None, private: Path, config: ServingConfig) -> None
     """ONNX_FILE in the folder `private`: a copy of `source`, or made from the weights there."""
     try:
         from lib.onnx.check import ExportError, check_onnx, sample_batches
-        from lib.onnx.export import export_onnx, read_facts
+        from lib.onnx.export import export_onnx, read_onnx_metadata
     except ImportError as error:
         raise ArchiveError(
             f"ONNX files need packages that are not there ({error}): pip install onnx onnxscript onnxruntime"
         ) from error
     model, target = load_packaged(private / WEIGHTS_FILE), private / ONNX_FILE
     if source is not None:
-        require_fitting(read_facts(source), source, config, model)
+        check_compatible(read_onnx_metadata(source), source, config, model)
         shutil.copyfile(source, target)
         return
     export_onnx(model, target, class_names=config.class_names)
@@ -153,7 +153,7 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
         version=request.version,
         handler=str(HANDLER_DIR / "damoyolo_handler.py"),
         serialized_file=str(private / WEIGHTS_FILE),
-        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.engine_files))),
+        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.backend_files))),
         config_file=str(private / SETTINGS_FILE),
         export_path=str(export_dir),
         # Weights hardly shrink, and the server would unpack them at each start.
@@ -194,12 +194,12 @@ from damoyolo.detector import SETTINGS_FILE, Detector
 from damoyolo.structures import Detections
 here = pathlib.Path.cwd()
 assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
-# Engines of a GPU are proven on the GPU, by compare_backends.py.
+# Backends of a GPU are proven on the GPU, by compare_backends.py.
 on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
 detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
-picture = io.BytesIO()
-Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(picture, "PNG")
-(outcome,) = detector.detect([picture.getvalue()], [detector.config.default_options()])
+image = io.BytesIO()
+Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(image, "PNG")
+(outcome,) = detector.detect([image.getvalue()], [detector.config.default_options()])
 assert isinstance(outcome, Detections), outcome
 assert numpy.isfinite(outcome.boxes_xyxy).all()
 """

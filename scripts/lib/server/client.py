@@ -1,4 +1,4 @@
-"""HTTP client of the detection server: one picture, or many with several requests in flight."""
+"""HTTP client of the detection server: one image, or many with several requests in flight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ServerUnreachableError(DetectionClientError):
     """Nothing listens at the address."""
 
 
-class ServerSilentError(DetectionClientError):
+class ServerTimeoutError(DetectionClientError):
     """The server took the request and did not answer within the time limit."""
 
 
@@ -92,7 +92,7 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture: an answer (and the drawn picture, where asked for), or an error."""
+    """What became of one image: an answer (and the drawn image, where asked for), or an error."""
 
     index: int
     answer: dict[str, Any] | None = None
@@ -105,9 +105,9 @@ class DetectionClient:
 
     url: address of the model's predictions.
     timeout_s: longest silence of the server before a request fails.
-    attempts: how often a picture is sent at most while the server's queue is full (status 503) or it drops
+    attempts: how often an image is sent at most while the server's queue is full (status 503) or it drops
         the connection; asking twice is harmless, as detection changes nothing. Silence is not retried: the
-        server may still be at work on the picture.
+        server may still be at work on the image.
     pause_s: pause before the second attempt; doubles with each further one, up to MAX_PAUSE_S, and varies by
         half so that the refused requests do not come back all at once.
     """
@@ -154,7 +154,7 @@ class DetectionClient:
             raise self._unreachable() from error
 
     def detect(self, encoded: bytes, options: RequestOptions | None = None) -> dict[str, Any]:
-        """The server's answer for one encoded picture: `width`, `height` and `detections`.
+        """The server's answer for one encoded image: `width`, `height` and `detections`.
 
         Raises:
             DetectionClientError: see its sub-classes.
@@ -175,7 +175,7 @@ class DetectionClient:
     def draw(
         self, encoded: bytes, options: RequestOptions | None = None, image_format: str = "jpeg"
     ) -> bytes:
-        """The picture with boxes and labels drawn on it, encoded; image_format is "jpeg" or "png".
+        """The image with boxes and labels drawn on it, encoded; image_format is "jpeg" or "png".
 
         Raises:
             DetectionClientError: see its sub-classes.
@@ -184,25 +184,25 @@ class DetectionClient:
 
     def detect_many(
         self,
-        pictures: Iterable[Path | bytes],
+        images: Iterable[Path | bytes],
         options: RequestOptions | None = None,
         in_flight: int = 8,
         ordered: bool = True,
         draw: bool = False,
     ) -> Generator[Outcome, None, None]:
-        """Detect in many pictures, files or encoded bytes, with up to `in_flight` requests at a time.
+        """Detect in many images, files or encoded bytes, with up to `in_flight` requests at a time.
 
-        Takes from `pictures` only as far as it is about to send. Yields one outcome a picture, in the order
-        given or, with `ordered=False`, as they come; a picture that fails costs only itself. With `draw`
-        every picture is sent a second time, for its drawn form.
+        Takes from `images` only as far as it is about to send. Yields one outcome an image, in the order
+        given or, with `ordered=False`, as they come; an image that fails costs only itself. With `draw`
+        every image is sent a second time, for its drawn form.
         """
-        # In order, one slow picture must not leave the others without work.
+        # In order, one slow image must not leave the others without work.
         window = 4 * in_flight if ordered else in_flight
         pending: deque[Future[Outcome]] = deque()
         executor = ThreadPoolExecutor(in_flight, thread_name_prefix="detect")
         try:
-            for index, picture in enumerate(pictures):
-                pending.append(executor.submit(self._outcome, index, picture, options, draw))
+            for index, image in enumerate(images):
+                pending.append(executor.submit(self._outcome, index, image, options, draw))
                 if len(pending) >= window:
                     yield _take(pending, ordered)
             while pending:
@@ -211,10 +211,10 @@ class DetectionClient:
             executor.shutdown(cancel_futures=True)
 
     def _outcome(
-        self, index: int, picture: Path | bytes, options: RequestOptions | None, draw: bool
+        self, index: int, image: Path | bytes, options: RequestOptions | None, draw: bool
     ) -> Outcome:
         try:
-            encoded = picture.read_bytes() if isinstance(picture, Path) else picture
+            encoded = image.read_bytes() if isinstance(image, Path) else image
             answer = self.detect(encoded, options)
             return Outcome(index, answer, self.draw(encoded, options) if draw else None)
         except (DetectionClientError, OSError) as error:
@@ -237,7 +237,7 @@ class DetectionClient:
                 if _is_unconnected(error):
                     raise self._unreachable() from error
                 if _is_silence(error):
-                    raise ServerSilentError(
+                    raise ServerTimeoutError(
                         f"no answer from {self.url} within {self.timeout_s:g} s; look whether its workers "
                         "are up (management API), or allow more time (--timeout)"
                     ) from error
@@ -271,7 +271,7 @@ class DetectionClient:
                 data=encoded,
                 headers=headers,
                 timeout=(min(MAX_CONNECT_S, self.timeout_s), self.timeout_s),
-                allow_redirects=False,  # pictures go to the host that was named, or nowhere
+                allow_redirects=False,  # images go to the host that was named, or nowhere
             )
         finally:
             self._idle_sessions.append(session)

@@ -24,7 +24,7 @@ class ServedModel:
 
     @property
     def predictions_url(self) -> str:
-        """Where pictures are sent."""
+        """Where images are sent."""
         return f"{self.inference_url}/predictions/{self.model_name}"
 
 

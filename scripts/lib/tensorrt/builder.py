@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxFacts
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata
 from damoyolo.backends.tensorrt import Gpu, import_tensorrt, machine_of
 from damoyolo.backends.tensorrt_metadata import BatchRange, EngineMetadata, require_contiguous
 
@@ -36,7 +36,7 @@ class OnnxNetwork:
 
     path: Path
     sha256: str
-    facts: OnnxFacts
+    facts: OnnxMetadata
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     try:
         content = path.read_bytes()
         model = onnx.load_model_from_string(content)
-        facts = OnnxFacts.from_metadata({each.key: each.value for each in model.metadata_props}, path)
+        facts = OnnxMetadata.from_metadata({each.key: each.value for each in model.metadata_props}, path)
     except Exception as error:  # protobuf, which reads it, has errors of its own
         raise EngineBuildError(
             f"{path} is no ONNX file of this project ({type(error).__name__}: {error}); {EXPORT_COMMAND} "

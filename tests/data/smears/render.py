@@ -1,9 +1,9 @@
-"""Draw synthetic blood smears whose boxes are known exactly: sample pictures, test data, varied load.
+"""Draw synthetic blood smears whose boxes are known exactly: sample images, test data, varied load.
 
     python tests/data/smears/render.py output/smears --count 8 --size 1920 1080
 
-A seed always gives the same picture. Cells have the size that they have in 640x480 micrographs, whatever the
-size of the picture.
+A seed always gives the same image. Cells have the size that they have in 640x480 micrographs, whatever the
+size of the image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CellBox(NamedTuple):
 
 
 class CellCounts(NamedTuple):
-    """How many cells to try to place; fewer fit into a crowded picture."""
+    """How many cells to try to place; fewer fit into a crowded image."""
 
     red: int = 14
     white: int = 1
@@ -57,7 +57,7 @@ class Window(NamedTuple):
 
 
 class Canvas:
-    """A picture in the making: float32 levels 0..255, the cells' centres and radii, and their boxes."""
+    """An image in the making: float32 levels 0..255, the cells' centres and radii, and their boxes."""
 
     def __init__(self, seed: int, size_wh: tuple[int, int]) -> None:
         self.rng = np.random.default_rng(seed)
@@ -205,7 +205,7 @@ def draw_platelet(canvas: Canvas) -> None:
 def smear(
     seed: int, size_wh: tuple[int, int] = BASE_SIZE_WH, counts: CellCounts = USUAL_COUNTS
 ) -> tuple[Image.Image, list[CellBox]]:
-    """One smear: an RGB picture of `size_wh`, and its cells.
+    """One smear: an RGB image of `size_wh`, and its cells.
 
     Raises:
         ValueError: a side is under MIN_SIDE_PX.
@@ -222,12 +222,12 @@ def smear(
         for _ in range(count):
             draw(canvas)
     grain = canvas.levels + canvas.rng.normal(0, 2.2, canvas.levels.shape)
-    picture = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8))
-    return picture.filter(ImageFilter.GaussianBlur(0.9)), canvas.boxes
+    image = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(0.9)), canvas.boxes
 
 
 def varied_counts(seed: int, size_wh: tuple[int, int] = BASE_SIZE_WH) -> CellCounts:
-    """Numbers of cells that differ from seed to seed and are in proportion to the picture's area."""
+    """Numbers of cells that differ from seed to seed and are in proportion to the image's area."""
     area = size_wh[0] * size_wh[1] / (BASE_SIZE_WH[0] * BASE_SIZE_WH[1])
     red = int(np.random.default_rng(seed).integers(8, 20))
     return CellCounts(
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write smears as JPEG files, and their boxes as annotations.json in COCO form."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--count", type=int, default=8, metavar="N", help="pictures (%(default)s)")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="images (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first (%(default)s)")
     parser.add_argument(
         "--size", type=int, nargs=2, default=BASE_SIZE_WH, metavar=("W", "H"), help="in pixels"
@@ -254,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for seed in tqdm(range(arguments.first_seed, arguments.first_seed + arguments.count), disable=None):
-        picture, boxes = smear(seed, arguments.size, varied_counts(seed, arguments.size))
+        image, boxes = smear(seed, arguments.size, varied_counts(seed, arguments.size))
         file_name = f"smear_{seed}.jpg"
-        picture.save(arguments.folder / file_name, quality=JPEG_QUALITY)
+        image.save(arguments.folder / file_name, quality=JPEG_QUALITY)
         images.append({"id": seed, "file_name": file_name, "width": width, "height": height})
         for box in boxes:
             box_wh = (box.x2 - box.x1, box.y2 - box.y1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
+from damoyolo.pipeline import EagerPipeline
 from damoyolo.structures import Detections
 
 SETTINGS = {"variant": "S", "class_names": ["Platelets", "RBC", "WBC"], "precision": "fp32"}
@@ -37,7 +39,7 @@ def detector(archive_dir: Path) -> Iterator[Detector]:
 
 
 @pytest.fixture(scope="module")
-def pictures(project_dir: Path) -> list[bytes]:
+def images(project_dir: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
 
 
@@ -55,44 +57,46 @@ def assert_equal(found: object, expected: object, score_tolerance: float, box_to
     )
 
 
-def test_a_batch_equals_its_pictures_alone_and_a_corrupt_neighbour_costs_only_itself(
-    detector: Detector, pictures: list[bytes]
+def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itself(
+    detector: Detector, images: list[bytes]
 ) -> None:
     options = detector.config.default_options()
-    batch = [pictures[0], pictures[1][:4000], pictures[1], b"", pictures[2]]
+    batch = [images[0], images[1][:4000], images[1], b"", images[2]]
     outcomes = detector.detect(batch, [options] * 5)
     assert isinstance(outcomes[1], CorruptImageError)
     assert outcomes[3].__class__.__name__ == "UnsupportedImageError"
-    for slot, picture in ((0, pictures[0]), (2, pictures[1]), (4, pictures[2])):
-        assert_equal(outcomes[slot], detector.detect([picture], [options])[0], 1e-5, 1e-2)
+    for slot, image in ((0, images[0]), (2, images[1]), (4, images[2])):
+        assert_equal(outcomes[slot], detector.detect([image], [options])[0], 1e-5, 1e-2)
 
 
-def test_a_batch_of_bad_pictures_only_and_an_empty_one_are_answered(detector: Detector) -> None:
+def test_a_batch_of_bad_images_only_and_an_empty_one_are_answered(detector: Detector) -> None:
     options = detector.config.default_options()
     assert len(detector.detect([b"x", b"y"], [options] * 2)) == 2
     assert detector.detect([], []) == []
 
 
-def test_the_stages_run_in_order_and_without_pictures_only_the_first(
-    detector: Detector, pictures: list[bytes]
+def test_the_stages_run_in_order_and_without_images_only_the_first(
+    detector: Detector, images: list[bytes]
 ) -> None:
     seen: list[str] = []
 
     @contextlib.contextmanager
-    def observe(stage: str) -> Iterator[None]:
+    def time_stage(stage: str) -> Iterator[None]:
         seen.append(stage)
         yield
 
     options = [detector.config.default_options()]
-    detector.detect(pictures[:1], options, observe)
-    detector.detect([b"x"], options, observe)
+    detector.detect(images[:1], options, time_stage)
+    detector.detect([b"x"], options, time_stage)
     assert seen == ["preprocess", "network", "postprocess", "preprocess"]
 
 
 def test_warming_up_runs_every_batch_size(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    engine = detector.engine
-    monkeypatch.setattr(detector, "engine", lambda pixels: seen.append(len(pixels)) or engine(pixels))
+    pipeline = detector.pipeline
+    assert isinstance(pipeline, EagerPipeline)
+    backend: Any = pipeline.backend
+    monkeypatch.setattr(pipeline, "backend", lambda pixels: seen.append(len(pixels)) or backend(pixels))
     detector.warm_up((1, 2))
     assert seen == [1, 2]
 
@@ -113,14 +117,14 @@ def test_settings_that_do_not_fit_the_weights_are_refused(archive_dir: Path) -> 
 def test_a_gpu_finds_what_the_cpu_finds(
     archive_dir: Path,
     detector: Detector,
-    pictures: list[bytes],
+    images: list[bytes],
     precision: str,
     score_tolerance: float,
     box_tolerance_px: float,
 ) -> None:
-    options = [detector.config.default_options()] * len(pictures)
+    options = [detector.config.default_options()] * len(images)
     on_gpu = Detector.from_archive_dir(archive_dir, "cuda", precision)
-    expected = detector.detect(pictures, options)
-    for found, wanted in zip(on_gpu.detect(pictures, options), expected, strict=True):
+    expected = detector.detect(images, options)
+    for found, wanted in zip(on_gpu.detect(images, options), expected, strict=True):
         assert_equal(found, wanted, score_tolerance, box_tolerance_px)
     on_gpu.close()

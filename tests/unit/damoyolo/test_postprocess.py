@@ -1,4 +1,4 @@
-"""Postprocessing against torchvision called picture by picture and class by class, and against the golden."""
+"""Postprocessing against torchvision called image by image and class by class, and against the golden."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ LEVEL_SIZES_HW = ((12, 8), (6, 4), (3, 2))
 NO_LIMIT = 2**31
 PLAIN = DetectionOptions(score_threshold=0.4, iou_threshold=0.5, max_detections=1000)
 
-Kept = tuple[Tensor, Tensor, Tensor]  # boxes_xyxy, scores, class_ids of one picture
+Kept = tuple[Tensor, Tensor, Tensor]  # boxes_xyxy, scores, class_ids of one image
 
 
 def torchvision_loop(scores: Tensor, boxes_xyxy: Tensor, options: Sequence[DetectionOptions]) -> list[Kept]:
-    """The plainest reference: a loop over pictures and classes, each with an NMS of its own."""
+    """The plainest reference: a loop over images and classes, each with an NMS of its own."""
     results = []
-    for picture_scores, picture_boxes, option in zip(scores, boxes_xyxy, options, strict=True):
-        above = picture_scores > torch.tensor(option.score_threshold)
+    for image_scores, image_boxes, option in zip(scores, boxes_xyxy, options, strict=True):
+        above = image_scores > torch.tensor(option.score_threshold)
         if option.class_ids is not None:
             asked_for = torch.zeros(above.shape[1], dtype=torch.bool)
             asked_for[list(option.class_ids)] = True
             above &= asked_for
         anchors, classes = above.nonzero(as_tuple=True)
-        candidates, boxes = picture_scores[anchors, classes], picture_boxes[anchors]
+        candidates, boxes = image_scores[anchors, classes], image_boxes[anchors]
         groups = torch.zeros_like(classes) if option.class_agnostic else classes
         kept = nms_loop(boxes, groups, candidates, torch.full((above.shape[1],), option.iou_threshold))
         kept_rows = kept.nonzero().squeeze(1)
@@ -56,15 +56,15 @@ def nms_loop(boxes_xyxy: Tensor, group_ids: Tensor, scores: Tensor, thresholds: 
     return kept
 
 
-def per_picture(selection: Selection, picture_count: int) -> list[Kept]:
-    of_picture = [selection.picture_ids == picture for picture in range(picture_count)]
-    return [(selection.boxes_xyxy[m], selection.scores[m], selection.class_ids[m]) for m in of_picture]
+def per_image(selection: Selection, image_count: int) -> list[Kept]:
+    of_image = [selection.image_ids == image for image in range(image_count)]
+    return [(selection.boxes_xyxy[m], selection.scores[m], selection.class_ids[m]) for m in of_image]
 
 
 def assert_same(got: Sequence[Kept], wanted: Sequence[Kept]) -> None:
     assert len(got) == len(wanted)
-    for got_picture, wanted_picture in zip(got, wanted, strict=True):
-        for got_values, wanted_values in zip(got_picture, wanted_picture, strict=True):
+    for got_image, wanted_image in zip(got, wanted, strict=True):
+        for got_values, wanted_values in zip(got_image, wanted_image, strict=True):
             assert torch.equal(got_values, wanted_values)
 
 
@@ -102,8 +102,8 @@ def random_predictions(*, batch_size: int = 4, seed: int = 0) -> RawPredictions:
     )
 
 
-def picture_of(raw: RawPredictions, picture: int) -> RawPredictions:
-    return RawPredictions(*(tuple(level[picture : picture + 1] for level in levels) for levels in raw))
+def image_of(raw: RawPredictions, image: int) -> RawPredictions:
+    return RawPredictions(*(tuple(level[image : image + 1] for level in levels) for levels in raw))
 
 
 def detect(
@@ -132,22 +132,22 @@ def test_the_golden_boxes_are_kept_in_the_golden_order(
 ) -> None:
     scores, boxes = map(torch.from_numpy, golden.postprocess_case())
     option = DetectionOptions(score_threshold, iou_threshold, max_detections=500)
-    results = per_picture(select(scores, boxes, [option] * 2, NO_LIMIT), 2)
+    results = per_image(select(scores, boxes, [option] * 2, NO_LIMIT), 2)
     assert golden.check_postprocess(results, prefix=prefix, atol=0)
     with np.load(shared_dir / "model" / "golden_postprocess.npz") as stored:
-        for picture, result in enumerate(results):
+        for image, result in enumerate(results):
             for name, values in zip(("boxes", "scores", "labels"), result, strict=True):
-                np.testing.assert_array_equal(values.numpy(), stored[f"{prefix}{name}_{picture}"])
+                np.testing.assert_array_equal(values.numpy(), stored[f"{prefix}{name}_{image}"])
 
 
-def test_the_golden_boxes_are_scaled_to_the_original_picture(golden: ModuleType, shared_dir: Path) -> None:
+def test_the_golden_boxes_are_scaled_to_the_original_image(golden: ModuleType, shared_dir: Path) -> None:
     scores, boxes = map(torch.from_numpy, golden.postprocess_case())
     selection = select(scores, boxes, [DetectionOptions(0.05, 0.7, 500)] * 2, NO_LIMIT)
     with np.load(shared_dir / "model" / "golden_postprocess.npz") as stored:
-        sizes_wh = [stored[f"original_size_{picture}"].tolist() for picture in range(2)]
+        sizes_wh = [stored[f"original_size_{image}"].tolist() for image in range(2)]
         sizes_hw = [(height, width) for width, height in sizes_wh]
-        for picture, got in enumerate(postprocess_module._to_host(selection, sizes_hw, (640, 640))):
-            wanted = stored[f"boxes_original_{picture}"]
+        for image, got in enumerate(postprocess_module._to_host(selection, sizes_hw, (640, 640))):
+            wanted = stored[f"boxes_original_{image}"]
             np.testing.assert_allclose(got.boxes_xyxy, wanted, rtol=2e-7, atol=0)
 
 
@@ -157,19 +157,19 @@ def test_the_choice_equals_torchvision_class_by_class(class_count: int, iou_thre
     scores, boxes = crowd(batch_size=3, anchor_count=400, class_count=class_count, seed=class_count)
     options = [DetectionOptions(0.5, iou_threshold, 10**6)] * 3
     assert_same(
-        per_picture(select(scores, boxes, options, NO_LIMIT), 3), torchvision_loop(scores, boxes, options)
+        per_image(select(scores, boxes, options, NO_LIMIT), 3), torchvision_loop(scores, boxes, options)
     )
 
 
-def test_64_pictures_of_80_classes_equal_torchvision_class_by_class() -> None:
+def test_64_images_of_80_classes_equal_torchvision_class_by_class() -> None:
     scores, boxes = crowd(batch_size=64, anchor_count=100, class_count=80)
     options = [DetectionOptions(0.8, 0.5, 10**6)] * 64
     assert_same(
-        per_picture(select(scores, boxes, options, NO_LIMIT), 64), torchvision_loop(scores, boxes, options)
+        per_image(select(scores, boxes, options, NO_LIMIT), 64), torchvision_loop(scores, boxes, options)
     )
 
 
-def test_the_last_class_of_64_pictures_keeps_what_an_offset_in_float32_would_lose() -> None:
+def test_the_last_class_of_64_images_keeps_what_an_offset_in_float32_would_lose() -> None:
     # The offset of group 64 * 80 - 1 leaves float32 a grid of a quarter pixel: an IoU of 0.488 becomes 0.5.
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4.88]])
     scores = torch.tensor([0.9, 0.8])
@@ -208,7 +208,7 @@ def test_a_long_chain_of_boxes_that_decide_over_each_other_is_settled_exactly() 
     assert kept.tolist() == [True, False] * 100
 
 
-def test_each_picture_of_a_batch_gets_what_it_would_get_alone() -> None:
+def test_each_image_of_a_batch_gets_what_it_would_get_alone() -> None:
     raw = random_predictions(batch_size=6)
     options = [
         PLAIN,
@@ -221,11 +221,11 @@ def test_each_picture_of_a_batch_gets_what_it_would_get_alone() -> None:
     sizes = [(96, 64), (480, 640), (37, 53), (1080, 1920), (5, 4000), (64, 96)]
     together = postprocess(raw, options, sizes, INPUT_SIZE_HW, NO_LIMIT)
     assert [len(detections) for detections in together][2:] != [0] * 4
-    for picture, detections in enumerate(together):
+    for image, detections in enumerate(together):
         (alone,) = postprocess(
-            picture_of(raw, picture), [options[picture]], [sizes[picture]], INPUT_SIZE_HW, NO_LIMIT
+            image_of(raw, image), [options[image]], [sizes[image]], INPUT_SIZE_HW, NO_LIMIT
         )
-        assert detections.image_size_hw == sizes[picture]
+        assert detections.image_size_hw == sizes[image]
         np.testing.assert_array_equal(detections.class_ids, alone.class_ids)
         np.testing.assert_array_equal(detections.scores, alone.scores)
         np.testing.assert_allclose(detections.boxes_xyxy, alone.boxes_xyxy, rtol=1e-6, atol=1e-3)
@@ -244,7 +244,7 @@ def test_decoding_only_the_candidates_equals_decoding_everything() -> None:
         np.testing.assert_allclose(got.boxes_xyxy, wanted_boxes.numpy(), rtol=0, atol=1e-4)
 
 
-def test_options_of_a_picture_are_obeyed() -> None:
+def test_options_of_an_image_are_obeyed() -> None:
     raw = random_predictions(batch_size=1)
     (everything,) = detect(raw, PLAIN)
     (few,) = detect(raw, dataclasses.replace(PLAIN, max_detections=4))
@@ -280,9 +280,9 @@ def test_equal_scores_come_in_the_order_of_anchors_and_classes() -> None:
     scores = torch.full((2, 40, 3), 0.5)
     selection = select(scores, boxes.expand(2, -1, -1), [DetectionOptions(0.1, 0.5, 100)] * 2, NO_LIMIT)
     flat_ids = torch.arange(100)
-    for picture_boxes, _, class_ids in per_picture(selection, 2):
+    for image_boxes, _, class_ids in per_image(selection, 2):
         assert torch.equal(class_ids, flat_ids % 3)
-        assert torch.equal(picture_boxes[:, 0], flat_ids.div(3, rounding_mode="floor") * 10.0)
+        assert torch.equal(image_boxes[:, 0], flat_ids.div(3, rounding_mode="floor") * 10.0)
 
 
 def test_of_identical_boxes_only_the_best_of_each_class_stays() -> None:
@@ -293,19 +293,19 @@ def test_of_identical_boxes_only_the_best_of_each_class_stays() -> None:
 
 
 @pytest.mark.parametrize("max_candidates", [1, 50, 1199, 1200, 5000])
-def test_only_the_best_candidates_of_each_picture_enter_nms(max_candidates: int) -> None:
+def test_only_the_best_candidates_of_each_image_enter_nms(max_candidates: int) -> None:
     scores, boxes = crowd(batch_size=3, anchor_count=400, class_count=3)
     scores = (scores * 50).round() / 50  # many ties
-    scores[1] *= 0.2  # a picture with weaker candidates is not crowded out by its neighbours
+    scores[1] *= 0.2  # an image with weaker candidates is not crowded out by its neighbours
     options = [DetectionOptions(0.0, 0.5, 10**6)] * 3
     bounded = scores.clone().flatten(1)
     order = bounded.sort(dim=1, descending=True, stable=True).indices
     bounded.scatter_(1, order[:, max_candidates:], 0.0)
-    got = per_picture(select(scores, boxes, options, max_candidates), 3)
+    got = per_image(select(scores, boxes, options, max_candidates), 3)
     assert_same(got, torchvision_loop(bounded.reshape(scores.shape), boxes, options))
 
 
-def test_boxes_are_scaled_to_the_picture_and_not_clipped() -> None:
+def test_boxes_are_scaled_to_the_image_and_not_clipped() -> None:
     R = 7
     class_logits = [torch.full((2, 1, h, w), -9.0) for h, w in LEVEL_SIZES_HW]
     distance_logits = [torch.full((2, 4 * (R + 1), h, w), -torch.inf) for h, w in LEVEL_SIZES_HW]
@@ -348,9 +348,9 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
         assert_same_detections(got, wanted)
 
 
-def test_a_picture_with_broken_numbers_costs_its_neighbour_nothing() -> None:
+def test_an_image_with_broken_numbers_costs_its_neighbour_nothing() -> None:
     raw = random_predictions(batch_size=2)
-    (healthy,) = detect(picture_of(raw, 1), PLAIN)
+    (healthy,) = detect(image_of(raw, 1), PLAIN)
     raw.class_logits[0][0, 0] = torch.nan
     raw.class_logits[1][0, 1] = torch.inf
     raw.class_logits[2][0, 2] = -torch.inf
@@ -391,7 +391,7 @@ def test_boxes_without_area_suppress_nothing() -> None:
     [dataclasses.replace(PLAIN, score_threshold=1.0), dataclasses.replace(PLAIN, class_ids=())],
     ids=["no score high enough", "no class asked for"],
 )
-def test_a_picture_without_candidates_has_no_detections(option: DetectionOptions) -> None:
+def test_an_image_without_candidates_has_no_detections(option: DetectionOptions) -> None:
     raw = random_predictions(batch_size=3)
     empty, full, also_empty = detect(raw, option, PLAIN, option)
     for detections in (empty, also_empty):
@@ -406,11 +406,11 @@ def test_an_empty_batch_gives_an_empty_list() -> None:
     assert detect(random_predictions(batch_size=0)) == []
 
 
-def test_options_and_sizes_must_be_one_a_picture() -> None:
+def test_options_and_sizes_must_be_one_an_image() -> None:
     raw = random_predictions(batch_size=2)
-    with pytest.raises(ValueError, match="1 options for 2 pictures"):
+    with pytest.raises(ValueError, match="1 options for 2 images"):
         postprocess(raw, [PLAIN], [INPUT_SIZE_HW] * 2, INPUT_SIZE_HW, NO_LIMIT)
-    with pytest.raises(ValueError, match="3 image sizes for 2 pictures"):
+    with pytest.raises(ValueError, match="3 image sizes for 2 images"):
         postprocess(raw, [PLAIN] * 2, [INPUT_SIZE_HW] * 3, INPUT_SIZE_HW, NO_LIMIT)
 
 

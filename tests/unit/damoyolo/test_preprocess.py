@@ -166,7 +166,7 @@ def test_of_several_frames_the_first_is_taken(image_format: str) -> None:
     assert np.abs(decoded[6, 6].astype(int) - (255, 0, 0)).max() < 8
 
 
-def test_a_jpeg_with_further_pictures_behind_it_is_decoded() -> None:
+def test_a_jpeg_with_further_images_behind_it_is_decoded() -> None:
     # Phones write such files (MPO) under the name of a JPEG.
     first, second = Image.fromarray(make_pixels(32, 48)), Image.new("RGB", (32, 48))
     decoded = decode_image(encode(first, "MPO", save_all=True, append_images=[second]), CONFIG)
@@ -215,14 +215,14 @@ def test_every_exif_orientation_is_applied(
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00"]
 )
-def test_broken_exif_data_leave_the_picture_upright(exif: bytes) -> None:
+def test_broken_exif_data_leave_the_image_upright(exif: bytes) -> None:
     pixels = make_pixels(16, 24)
     decoded = decode_image(encode(pixels, "WEBP", lossless=True, exif=exif), CONFIG)
     np.testing.assert_array_equal(decoded, pixels)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_leaves_the_picture_upright(orientation: int) -> None:
+def test_an_orientation_that_does_not_exist_leaves_the_image_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = make_pixels(6, 9)
@@ -237,14 +237,14 @@ def test_an_orientation_that_does_not_exist_leaves_the_picture_upright(orientati
     [
         b"",
         b"x",
-        b"no picture at all",
+        b"no image at all",
         b"%PDF-1.7\n",
         b"<svg/>",
         encode(make_pixels(8, 8), "PPM"),
         b"\xff\xd8",
     ],
 )
-def test_what_is_no_accepted_picture_is_refused_with_the_accepted_formats(encoded: bytes) -> None:
+def test_what_is_no_accepted_image_is_refused_with_the_accepted_formats(encoded: bytes) -> None:
     with pytest.raises(UnsupportedImageError) as caught:
         decode_image(encoded, CONFIG)
     assert "JPEG, PNG, WEBP, BMP, TIFF, GIF" in str(caught.value)
@@ -264,7 +264,7 @@ def test_pixels_of_undefined_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_a_picture_that_ends_early_is_refused_as_corrupt(image_format: str) -> None:
+def test_an_image_that_ends_early_is_refused_as_corrupt(image_format: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     encoded = encode(noise, image_format)
     with pytest.raises((CorruptImageError, UnsupportedImageError)) as caught:
@@ -324,14 +324,14 @@ def test_too_many_bytes_are_refused_with_the_setting() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0), (0, 0)])
-def test_a_picture_without_extent_is_refused(width: int, height: int) -> None:
+def test_an_image_without_extent_is_refused(width: int, height: int) -> None:
     gif = b"GIF89a" + struct.pack("<HH", width, height) + b"\x00\x00\x00,\x00\x00\x00\x00"
     gif += struct.pack("<HH", width, height) + b"\x00\x02\x00;"
     with pytest.raises(UnsupportedImageError):
         decode_image(gif, CONFIG)
 
 
-def test_a_lack_of_memory_costs_one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_costs_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -384,7 +384,7 @@ def test_a_corrupt_neighbour_costs_only_itself(preprocessor: ImagePreprocessor) 
 
 
 @pytest.mark.parametrize("encoded_images", [[], [b"bad"], [b"bad", b"", b"worse"]])
-def test_an_empty_batch_and_one_of_bad_pictures_only_work(
+def test_an_empty_batch_and_one_of_bad_images_only_work(
     preprocessor: ImagePreprocessor, encoded_images: list[bytes]
 ) -> None:
     batch = preprocessor.prepare(encoded_images)
@@ -393,7 +393,7 @@ def test_an_empty_batch_and_one_of_bad_pictures_only_work(
     assert list(batch.errors) == list(range(len(encoded_images)))
 
 
-def test_an_error_that_is_no_fault_of_the_picture_is_not_hidden(
+def test_an_error_that_is_no_fault_of_the_image_is_not_hidden(
     preprocessor: ImagePreprocessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -404,7 +404,7 @@ def test_an_error_that_is_no_fault_of_the_picture_is_not_hidden(
         preprocessor.prepare([encode(make_pixels(8, 8))])
 
 
-def test_a_picture_of_the_networks_size_is_copied_exactly(preprocessor: ImagePreprocessor) -> None:
+def test_an_image_of_the_networks_size_is_copied_exactly(preprocessor: ImagePreprocessor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*INPUT_SIZE_HW, 3), dtype=np.uint8)
     expected = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(preprocessor.prepare([encode(pixels)]).pixels[0], expected)
@@ -468,7 +468,7 @@ def test_the_scale_factors_undo_the_resizing() -> None:
         torch.testing.assert_close(row * whole_input, torch.tensor([0.0, 0.0, width, height]))
 
 
-def test_no_pictures_have_no_scale_factors() -> None:
+def test_no_images_have_no_scale_factors() -> None:
     assert scale_factors_xyxy([], (640, 640)).shape == (0, 4)
 
 

@@ -12,8 +12,8 @@ from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImage
 from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser
 from damoyolo.structures import DetectionOptions
 
-PICTURE = b"\xff\xd8\xff\xe0" + bytes(range(256))
-PICTURE_BASE64 = base64.b64encode(PICTURE).decode()
+IMAGE = b"\xff\xd8\xff\xe0" + bytes(range(256))
+IMAGE_BASE64 = base64.b64encode(IMAGE).decode()
 CONFIG = ServingConfig(class_names=("cell", "traffic light", "7", "salt, pepper", "größe"))
 DEFAULTS = CONFIG.default_options()
 
@@ -34,37 +34,37 @@ def refusal(row: dict[str, Any], headers: dict[str, Any] | None = None) -> Reque
 
 # The channels an option can come through, as TorchServe hands them over.
 def by_form(name: str, text: str, _: Any) -> ImageRequest:
-    return parse({"data": bytearray(PICTURE), name: bytearray(text.encode())})
+    return parse({"data": bytearray(IMAGE), name: bytearray(text.encode())})
 
 
 def by_query(name: str, text: str, _: Any) -> ImageRequest:
-    return parse({"body": bytearray(PICTURE), name: text})
+    return parse({"body": bytearray(IMAGE), name: text})
 
 
 def by_header(name: str, text: str, _: Any) -> ImageRequest:
     spelling = "-".join(part.capitalize() for part in ("x-detect-" + name.replace("_", "-")).split("-"))
-    return parse({"body": bytearray(PICTURE)}, {spelling: text})
+    return parse({"body": bytearray(IMAGE)}, {spelling: text})
 
 
 def by_json(name: str, _: str, value: Any) -> ImageRequest:
-    return parse({"body": {"image": PICTURE_BASE64, name: value}})
+    return parse({"body": {"image": IMAGE_BASE64, name: value}})
 
 
 def by_json_bytes(name: str, _: str, value: Any) -> ImageRequest:
-    return parse({"body": bytearray(json.dumps({"image": PICTURE_BASE64, name: value}).encode())})
+    return parse({"body": bytearray(json.dumps({"image": IMAGE_BASE64, name: value}).encode())})
 
 
 CHANNELS = [by_form, by_query, by_header, by_json, by_json_bytes]
 Channel = Callable[[str, str, Any], ImageRequest]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("field", ["body", "data", "image"])
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_a_raw_body_or_a_multipart_field_is_the_picture(field: str, wrap: Callable[[bytes], Any]) -> None:
-    assert parse({field: wrap(PICTURE)}) == ImageRequest((PICTURE,), DEFAULTS, "json", batched=False)
+def test_a_raw_body_or_a_multipart_field_is_the_image(field: str, wrap: Callable[[bytes], Any]) -> None:
+    assert parse({field: wrap(IMAGE)}) == ImageRequest((IMAGE,), DEFAULTS, "json", batched=False)
 
 
 JSON_FORMS: list[Callable[[Any], dict[str, Any]]] = [
@@ -79,54 +79,54 @@ JSON_FORMS: list[Callable[[Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("row_of", JSON_FORMS)
 def test_json_with_base64_is_read_parsed_or_not(row_of: Callable[[Any], dict[str, Any]]) -> None:
-    assert parse(row_of({"image": PICTURE_BASE64})) == ImageRequest((PICTURE,), DEFAULTS, "json", False)
+    assert parse(row_of({"image": IMAGE_BASE64})) == ImageRequest((IMAGE,), DEFAULTS, "json", False)
 
 
 @pytest.mark.parametrize("row_of", JSON_FORMS)
 def test_instances_keep_their_order_and_ask_for_predictions(row_of: Callable[[Any], dict[str, Any]]) -> None:
-    pictures = [bytes([i]) * 5 for i in range(4)]
-    document = {"instances": [{"b64": base64.b64encode(picture).decode()} for picture in pictures]}
-    assert parse(row_of(document)) == ImageRequest(tuple(pictures), DEFAULTS, "json", batched=True)
+    images = [bytes([i]) * 5 for i in range(4)]
+    document = {"instances": [{"b64": base64.b64encode(image).decode()} for image in images]}
+    assert parse(row_of(document)) == ImageRequest(tuple(images), DEFAULTS, "json", batched=True)
 
 
 def test_a_single_instance_still_asks_for_predictions() -> None:
-    assert parse({"body": {"instances": [{"b64": PICTURE_BASE64}]}}).batched
+    assert parse({"body": {"instances": [{"b64": IMAGE_BASE64}]}}).batched
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        f"data:image/jpeg;base64,{PICTURE_BASE64}",
-        f"DATA:;BASE64,{PICTURE_BASE64}",
-        base64.encodebytes(PICTURE).decode(),
-        PICTURE_BASE64.replace("/", "/ ").replace("8", "8\r\n\t"),
+        f"data:image/jpeg;base64,{IMAGE_BASE64}",
+        f"DATA:;BASE64,{IMAGE_BASE64}",
+        base64.encodebytes(IMAGE).decode(),
+        IMAGE_BASE64.replace("/", "/ ").replace("8", "8\r\n\t"),
     ],
 )
 def test_data_urls_and_wrapped_base64_are_read(text: str) -> None:
-    assert parse({"body": {"image": text}}).images == (PICTURE,)
-    assert parse({"body": {"instances": [{"b64": text}]}}).images == (PICTURE,)
+    assert parse({"body": {"image": text}}).images == (IMAGE,)
+    assert parse({"body": {"instances": [{"b64": text}]}}).images == (IMAGE,)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "no base64!",
-        PICTURE_BASE64[:-1],
-        PICTURE_BASE64 + "=",
-        "____" + PICTURE_BASE64,
+        IMAGE_BASE64[:-1],
+        IMAGE_BASE64 + "=",
+        "____" + IMAGE_BASE64,
         "größe" * 30,
-        "data:image/jpeg," + PICTURE_BASE64,
-        "data:image/jpeg;base64" + PICTURE_BASE64,
+        "data:image/jpeg," + IMAGE_BASE64,
+        "data:image/jpeg;base64" + IMAGE_BASE64,
         "data:",
         17,
         True,
-        [PICTURE_BASE64],
-        {"b64": PICTURE_BASE64},
+        [IMAGE_BASE64],
+        {"b64": IMAGE_BASE64},
     ],
 )
 def test_what_is_no_base64_is_refused(text: Any) -> None:
     assert "image is " in str(refusal({"body": {"image": text}}))
-    error = refusal({"body": {"instances": [{"b64": PICTURE_BASE64}, {"b64": text}]}})
+    error = refusal({"body": {"instances": [{"b64": IMAGE_BASE64}, {"b64": text}]}})
     assert error.status == 400
     assert "instances[1].b64" in str(error)
     assert "base64" in str(error)
@@ -151,7 +151,7 @@ def test_what_is_no_base64_is_refused(text: Any) -> None:
         {"body": {"instances": None}},
     ],
 )
-def test_a_request_without_a_picture_is_told_every_accepted_form(row: dict[str, Any]) -> None:
+def test_a_request_without_an_image_is_told_every_accepted_form(row: dict[str, Any]) -> None:
     error = refusal(row)
     assert type(error) is MissingImageError
     assert error.status == 400
@@ -160,24 +160,24 @@ def test_a_request_without_a_picture_is_told_every_accepted_form(row: dict[str, 
 
 
 @pytest.mark.parametrize("document", [{"image": ""}, {"image": " \n"}, {"image": "data:image/png;base64,"}])
-def test_an_empty_text_is_a_missing_picture(document: dict[str, str]) -> None:
+def test_an_empty_text_is_a_missing_image(document: dict[str, str]) -> None:
     error = refusal({"body": document})
     assert type(error) is MissingImageError
     assert "image is empty" in str(error)
 
 
-def test_a_picture_sent_as_a_form_is_told_how_to_send_it() -> None:
+def test_an_image_sent_as_a_form_is_told_how_to_send_it() -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     assert "-T" in str(refusal({"\xff\xd8garbage": bytearray()}, headers))
     assert "curl" not in str(refusal({}, {}))
 
 
-def test_two_picture_fields_are_refused() -> None:
-    error = refusal({"data": bytearray(PICTURE), "image": bytearray(PICTURE)})
+def test_two_image_fields_are_refused() -> None:
+    error = refusal({"data": bytearray(IMAGE), "image": bytearray(IMAGE)})
     assert "data and image" in str(error)
     assert "exactly one" in str(error)
     assert "exactly one" in str(
-        refusal({"body": {"image": PICTURE_BASE64, "instances": [{"b64": PICTURE_BASE64}]}})
+        refusal({"body": {"image": IMAGE_BASE64, "instances": [{"b64": IMAGE_BASE64}]}})
     )
 
 
@@ -190,7 +190,7 @@ def test_json_that_is_no_object_is_refused(document: Any) -> None:
 
 @pytest.mark.parametrize(
     "instances",
-    [5, "text", {"b64": PICTURE_BASE64}, [PICTURE_BASE64], [{}], [{"b64": PICTURE_BASE64, "x": 1}]],
+    [5, "text", {"b64": IMAGE_BASE64}, [IMAGE_BASE64], [{}], [{"b64": IMAGE_BASE64, "x": 1}]],
 )
 def test_instances_of_another_form_are_refused(instances: Any) -> None:
     assert '{"b64": "..."}' in str(refusal({"body": {"instances": instances}}))
@@ -208,27 +208,27 @@ def test_broken_json_is_refused_with_the_place(body: bytes) -> None:
 
 
 def test_text_that_is_no_json_is_refused() -> None:
-    error = refusal({"body": PICTURE_BASE64})
+    error = refusal({"body": IMAGE_BASE64})
     assert error.status == 400
     assert '{"image": "..."}' in str(error)
 
 
 def test_more_instances_than_the_server_accepts_are_refused() -> None:
     config = ServingConfig(max_instances=3)
-    document = {"instances": [{"b64": PICTURE_BASE64}] * 3}
+    document = {"instances": [{"b64": IMAGE_BASE64}] * 3}
     assert len(parse({"body": document}, config=config).images) == 3
     document["instances"] *= 2
-    with pytest.raises(RequestError, match=r"6 pictures; at most 3.*max_instances"):
+    with pytest.raises(RequestError, match=r"6 images; at most 3.*max_instances"):
         parse({"body": document}, config=config)
 
 
 @pytest.mark.parametrize(
     "row_of",
     [
-        lambda picture: {"data": bytearray(picture)},
-        lambda picture: {"body": {"image": base64.b64encode(picture).decode()}},
-        lambda picture: {"body": {"image": base64.encodebytes(picture).decode()}},
-        lambda picture: {"body": {"instances": [{"b64": base64.b64encode(picture).decode()}]}},
+        lambda image: {"data": bytearray(image)},
+        lambda image: {"body": {"image": base64.b64encode(image).decode()}},
+        lambda image: {"body": {"image": base64.encodebytes(image).decode()}},
+        lambda image: {"body": {"instances": [{"b64": base64.b64encode(image).decode()}]}},
     ],
 )
 @pytest.mark.parametrize("limit", [99, 100, 101])
@@ -244,7 +244,7 @@ def test_the_limit_on_bytes_holds_to_the_byte_in_every_form(
 def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("base64.b64decode", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(ImageTooLargeError):
-        parse({"body": {"image": PICTURE_BASE64}}, config=ServingConfig(max_image_bytes=50))
+        parse({"body": {"image": IMAGE_BASE64}}, config=ServingConfig(max_image_bytes=50))
 
 
 # ----------------------------------------------------------------------------------------------- options
@@ -252,7 +252,7 @@ def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch: pytest.Mon
 
 def test_without_options_the_server_settings_count() -> None:
     config = ServingConfig(score_threshold=0.1, iou_threshold=0.2, max_detections=3)
-    assert parse({"body": PICTURE}, config=config).options == DetectionOptions(0.1, 0.2, 3, None, False)
+    assert parse({"body": IMAGE}, config=config).options == DetectionOptions(0.1, 0.2, 3, None, False)
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -341,7 +341,7 @@ def test_a_bad_value_is_refused_with_what_is_accepted(
 
 
 def test_a_class_name_with_a_comma_goes_by_json_list() -> None:
-    assert parse({"body": {"image": PICTURE_BASE64, "classes": ["salt, pepper"]}}).options.class_ids == (3,)
+    assert parse({"body": {"image": IMAGE_BASE64, "classes": ["salt, pepper"]}}).options.class_ids == (3,)
 
 
 def test_a_class_name_beyond_ascii_goes_by_json_and_form() -> None:
@@ -352,16 +352,16 @@ def test_a_class_name_beyond_ascii_goes_by_json_and_form() -> None:
 def test_of_many_classes_only_a_few_are_named() -> None:
     config = ServingConfig(class_names=tuple(f"class {i}" for i in range(500)))
     with pytest.raises(InvalidOptionError, match=r"0 to 499.*'class 0', .*'class 7', \.\.\.$"):
-        parse({"body": PICTURE, "classes": "dog"}, config=config)
+        parse({"body": IMAGE, "classes": "dog"}, config=config)
 
 
 def test_null_in_json_counts_as_absent() -> None:
-    document = dict.fromkeys(OPTION_NAMES) | {"image": PICTURE_BASE64}
-    assert parse({"body": document}) == ImageRequest((PICTURE,), DEFAULTS, "json", batched=False)
+    document = dict.fromkeys(OPTION_NAMES) | {"image": IMAGE_BASE64}
+    assert parse({"body": document}) == ImageRequest((IMAGE,), DEFAULTS, "json", batched=False)
 
 
 def test_options_apply_to_all_instances() -> None:
-    request = parse({"body": {"instances": [{"b64": PICTURE_BASE64}] * 2, "max_detections": 7}})
+    request = parse({"body": {"instances": [{"b64": IMAGE_BASE64}] * 2, "max_detections": 7}})
     assert len(request.images) == 2
     assert request.options.max_detections == 7
 
@@ -371,8 +371,8 @@ def test_options_apply_to_all_instances() -> None:
 )
 def test_an_unknown_field_is_refused_with_the_known_ones(name: str) -> None:
     for row in (
-        {"data": bytearray(PICTURE), name: bytearray(b"0.5")},
-        {"body": {"image": PICTURE_BASE64, name: 0.5}},
+        {"data": bytearray(IMAGE), name: bytearray(b"0.5")},
+        {"body": {"image": IMAGE_BASE64, name: 0.5}},
     ):
         error = refusal(row)
         assert type(error) is InvalidOptionError
@@ -382,7 +382,7 @@ def test_an_unknown_field_is_refused_with_the_known_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["X-Detect-Conf", "x-detect-", "X-Detect-Score_Threshold"])
 def test_an_unknown_detect_header_is_refused_with_the_known_ones(name: str) -> None:
-    error = refusal({"body": PICTURE}, {name: "0.5"})
+    error = refusal({"body": IMAGE}, {name: "0.5"})
     assert type(error) is InvalidOptionError
     assert name.lower() in str(error)
     assert "x-detect-score-threshold" in str(error)
@@ -395,14 +395,14 @@ def test_other_headers_and_the_model_name_are_no_options() -> None:
         "body": {"content-type": "image/jpeg"},
         "X-Detect-Format": {},
     }
-    assert parse({"body": PICTURE, "model_name": bytearray(b"damoyolo")}, headers).options == DEFAULTS
+    assert parse({"body": IMAGE, "model_name": bytearray(b"damoyolo")}, headers).options == DEFAULTS
 
 
 @pytest.mark.parametrize(
     "spelling", ["X-Detect-Max-Detections", "x-detect-max-detections", "X-DETECT-MAX-DETECTIONS"]
 )
 def test_header_names_count_in_any_spelling(spelling: str) -> None:
-    assert parse({"body": PICTURE}, {spelling: "5"}).options.max_detections == 5
+    assert parse({"body": IMAGE}, {spelling: "5"}).options.max_detections == 5
 
 
 def test_json_beats_form_beats_header_beats_default() -> None:
@@ -412,7 +412,7 @@ def test_json_beats_form_beats_header_beats_default() -> None:
         "X-Detect-Iou-Threshold": "0.4",
     }
     row = {
-        "body": {"image": PICTURE_BASE64, "max_detections": 2},
+        "body": {"image": IMAGE_BASE64, "max_detections": 2},
         "max_detections": bytearray(b"3"),
         "score_threshold": bytearray(b"0.3"),
     }
@@ -420,7 +420,7 @@ def test_json_beats_form_beats_header_beats_default() -> None:
 
 
 def test_a_form_field_that_is_no_text_is_refused() -> None:
-    error = refusal({"data": PICTURE, "score_threshold": bytearray(b"\xff\xfe")})
+    error = refusal({"data": IMAGE, "score_threshold": bytearray(b"\xff\xfe")})
     assert type(error) is InvalidOptionError
     assert "UTF-8" in str(error)
 
@@ -452,27 +452,27 @@ def test_a_form_field_that_is_no_text_is_refused() -> None:
         ("image/jpeg;q=2", "json"),
         ("image/jpeg;q=", "json"),
         (",;,q=1", "json"),
-        # What browsers send for a page, and for a picture in a page:
+        # What browsers send for a page, and for an image in a page:
         ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "json"),
         ("text/html,application/xml;q=0.9,image/avif,image/webp,image/png,image/svg+xml,*/*;q=0.8", "json"),
         ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "png"),
     ],
 )
 def test_the_accept_header_decides_the_format(accept: str, expected: str) -> None:
-    assert parse({"body": PICTURE}, {"aCCept": accept}).output_format == expected
+    assert parse({"body": IMAGE}, {"aCCept": accept}).output_format == expected
 
 
 def test_the_format_option_beats_the_accept_header() -> None:
     for headers in ({"Accept": "image/jpeg", "X-Detect-Format": "json"}, {"accept": "image/png"}):
-        row = {"body": PICTURE} if len(headers) == 2 else {"body": PICTURE, "format": bytearray(b"json")}
+        row = {"body": IMAGE} if len(headers) == 2 else {"body": IMAGE, "format": bytearray(b"json")}
         assert parse(row, headers).output_format == "json"
 
 
 @pytest.mark.parametrize("headers", [{"Accept": "image/png"}, {"X-Detect-Format": "png"}])
-def test_a_drawn_picture_is_the_answer_to_one_picture_only(headers: dict[str, str]) -> None:
-    instance = {"b64": PICTURE_BASE64}
+def test_a_drawn_image_is_the_answer_to_one_image_only(headers: dict[str, str]) -> None:
+    instance = {"b64": IMAGE_BASE64}
     assert parse({"body": {"instances": [instance]}}, headers).output_format == "png"
     error = refusal({"body": {"instances": [instance, instance]}}, headers)
     assert type(error) is InvalidOptionError
-    assert "2 pictures" in str(error)
+    assert "2 images" in str(error)
     assert "json" in str(error)

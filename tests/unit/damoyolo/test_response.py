@@ -68,7 +68,7 @@ def test_numbers_lose_less_than_the_stated_decimals() -> None:
     assert [item["score"] for item in answer] == sorted((item["score"] for item in answer), reverse=True)
 
 
-def test_boxes_are_cut_off_at_the_edges_of_the_picture() -> None:
+def test_boxes_are_cut_off_at_the_edges_of_the_image() -> None:
     answer = json.loads(format_json(make_detections([[-5, -0.5, 205, 120.5]]), CLASS_NAMES))
     assert answer["detections"][0]["bbox"] == [0, 0, 200, 120]
 
@@ -94,7 +94,7 @@ def test_nothing_found_is_an_empty_list() -> None:
     }
 
 
-def test_a_batch_holds_each_picture_as_it_is_alone() -> None:
+def test_a_batch_holds_each_image_as_it_is_alone() -> None:
     batch = [make_detections([[1, 2, 3, 4]]), make_detections([], image_size_hw=(7, 9))]
     answer = json.loads(format_json_batch(batch, CLASS_NAMES))
     assert answer == {"predictions": [json.loads(format_json(single, CLASS_NAMES)) for single in batch]}
@@ -113,7 +113,7 @@ def test_an_error_carries_code_type_and_message(error_type: type[RequestError]) 
     }
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 
 def decode(encoded: bytes) -> NDArray[np.uint8]:
@@ -122,7 +122,7 @@ def decode(encoded: bytes) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_a_drawn_picture_has_the_format_and_size_asked_for(output_format: Literal["jpeg", "png"]) -> None:
+def test_a_drawn_image_has_the_format_and_size_asked_for(output_format: Literal["jpeg", "png"]) -> None:
     encoded = draw_detections(GREY, make_detections([[50, 40, 150, 100]]), CLASS_NAMES, output_format, 90)
     with Image.open(io.BytesIO(encoded)) as image:
         assert image.format == output_format.upper()
@@ -142,7 +142,7 @@ def test_a_box_is_drawn_at_its_edges_and_nowhere_else() -> None:
     assert changed[20:40, 50:80].any()  # the label
 
 
-def test_nothing_found_leaves_the_picture_as_it_was() -> None:
+def test_nothing_found_leaves_the_image_as_it_was() -> None:
     assert (decode(draw_detections(GREY, make_detections([]), CLASS_NAMES, "png", 90)) == GREY).all()
     assert (GREY == 128).all()
 
@@ -162,14 +162,14 @@ def test_boxes_and_labels_at_the_edge_stay_readable(box: list[float]) -> None:
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (3, 2), (20, 400), (1500, 30)])
-def test_any_size_of_picture_can_be_drawn_on(size_hw: tuple[int, int]) -> None:
+def test_any_size_of_image_can_be_drawn_on(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
     detections = make_detections([[0, 0, width, height], [0.4, 0.4, 0.6, 0.6]], [2, 1], image_size_hw=size_hw)
     image = np.zeros((height, width, 3), dtype=np.uint8)
     assert decode(draw_detections(image, detections, CLASS_NAMES, "jpeg", 90)).shape == image.shape
 
 
-def test_a_read_only_picture_is_drawn_on_a_copy() -> None:
+def test_a_read_only_image_is_drawn_on_a_copy() -> None:
     image = np.zeros((60, 60, 3), dtype=np.uint8)
     image.flags.writeable = False
     drawn = decode(
@@ -181,7 +181,7 @@ def test_a_read_only_picture_is_drawn_on_a_copy() -> None:
     assert not image.any()
 
 
-def test_lines_and_labels_grow_with_the_picture() -> None:
+def test_lines_and_labels_grow_with_the_image() -> None:
     def changed_share(scale: int) -> float:
         image = np.full((120 * scale, 200 * scale, 3), 128, dtype=np.uint8)
         box = [40 * scale, 60 * scale, 150 * scale, 110 * scale]
@@ -192,7 +192,7 @@ def test_lines_and_labels_grow_with_the_picture() -> None:
     assert 0.7 < changed_share(12) / changed_share(6) < 1.4
 
 
-def test_a_picture_too_long_for_jpeg_is_refused_with_a_way_out() -> None:
+def test_an_image_too_long_for_jpeg_is_refused_with_a_way_out() -> None:
     image = np.zeros((1, 70_000, 3), dtype=np.uint8)
     detections = make_detections([], image_size_hw=(1, 70_000))
     with pytest.raises(ImageTooLargeError, match="json or png"):

@@ -27,19 +27,19 @@ def random_detections(
 
 
 def one_by_one(batch: list[Detections]) -> list[bytes]:
-    return [format_json(picture, CLASS_NAMES) for picture in batch]
+    return [format_json(image, CLASS_NAMES) for image in batch]
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 2, 3, 8, 33])
-def test_a_batch_is_written_as_its_pictures_are(pictures: int) -> None:
-    generator = np.random.default_rng(pictures)
-    batch = [random_detections(generator, int(generator.integers(0, 60))) for _ in range(pictures)]
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 8, 33])
+def test_a_batch_is_written_as_its_images_are(images: int) -> None:
+    generator = np.random.default_rng(images)
+    batch = [random_detections(generator, int(generator.integers(0, 60))) for _ in range(images)]
     texts = format_json_of_batch(batch, CLASS_NAMES)
     assert texts == one_by_one(batch)
     assert all(json.loads(text)["width"] == 640 for text in texts)
 
 
-def test_pictures_without_detections_stand_between_others() -> None:
+def test_images_without_detections_stand_between_others() -> None:
     generator = np.random.default_rng(1)
     batch = [random_detections(generator, count) for count in (0, 3, 0, 0, 1, 0)]
     assert format_json_of_batch(batch, CLASS_NAMES) == one_by_one(batch)
@@ -63,20 +63,20 @@ def test_numbers_between_two_decimals_are_rounded_the_same_way() -> None:
     values = edge_values()
     scores = np.array([0, 1, 0.5, 0.1234565, 0.9999995, 0.99999994, 5e-7, 1.5e-6, 1e-12], dtype=np.float32)
     count = len(values)
-    picture = Detections(
+    image = Detections(
         boxes_xyxy=np.repeat(values[:, None], 4, axis=1),
         scores=np.resize(scores, count),
         class_ids=np.arange(count) % len(CLASS_NAMES),
         image_size_hw=(640, 640),
     )
-    assert format_json_of_batch([picture] * 3, CLASS_NAMES) == one_by_one([picture] * 3)
+    assert format_json_of_batch([image] * 3, CLASS_NAMES) == one_by_one([image] * 3)
 
 
 def test_numbers_that_are_not_finite_become_json() -> None:
     odd = np.array([np.nan, np.inf, -np.inf, 5.0], dtype=np.float32)
-    picture = Detections(
+    image = Detections(
         np.tile(odd, (2, 1)), np.array([np.nan, 0.5], np.float32), np.zeros(2, int), (480, 640)
     )
-    texts = format_json_of_batch([picture] * 3, CLASS_NAMES)
-    assert texts == one_by_one([picture] * 3)
+    texts = format_json_of_batch([image] * 3, CLASS_NAMES)
+    assert texts == one_by_one([image] * 3)
     json.loads(texts[0])

@@ -17,13 +17,13 @@ from damoyolo.service import Answer, DetectionService
 from damoyolo.structures import DetectionOptions, Detections
 from doubles.answers import encode
 
-PICTURE = encode(Image.new("RGB", (64, 48), (10, 20, 30)))
-POISON = PICTURE + b"poison"
-CORRUPT = PICTURE + b"corrupt"
+IMAGE = encode(Image.new("RGB", (64, 48), (10, 20, 30)))
+POISON = IMAGE + b"poison"
+CORRUPT = IMAGE + b"corrupt"
 
 
 class ScriptedDetector:
-    """A detector that finds one object a picture and fails as it is told to."""
+    """A detector that finds one object an image and fails as it is told to."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.config = ServingConfig(class_names=("cat", "dog"))
@@ -32,22 +32,22 @@ class ScriptedDetector:
         self.batch_sizes: list[int] = []
 
     def detect(
-        self, pictures: Sequence[bytes], options: Sequence[DetectionOptions], observe: Any
+        self, images: Sequence[bytes], options: Sequence[DetectionOptions], time_stage: Any
     ) -> list[Detections | RequestError]:
-        assert len(pictures) == len(options)
-        self.batch_sizes.append(len(pictures))
-        if self.failure is not None and POISON in pictures:
+        assert len(images) == len(options)
+        self.batch_sizes.append(len(images))
+        if self.failure is not None and POISON in images:
             raise self.failure
         return [
             CorruptImageError("broken")
-            if picture == CORRUPT
+            if image == CORRUPT
             else Detections(
                 np.array([[1, 2, 30, 40]], np.float32),
                 np.array([each.score_threshold], np.float32),
                 np.array([1]),
                 (48, 64),
             )
-            for picture, each in zip(pictures, options, strict=True)
+            for image, each in zip(images, options, strict=True)
         ]
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ def answer(service: DetectionService, *bodies: bytes, **headers: str) -> list[An
 
 
 def test_every_request_gets_its_own_answer_in_order(services: Any) -> None:
-    answers = answer(services(), PICTURE, CORRUPT, b"", PICTURE)
+    answers = answer(services(), IMAGE, CORRUPT, b"", IMAGE)
     assert [each.error and each.error.kind for each in answers] == [
         None,
         "CorruptImage",
@@ -88,7 +88,7 @@ def test_every_request_gets_its_own_answer_in_order(services: Any) -> None:
 
 
 def test_requests_of_a_batch_keep_their_options(services: Any) -> None:
-    rows = [{"body": bytearray(PICTURE)}] * 3
+    rows = [{"body": bytearray(IMAGE)}] * 3
     heads = [{"X-Detect-Score-Threshold": str(value)} for value in (0.1, 0.5, 0.9)]
     answers = services().answer(rows, heads)
     assert [json.loads(each.body)["detections"][0]["score"] for each in answers] == [0.1, 0.5, 0.9]
@@ -112,7 +112,7 @@ def test_a_batch_that_fails_as_a_whole_is_halved_until_the_culprit_stands_alone(
     services: Any, failure: Exception, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = services(failure)
-    answers = answer(service, PICTURE, PICTURE, POISON, PICTURE, PICTURE)
+    answers = answer(service, IMAGE, IMAGE, POISON, IMAGE, IMAGE)
     assert [each.error.status if each.error else 200 for each in answers] == [200, 200, status, 200, 200]
     assert "surprise" not in str(json.loads(answers[2].body))
     assert service.detector.batch_sizes == [5, 2, 3, 1, 2]
@@ -121,20 +121,18 @@ def test_a_batch_that_fails_as_a_whole_is_halved_until_the_culprit_stands_alone(
 
 def test_a_lost_device_is_no_single_request_s_failure(services: Any) -> None:
     with pytest.raises(DeviceLostError):
-        answer(services(torch.AcceleratorError("CUDA error: illegal address")), PICTURE, POISON)
+        answer(services(torch.AcceleratorError("CUDA error: illegal address")), IMAGE, POISON)
 
 
 def test_instances_share_the_batch_and_come_back_together(services: Any) -> None:
     import base64
 
-    encoded = [{"b64": base64.b64encode(picture).decode()} for picture in (PICTURE, CORRUPT)]
+    encoded = [{"b64": base64.b64encode(image).decode()} for image in (IMAGE, CORRUPT)]
     service = services()
     row: dict[str, Any] = {"body": {"instances": [encoded[0], encoded[0]]}}
     (good,) = service.answer([row], [{}])
     assert len(json.loads(good.body)["predictions"]) == 2
-    bad, neighbour = service.answer(
-        [{"body": {"instances": encoded}}, {"body": bytearray(PICTURE)}], [{}, {}]
-    )
+    bad, neighbour = service.answer([{"body": {"instances": encoded}}, {"body": bytearray(IMAGE)}], [{}, {}])
     assert bad.error is not None
     assert bad.error.status == 422
     assert "instances[1]" in str(bad.error)
@@ -142,14 +140,14 @@ def test_instances_share_the_batch_and_come_back_together(services: Any) -> None
 
 
 def test_an_answer_that_the_server_could_not_send_is_refused(services: Any) -> None:
-    (refused,) = answer(services(max_response_bytes=500), PICTURE, Accept="image/png")
+    (refused,) = answer(services(max_response_bytes=500), IMAGE, Accept="image/png")
     assert refused.error is not None
     assert refused.error.status == 413
     assert "max_response_bytes" in str(refused.error)
 
 
 def test_drawn_and_plain_answers_share_a_batch(services: Any) -> None:
-    rows = [{"body": bytearray(PICTURE)}] * 3
+    rows = [{"body": bytearray(IMAGE)}] * 3
     answers = services().answer(rows, [{"Accept": "image/jpeg"}, {}, {"X-Detect-Format": "png"}])
     assert [each.content_type for each in answers] == ["image/jpeg", "application/json", "image/png"]
     assert answers[0].body[:2] == b"\xff\xd8"
@@ -165,7 +163,7 @@ def test_a_fault_in_writing_one_answer_costs_that_answer(
         raise RuntimeError("surprise")
 
     monkeypatch.setattr(damoyolo.service, "draw_detections", fail)
-    drawn, plain = services().answer([{"body": bytearray(PICTURE)}] * 2, [{"Accept": "image/png"}, {}])
+    drawn, plain = services().answer([{"body": bytearray(IMAGE)}] * 2, [{"Accept": "image/png"}, {}])
     assert drawn.error is not None
     assert drawn.error.status == 500
     assert plain.error is None
@@ -179,9 +177,9 @@ def test_a_fault_in_writing_a_batch_costs_nobody_an_answer(
     def fail(*_: Any) -> list[bytes]:
         raise RuntimeError("surprise")
 
-    together = answer(services(), PICTURE, PICTURE, PICTURE)
+    together = answer(services(), IMAGE, IMAGE, IMAGE)
     monkeypatch.setattr(damoyolo.service, "format_json_of_batch", fail)
-    assert answer(services(), PICTURE, PICTURE, PICTURE) == together
+    assert answer(services(), IMAGE, IMAGE, IMAGE) == together
 
 
 def test_every_stage_is_observed(services: Any) -> None:
@@ -190,9 +188,9 @@ def test_every_stage_is_observed(services: Any) -> None:
     seen: list[str] = []
 
     @contextlib.contextmanager
-    def observe(stage: str) -> Iterator[None]:
+    def time_stage(stage: str) -> Iterator[None]:
         seen.append(stage)
         yield
 
-    services().answer([{"body": bytearray(PICTURE)}], [{}], observe)
+    services().answer([{"body": bytearray(IMAGE)}], [{}], time_stage)
     assert seen == ["parse", "respond"]

@@ -1,4 +1,4 @@
-"""The table of engines from end to end with a small network, resuming, and what is refused."""
+"""The table of backends from end to end with a small network, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def cells(document: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_the_command_measures_each_engine_in_a_process_and_measures_nothing_twice(
+def test_the_command_measures_each_backend_in_a_process_and_measures_nothing_twice(
     weights: Path,
     int8_file: Path,
     class_names_file: Path,
@@ -104,7 +104,7 @@ def test_the_command_measures_each_engine_in_a_process_and_measures_nothing_twic
     arguments += ["--batch-sizes", "2", "--rounds", "2", "--slice-s", "0.01"]
     assert benchmark_backends.main(arguments) == 0
 
-    rows = {row["engine"]: row for row in map(json.loads, rows_file.read_text().splitlines())}
+    rows = {row["backend"]: row for row in map(json.loads, rows_file.read_text().splitlines())}
     measured = ["pytorch fp32", "onnxruntime fp32", "onnxruntime int8"]
     assert [name for name, row in rows.items() if "not_run" not in row] == measured
     assert len({row["turn"] for row in rows.values()}) == 1
@@ -113,8 +113,8 @@ def test_the_command_measures_each_engine_in_a_process_and_measures_nothing_twic
         assert row["runs_in"] == name
         assert row["variant"] == "Ns"
         assert 0 <= row["score_difference"] < 1e-4
-        assert row["detector_ms"] == pytest.approx(1e3 / row["pictures_per_s"])
-        assert row["best_pictures_per_s"] == max(row["pictures_per_s_by_batch_size"].values())
+        assert row["detector_ms"] == pytest.approx(1e3 / row["images_per_s"])
+        assert row["best_images_per_s"] == max(row["images_per_s_by_batch_size"].values())
         assert row["best_batch_size"] in (1, 2)
         assert 100 < row["resident_mib"] <= row["peak_mib"]
         assert row["start_s"] > 0
@@ -149,7 +149,7 @@ def test_the_command_measures_each_engine_in_a_process_and_measures_nothing_twic
         return {name: {"not_run": "failed: Test"} for name in folders}
 
     monkeypatch.setattr(benchmark_backends, "measure_in_turn", measure)
-    arguments += ["--engines", "pytorch"]
+    arguments += ["--backends", "pytorch"]
     assert benchmark_backends.main([*arguments, "--fresh"]) == 0
     assert benchmark_backends.main([*arguments, "--rounds", "3"]) == 0
     assert asked == [["pytorch fp32"], ["pytorch fp32"]]
@@ -194,7 +194,7 @@ def test_measured_gpu_rows_survive_a_run_without_a_gpu(
     monkeypatch.setattr(
         benchmark_backends, "build_row_archive", lambda *_: Archive(None, reason="archive not built")
     )
-    arguments = ["--weights", str(weights), "--class-names", str(class_names_file), "--engines", "pytorch"]
+    arguments = ["--weights", str(weights), "--class-names", str(class_names_file), "--backends", "pytorch"]
     arguments += ["--document", str(document), "--json", str(tmp_path / "rows.jsonl")]
     assert benchmark_backends.main(arguments) == 0
     text = document.read_text()
@@ -237,10 +237,10 @@ def test_two_of_a_variant_are_refused(weights: Path, int8_file: Path) -> None:
     ("arguments", "message"),
     [
         (["--weights", "nowhere.pth"], "nowhere.pth"),
-        (["--pictures", "nowhere"], "no *.jpg in nowhere"),
+        (["--images", "nowhere"], "no *.jpg in nowhere"),
         (["--voc", "nowhere"], "nowhere"),
     ],
-    ids=["weights", "pictures", "data set"],
+    ids=["weights", "images", "data set"],
 )
 def test_the_command_says_what_is_wrong_before_it_measures(
     arguments: Sequence[str],
@@ -260,20 +260,20 @@ def test_the_command_says_what_is_wrong_before_it_measures(
 def test_of_equal_rows_the_last_with_figures_counts(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     assert measured_before(file, {}) is None
-    wanted = {"engine": "pytorch fp32", "archive_digest": "1"}
+    wanted = {"backend": "pytorch fp32", "archive_digest": "1"}
     rows = [
         {**wanted, "ap": 0.1},
         {**wanted, "ap": 0.2},
         {**wanted, "not_run": "failed"},
         {**wanted, "archive_digest": "2", "ap": 0.3},
-        {**wanted, "engine": "openvino fp32", "ap": 0.4},
+        {**wanted, "backend": "openvino fp32", "ap": 0.4},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert measured_before(file, wanted) == rows[1]
     assert measured_before(file, {**wanted, "machine": "another"}) is None
 
 
-def test_a_tensorrt_archive_is_built_by_the_script_that_proves_engines(
+def test_a_tensorrt_archive_is_built_by_the_script_that_proves_backends(
     weights: Path, int8_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[list[str]] = []
@@ -288,7 +288,7 @@ def test_a_tensorrt_archive_is_built_by_the_script_that_proves_engines(
     for row in rows_of("cuda"):
         if row.backend == "tensorrt":
             archive = build_row_archive(model, row, method, tmp_path / row.arithmetic)
-            assert archive == Archive(None, reason="engine not built or refused")
+            assert archive == Archive(None, reason="backend not built or refused")
     import build_tensorrt
 
     parsed = [build_tensorrt._parser().parse_args(command[2:]) for command in called]

@@ -104,7 +104,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     thread.join()
 
 
-BASE = Load("", [b"picture"], 1, warm_up_s=0.05, duration_s=0.4, timeout_s=5.0, processes=1)
+BASE = Load("", [b"image"], 1, warm_up_s=0.05, duration_s=0.4, timeout_s=5.0, processes=1)
 
 
 def test_counters_are_those_of_the_model_and_stages_stand_apart() -> None:

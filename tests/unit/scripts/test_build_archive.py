@@ -90,7 +90,7 @@ def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx: Path, tmp_pat
     assert settings["handler"]["backend"] == "onnxruntime"
 
 
-def test_an_engine_that_needs_the_file_gets_one_that_is_made_from_the_weights(
+def test_a_backend_that_needs_the_file_gets_one_that_is_made_from_the_weights(
     demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_archive, "verify_archive", lambda _: [])
@@ -167,7 +167,7 @@ def test_settings_that_the_worker_would_refuse_are_refused_before_packing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_archive_for_tensorrt_is_not_built_without_an_engine(tmp_path: Path) -> None:
+def test_an_archive_for_tensorrt_is_not_built_without_a_backend(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"build_tensorrt\.py"):
         build_archive.build_archive(ArchiveRequest(output_dir=tmp_path, serving={"backend": "tensorrt"}))
     assert list(tmp_path.iterdir()) == []

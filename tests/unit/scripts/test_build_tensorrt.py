@@ -20,14 +20,14 @@ from lib.paths import DEMO_WEIGHTS
 
 import build_archive
 import build_tensorrt
-from damoyolo.backends.onnx_metadata import facts_of
+from damoyolo.backends.onnx_metadata import metadata_of
 from damoyolo.backends.pytorch import PyTorchBackend
 from damoyolo.backends.tensorrt_metadata import BatchRange
 from damoyolo.errors import ConfigError
 from damoyolo.structures import Detections, RawPredictions
 from doubles import fake_tensorrt as fake_tensorrt
 from doubles.tensorrt_material import install_stand_in, write_onnx
-from doubles.wrong_engines import WRONG_ENGINES, Wrong
+from doubles.wrong_backends import WRONG_BACKENDS, Wrong
 
 CPU = torch.device("cpu")
 SIZE = ["--input-size", "320", "320"]
@@ -42,7 +42,7 @@ def engine() -> PyTorchBackend:
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = folded_network(DEMO_WEIGHTS, None, len(DEMO_CLASS_NAMES))
-    return write_onnx(tmp_path_factory.mktemp("onnx") / "demo.onnx", facts_of(model, DEMO_CLASS_NAMES))
+    return write_onnx(tmp_path_factory.mktemp("onnx") / "demo.onnx", metadata_of(model, DEMO_CLASS_NAMES))
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +81,12 @@ def test_a_right_engine_gets_an_archive_that_detects_as_pytorch_does(
         settings = yaml.safe_load(opened.read("model-config.yaml"))["handler"]
     assert (settings["backend"], settings["input_size_hw"]) == ("tensorrt", [320, 320])
 
-    pictures = [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))] * 2
+    images = [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))] * 2
     found = {}
     for backend in ("tensorrt", "pytorch"):
         detector = load_detector(archive, CPU, backend=backend, precision="fp32")
-        assert detector.engine.name == backend
-        found[backend] = detector.detect(pictures, [detector.config.default_options()] * len(pictures))
+        assert detector.pipeline.name == backend
+        found[backend] = detector.detect(images, [detector.config.default_options()] * len(images))
         detector.close()
     for mine, wanted in zip(found["tensorrt"], found["pytorch"], strict=True):
         assert isinstance(mine, Detections)
@@ -109,7 +109,7 @@ def test_a_silently_wrong_engine_leaves_no_archive_and_an_old_one_untouched(
     store.mkdir()
     (store / "damoyolo.mar").write_bytes(b"old")
 
-    engine_says(engine, WRONG_ENGINES[name])
+    engine_says(engine, WRONG_BACKENDS[name])
     assert build_tensorrt.main(command(onnx_file, store)) == 1
     assert "build_tensorrt: the engine differs from PyTorch" in capsys.readouterr().err
     assert [path.name for path in store.iterdir()] == ["damoyolo.mar"]
@@ -129,7 +129,7 @@ def test_float16_is_built_from_a_float16_copy(
     # Of the file that is there to build from again, not of the copy.
     assert described["onnx_sha256"] == build_tensorrt.read_onnx(onnx_file).sha256
     detector = load_detector(tmp_path / "store" / "damoyolo.mar", CPU)
-    assert detector.engine.precision == "fp16"
+    assert detector.pipeline.precision == "fp16"
     detector.close()
     with pytest.raises(ConfigError, match="the TensorRT engine is fp16"):
         load_detector(tmp_path / "store" / "damoyolo.mar", CPU, precision="bf16")
@@ -150,7 +150,7 @@ def test_a_file_of_other_weights_is_refused_before_anything_is_built(
 ) -> None:
     facts = dataclasses.replace(
         build_tensorrt.read_onnx(
-            write_onnx(tmp_path / "x.onnx", facts_of(engine.model, DEMO_CLASS_NAMES))
+            write_onnx(tmp_path / "x.onnx", metadata_of(engine.model, DEMO_CLASS_NAMES))
         ).facts,
         weights_digest="0" * 64,
     )

@@ -1,4 +1,4 @@
-"""The accuracy gate: right engines pass, silently wrong ones do not, whatever is wrong with them."""
+"""The accuracy gate: right backends pass, silently wrong ones do not, whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import yaml
 from torch import Tensor
 
 from lib.accuracy import parity as accuracy_gate
-from lib.accuracy.datasets import AnnotatedObject, AnnotatedPicture, DetectionDataset
-from lib.accuracy.parity import TOLERANCES, GateError, GateReport, Parity, compare
+from lib.accuracy.datasets import AnnotatedImage, AnnotatedObject, DetectionDataset
+from lib.accuracy.parity import TOLERANCES, Parity, ParityError, ParityReport, compare
 
 from compare_backends import main
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
+from damoyolo.pipeline import EagerPipeline
 from damoyolo.structures import Detections, RawPredictions
-from doubles.wrong_engines import WRONG_ENGINES, Wrong
+from doubles.wrong_backends import WRONG_BACKENDS, Wrong
 
 NAMES = ["Platelets", "RBC", "WBC"]
 SETTINGS = {
@@ -50,17 +51,17 @@ def reference(archive_dir: Path) -> Iterator[Detector]:
 
 
 @pytest.fixture(scope="module")
-def picture_dir(project_dir: Path) -> Path:
+def image_dir(project_dir: Path) -> Path:
     return project_dir / "tests/data/smears"
 
 
 @pytest.fixture(scope="module")
-def pictures(picture_dir: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(picture_dir.glob("*.jpg"))]
+def images(image_dir: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(image_dir.glob("*.jpg"))]
 
 
-def with_engine(detector: Detector, change: Wrong, precision: str = "fp32") -> Detector:
-    """The same detector with another engine; each picture alone, as a real one would not notice either."""
+def with_backend(detector: Detector, change: Wrong, precision: str = "fp32") -> Detector:
+    """The same detector with another backend; each image alone, as a real one would not notice either."""
 
     class Changed:
         name = "changed"
@@ -70,33 +71,33 @@ def with_engine(detector: Detector, change: Wrong, precision: str = "fp32") -> D
             self.precision = precision
 
         def __call__(self, pixels: Tensor) -> RawPredictions:
-            return change(detector.engine(pixels))
+            return change(detector.raw_predictions(pixels))
 
     changed = copy.copy(detector)
-    changed.engine = Changed()
+    changed.pipeline = EagerPipeline(Changed(), detector.input_size_hw, detector.config.max_candidates)
     return changed
 
 
 @pytest.fixture(scope="module")
-def dataset(reference: Detector, picture_dir: Path) -> DetectionDataset:
+def dataset(reference: Detector, image_dir: Path) -> DetectionDataset:
     """What the reference finds at a score of 0.5, as truth."""
     found = []
     options = dataclasses.replace(reference.config.default_options(), score_threshold=0.5)
-    for image_id, path in enumerate(sorted(picture_dir.glob("*.jpg"))):
+    for image_id, path in enumerate(sorted(image_dir.glob("*.jpg"))):
         (detections,) = reference.detect([path.read_bytes()], [options])
         assert isinstance(detections, Detections)
         pairs = zip(detections.class_ids.tolist(), detections.boxes_xyxy.tolist(), strict=True)
         found.append(
-            AnnotatedPicture(image_id, path, tuple(AnnotatedObject(kind, tuple(box)) for kind, box in pairs))
+            AnnotatedImage(image_id, path, tuple(AnnotatedObject(kind, tuple(box)) for kind, box in pairs))
         )
     return DetectionDataset("smears", dict(enumerate(NAMES)), tuple(found), 0)
 
 
-def test_a_right_engine_passes_and_ap_is_compared(
-    reference: Detector, pictures: list[bytes], dataset: DetectionDataset
+def test_a_right_backend_passes_and_ap_is_compared(
+    reference: Detector, images: list[bytes], dataset: DetectionDataset
 ) -> None:
-    same = with_engine(reference, lambda raw: raw)
-    report = compare(reference, same, pictures, [1, 4], TOLERANCES["fp32"], dataset)
+    same = with_backend(reference, lambda raw: raw)
+    report = compare(reference, same, images, [1, 4], TOLERANCES["fp32"], dataset)
     report.require_passed()
     assert [each.batch_size for each in report.parities] == [1, 4]
     assert report.ap == report.reference_ap
@@ -104,33 +105,33 @@ def test_a_right_engine_passes_and_ap_is_compared(
     assert report.ap > 0.8
 
 
-def test_rounding_passes_as_float16_and_not_as_float32(reference: Detector, pictures: list[bytes]) -> None:
+def test_rounding_passes_as_float16_and_not_as_float32(reference: Detector, images: list[bytes]) -> None:
     def rounded(raw: RawPredictions) -> RawPredictions:
         return RawPredictions(*(tuple(level.half().float() for level in side) for side in raw))
 
     for precision, passes in (("fp16", True), ("fp32", False)):
-        candidate = with_engine(reference, rounded, precision)
-        report = compare(reference, candidate, pictures, [1], TOLERANCES[precision])
+        candidate = with_backend(reference, rounded, precision)
+        report = compare(reference, candidate, images, [1], TOLERANCES[precision])
         assert (report.failures() == []) is passes, report.lines()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])  # float32 is held to less
-@pytest.mark.parametrize("name", WRONG_ENGINES)
-def test_a_silently_wrong_engine_is_refused(
-    reference: Detector, pictures: list[bytes], dataset: DetectionDataset, name: str, precision: str
+@pytest.mark.parametrize("name", WRONG_BACKENDS)
+def test_a_silently_wrong_backend_is_refused(
+    reference: Detector, images: list[bytes], dataset: DetectionDataset, name: str, precision: str
 ) -> None:
     if name == "logits too low" and precision == "int8":
         pytest.skip("within what quantising may do")
-    candidate = with_engine(reference, WRONG_ENGINES[name], precision)
-    truth = dataset if precision == "int8" else None  # run_gate insists on one for int8
-    report = compare(reference, candidate, pictures[:2], [1, 3], TOLERANCES[precision], truth)
-    with pytest.raises(GateError, match="differs from PyTorch in float32"):
+    candidate = with_backend(reference, WRONG_BACKENDS[name], precision)
+    truth = dataset if precision == "int8" else None  # check_parity insists on one for int8
+    report = compare(reference, candidate, images[:2], [1, 3], TOLERANCES[precision], truth)
+    with pytest.raises(ParityError, match="differs from PyTorch in float32"):
         report.require_passed()
     if name == "wrong in batches alone":
         assert all(failure.startswith("batch size 3") for failure in report.failures())
 
 
-def test_no_two_pictures_of_a_batch_are_equal() -> None:
+def test_no_two_images_of_a_batch_are_equal() -> None:
     pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     for needed, count in ((1, 3), (5, 5), (32, 32), (100, 48)):
         varied = accuracy_gate.with_variations(pixels, needed)
@@ -138,13 +139,11 @@ def test_no_two_pictures_of_a_batch_are_equal() -> None:
         assert torch.equal(varied[:3], pixels)
 
 
-def test_a_class_that_no_picture_shows_is_missed_all_the_same(
-    reference: Detector, pictures: list[bytes]
-) -> None:
+def test_a_class_that_no_image_shows_is_missed_all_the_same(reference: Detector, images: list[bytes]) -> None:
     report = compare(
         reference,
-        with_engine(reference, WRONG_ENGINES["a rare class lost"]),
-        pictures,
+        with_backend(reference, WRONG_BACKENDS["a rare class lost"]),
+        images,
         [1],
         dataclasses.replace(TOLERANCES["fp32"], score=1.0),
     )
@@ -152,38 +151,38 @@ def test_a_class_that_no_picture_shows_is_missed_all_the_same(
 
 
 def test_lower_ap_alone_is_refused(
-    reference: Detector, pictures: list[bytes], dataset: DetectionDataset
+    reference: Detector, images: list[bytes], dataset: DetectionDataset
 ) -> None:
     loose = dataclasses.replace(TOLERANCES["int8"], score=1.0, box_px=1e3, logit_noise=1e3)
-    candidate = with_engine(reference, WRONG_ENGINES["a common class lost"], "int8")
-    report = compare(reference, candidate, pictures, [1], loose, dataset)
+    candidate = with_backend(reference, WRONG_BACKENDS["a common class lost"], "int8")
+    report = compare(reference, candidate, images, [1], loose, dataset)
     (failure,) = report.failures()
     assert failure.startswith("AP is")
 
 
 def test_what_is_not_a_number_is_beyond_every_tolerance() -> None:
     nan = float("nan")
-    report = GateReport("fp32", TOLERANCES["fp32"], (Parity(1, nan, nan, nan),), (), 0.5, nan)
+    report = ParityReport("fp32", TOLERANCES["fp32"], (Parity(1, nan, nan, nan),), (), 0.5, nan)
     assert len(report.failures()) == 4
 
 
-def test_pictures_that_show_nothing_prove_nothing(
-    reference: Detector, monkeypatch: pytest.MonkeyPatch, pictures: list[bytes]
+def test_images_that_show_nothing_prove_nothing(
+    reference: Detector, monkeypatch: pytest.MonkeyPatch, images: list[bytes]
 ) -> None:
     monkeypatch.setattr(accuracy_gate, "SEEN_SCORE", 0.999)
-    with pytest.raises(GateError, match="sees nothing in the 1 pictures"):
-        compare(reference, reference, pictures[:1], [1], TOLERANCES["fp32"])
+    with pytest.raises(ParityError, match="sees nothing in the 1 images"):
+        compare(reference, reference, images[:1], [1], TOLERANCES["fp32"])
 
 
-def test_a_picture_that_cannot_be_read_is_named(reference: Detector, pictures: list[bytes]) -> None:
-    with pytest.raises(GateError, match="picture 2"):
-        compare(reference, reference, [pictures[0], b"x"], [1], TOLERANCES["fp32"])
+def test_an_image_that_cannot_be_read_is_named(reference: Detector, images: list[bytes]) -> None:
+    with pytest.raises(ParityError, match="image 2"):
+        compare(reference, reference, [images[0], b"x"], [1], TOLERANCES["fp32"])
 
 
 @pytest.fixture
 def parse() -> Callable[..., argparse.Namespace]:
     parser = argparse.ArgumentParser()
-    accuracy_gate.add_gate_arguments(parser)
+    accuracy_gate.add_parity_arguments(parser)
     return lambda *words: parser.parse_args(words)
 
 
@@ -194,18 +193,18 @@ def test_tolerances_are_those_of_the_precision_unless_given(
     assert changed == dataclasses.replace(TOLERANCES["fp16"], box_px=3.0)
 
 
-def test_an_int8_engine_needs_a_data_set(
+def test_an_int8_backend_needs_a_data_set(
     archive_dir: Path,
     reference: Detector,
     monkeypatch: pytest.MonkeyPatch,
     parse: Callable[..., argparse.Namespace],
 ) -> None:
-    pair = (reference, with_engine(reference, lambda raw: raw, "int8"))
+    pair = (reference, with_backend(reference, lambda raw: raw, "int8"))
     monkeypatch.setattr(accuracy_gate, "load_pair", lambda *_: pair)
     arguments = parse()
     evidence = accuracy_gate.read_evidence(arguments)
-    with pytest.raises(GateError, match="give a data set"):
-        accuracy_gate.run_gate(archive_dir, torch.device("cpu"), [1], arguments, evidence)
+    with pytest.raises(ParityError, match="give a data set"):
+        accuracy_gate.check_parity(archive_dir, torch.device("cpu"), [1], arguments, evidence)
 
 
 def test_the_command_passes_an_archive_and_writes_its_figures(

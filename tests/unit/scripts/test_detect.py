@@ -1,4 +1,4 @@
-"""The command that sends pictures, against a stand-in server."""
+"""The command that sends images, against a stand-in server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
 CELL = {"class_id": 1, "label": "RBC", "score": 0.912, "bbox": [1.0, 2.0, 30.5, 40.0]}
 
 
-def judge(asked: Asked) -> Reply:
-    """No detection in an empty slide, an error for a bad picture, one cell in any other."""
+def evaluate_deviation(asked: Asked) -> Reply:
+    """No detection in an empty slide, an error for a bad image, one cell in any other."""
     if asked.body == b"bad":
-        return failed(415, "UnsupportedImage", "no picture")
+        return failed(415, "UnsupportedImage", "no image")
     if asked.headers["X-Detect-Format"] == "jpeg":
         return Reply(body=b"drawn " + asked.body)
     return found() if asked.body == b"empty" else found(CELL)
@@ -31,56 +31,54 @@ def slides(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_pictures_in_order_and_sub_folders_only_when_asked(slides: Path) -> None:
-    assert detect.find_pictures([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
-    assert slides / "more" / "b.jpg" in detect.find_pictures([slides], recursive=True)
-    assert detect.find_pictures([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
+def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_asked(slides: Path) -> None:
+    assert detect.find_images([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
+    assert slides / "more" / "b.jpg" in detect.find_images([slides], recursive=True)
+    assert detect.find_images([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
 
 
-def test_drawn_pictures_have_names_of_their_own(slides: Path) -> None:
-    pictures = [Path("x/a.jpg"), Path("y/a.jpg"), Path("a.png"), Path("a_detections.jpg")]
-    names = detect.drawn_names(pictures)
+def test_drawn_images_have_names_of_their_own(slides: Path) -> None:
+    images = [Path("x/a.jpg"), Path("y/a.jpg"), Path("a.png"), Path("a_detections.jpg")]
+    names = detect.drawn_names(images)
     assert len(set(names)) == 4
-    assert not {picture.name for picture in pictures} & set(names)
+    assert not {image.name for image in images} & set(names)
 
 
-def test_the_table_has_a_row_for_each_detection_and_each_empty_picture(
+def test_the_table_has_a_row_for_each_detection_and_each_empty_image(
     slides: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (slides / "c.jpg").write_bytes(b"empty")
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         assert detect.main([str(slides), "--url", server.url]) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["picture", "class", "score", "x1", "y1", "x2", "y2"]
+    assert rows[0] == ["image", "class", "score", "x1", "y1", "x2", "y2"]
     assert rows[2] == [str(slides / "b.jpg"), "RBC", "0.912", "1.0", "2.0", "30.5", "40.0"]
     assert rows[3] == [str(slides / "c.jpg"), "(nothing)"]
     assert err == ""
 
 
-def test_a_failed_picture_is_named_and_the_others_are_answered(
+def test_a_failed_image_is_named_and_the_others_are_answered(
     slides: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (slides / "a.PNG").write_bytes(b"bad")
     json_lines = slides.parent / "new" / "out.jsonl"
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         code = detect.main([str(slides), "--recursive", "--url", server.url, "--jsonl", str(json_lines)])
     out, err = capsys.readouterr()
     assert code == 1
-    assert "1 of 3 pictures failed" in err
-    assert f"{slides / 'a.PNG'}: 415 UnsupportedImage: no picture" in err
+    assert "1 of 3 images failed" in err
+    assert f"{slides / 'a.PNG'}: 415 UnsupportedImage: no image" in err
     assert out.count("RBC") == 2
     rows = [json.loads(line) for line in json_lines.read_text().splitlines()]
-    assert [row["picture"] for row in rows] == [
-        str(slides / name) for name in ("a.PNG", "b.jpg", "more/b.jpg")
-    ]
-    assert rows[0]["error"] == {"code": 415, "type": "UnsupportedImage", "message": "no picture"}
+    assert [row["image"] for row in rows] == [str(slides / name) for name in ("a.PNG", "b.jpg", "more/b.jpg")]
+    assert rows[0]["error"] == {"code": 415, "type": "UnsupportedImage", "message": "no image"}
     assert rows[1]["detections"] == [CELL]
 
 
-def test_drawn_pictures_are_written_beside_nothing_else(slides: Path) -> None:
+def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     output = slides.parent / "drawn"
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         "a_detections.jpg": b"drawn a.PNG",
@@ -91,7 +89,7 @@ def test_drawn_pictures_are_written_beside_nothing_else(slides: Path) -> None:
 
 def test_options_reach_the_server(slides: Path) -> None:
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         detect.main(
             [str(slides / "b.jpg"), "--url", server.url, *options, "--classes", "RBC, 2", "--class-agnostic"]
         )
@@ -106,20 +104,20 @@ def test_options_reach_the_server(slides: Path) -> None:
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
     slides: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         detect.main([str(slides), "--url", server.url, "--progress"])
     assert "2/2" in capsys.readouterr().err
 
 
 def test_without_a_server_it_says_what_to_start(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with StandInServer(judge) as server:
+    with StandInServer(evaluate_deviation) as server:
         url = server.url
     assert detect.main([str(slides), "--url", url]) == 2
     assert "scripts/serve.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "said"), [("absent.jpg", "does not exist"), ("hollow", "--recursive")])
-def test_a_path_without_pictures_is_named(
+def test_a_path_without_images_is_named(
     slides: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
 ) -> None:
     (slides / "hollow").mkdir()

@@ -19,7 +19,7 @@ from damoyolo.structures import DetectionOptions, Detections
 from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
 
 NAMES = ("Platelets", "RBC", "WBC")
-# The pictures' bytes are their names; what is in each: class and box_xyxy.
+# The images' bytes are their names; what is in each: class and box_xyxy.
 TRUTH = {
     "a.jpg": [("RBC", (10, 10, 60, 70)), ("WBC", (100, 100, 250, 240))],
     "b.jpg": [("RBC", (20, 30, 80, 90)), ("Platelets", (5, 5, 6, 30))],
@@ -42,11 +42,11 @@ def data(tmp_path: Path) -> list[str]:
         "annotations": annotations,
     }
     (tmp_path / "cells.json").write_text(json.dumps(content))
-    return ["--coco", str(tmp_path / "cells.json"), "--pictures", str(tmp_path)]
+    return ["--coco", str(tmp_path / "cells.json"), "--images", str(tmp_path)]
 
 
 def perfect(asked: Asked) -> Reply:
-    """Everything in the picture, with labels in another case than the data set's."""
+    """Everything in the image, with labels in another case than the data set's."""
     objects = TRUTH[asked.body.decode()]
     return found(
         *({"class_id": 0, "label": label.lower(), "score": 0.9, "bbox": list(box)} for label, box in objects)
@@ -73,8 +73,8 @@ def test_a_perfect_server_is_reported_with_every_knob_and_version(
         assert evaluate.main(command) == 0
         assert evaluate.main(command) == 0
     out, err = capsys.readouterr()
-    assert "3 pictures, 3 objects of 3 classes; 1 objects under 2 px dropped" in out
-    assert "pictures per second" in out
+    assert "3 images, 3 objects of 3 classes; 1 objects under 2 px dropped" in out
+    assert "images per second" in out
     assert err == ""
     first, second = (json.loads(line) for line in rows.read_text().splitlines())
     assert first.keys() == second.keys()
@@ -82,7 +82,7 @@ def test_a_perfect_server_is_reported_with_every_knob_and_version(
     assert set(first["per_class"]) == {"RBC", "WBC"}
     expected = {
         "data_set": "cells",
-        "pictures": 3,
+        "images": 3,
         "objects": 3,
         "dropped_objects": 1,
         "predictions": 4,
@@ -95,9 +95,9 @@ def test_a_perfect_server_is_reported_with_every_knob_and_version(
     }
     assert {name: first[name] for name in expected} == expected
     assert {"python", "torch", "torchvision", "pycocotools"} <= first["versions"].keys()
-    assert first["pictures_per_s"] > 0
-    with Image.open(plot) as picture:
-        assert picture.format == "PNG"
+    assert first["images_per_s"] > 0
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
 
 
 def test_the_evaluation_defaults_reach_the_server(data: list[str]) -> None:
@@ -121,7 +121,7 @@ def test_labels_that_the_data_set_does_not_know_are_all_named(
     assert "no class is called cat, dog; there are Platelets, RBC, WBC" in capsys.readouterr().err
 
 
-def test_a_failed_picture_means_no_figures(
+def test_a_failed_image_means_no_figures(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse_b(asked: Asked) -> Reply:
@@ -138,16 +138,16 @@ def test_a_failed_picture_means_no_figures(
 def test_no_detection_at_all_is_said_in_words(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with StandInServer(lambda asked: found()) as server:
         assert evaluate.main([*data, "--url", server.url]) == 1
-    assert "nothing was detected in the 3 pictures" in capsys.readouterr().err
+    assert "nothing was detected in the 3 images" in capsys.readouterr().err
 
 
-def test_a_data_set_without_pictures_is_said_in_words(
+def test_a_data_set_without_images_is_said_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
     (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("\n")
     assert evaluate.main(["--voc", str(tmp_path)]) == 1
-    assert "has no pictures" in capsys.readouterr().err
+    assert "has no images" in capsys.readouterr().err
 
 
 def test_without_a_server_it_says_what_to_start(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,8 +168,8 @@ def test_a_progress_bar_is_shown_when_forced(data: list[str], capsys: pytest.Cap
     [
         [],
         ["--coco", "a.json"],
-        ["--pictures", "dir", "--voc", "dir"],
-        ["--voc", "dir", "--coco", "a.json", "--pictures", "dir"],
+        ["--images", "dir", "--voc", "dir"],
+        ["--voc", "dir", "--coco", "a.json", "--images", "dir"],
         ["--voc", "dir", "--precision", "fp16"],
         ["--voc", "dir", "--variant", "S"],
         ["--voc", "dir", "--archive", "a.mar", "--weights", "a.pth"],
@@ -190,16 +190,16 @@ class StandInDetector:
 
     def __init__(self) -> None:
         self.config = ServingConfig(class_names=self.class_names)
-        self.engine = self
+        self.pipeline = self
         self.name = "pytorch"
         self.precision = "fp32"
         self.batches: list[tuple[list[bytes], list[DetectionOptions]]] = []
 
     def detect(
-        self, pictures: Sequence[bytes], options: Sequence[DetectionOptions]
+        self, images: Sequence[bytes], options: Sequence[DetectionOptions]
     ) -> list[Detections | RequestError]:
-        self.batches.append((list(pictures), list(options)))
-        return [self._detections(TRUTH[picture.decode()]) for picture in pictures]
+        self.batches.append((list(images), list(options)))
+        return [self._detections(TRUTH[image.decode()]) for image in images]
 
     def _detections(self, objects: Sequence[tuple[str, Any]]) -> Detections | RequestError:
         return Detections(
@@ -245,7 +245,7 @@ def test_an_archive_is_unpacked_and_evaluated_in_batches(
     assert (row["ap"], row["backend"], row["precision"]) == (pytest.approx(1), "pytorch", "fp32")
     assert row["batch_size"] == 2
     assert row["device"].startswith("cpu")
-    warm_up, *batches = [pictures for pictures, _ in detector.batches]
+    warm_up, *batches = [images for images, _ in detector.batches]
     assert warm_up == [b"a.jpg"]
     assert batches == [[b"a.jpg", b"b.jpg"], [b"c.jpg"]]
     assert {option for _, options in detector.batches for option in options} == {
@@ -272,7 +272,7 @@ def test_a_detector_without_a_class_of_the_data_set_is_refused_before_work_begin
     assert detector.batches == []
 
 
-def test_an_error_of_the_detector_names_the_picture(
+def test_an_error_of_the_detector_names_the_image(
     data: list[str],
     archive: Path,
     detector: StandInDetector,

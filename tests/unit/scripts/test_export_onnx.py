@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lib.onnx.check import ExportError, check_onnx, sample_batches
-from lib.onnx.export import FORMS, OPSET, Form, export_onnx, read_facts
+from lib.onnx.export import OPSET, OUTPUT_KINDS, OutputKind, export_onnx, read_onnx_metadata
 from lib.packaging.weights import folded_network
 
 import export_onnx as exporting
-from damoyolo.backends.onnx_metadata import OUTPUT_NAMES, facts_of, weights_digest
+from damoyolo.backends.onnx_metadata import OUTPUT_NAMES, metadata_of, weights_digest
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.variants import VARIANTS
@@ -34,7 +34,7 @@ def network(project_dir: Path) -> DamoYolo:
 
 @pytest.fixture(scope="module")
 def smears(project_dir: Path) -> Tensor:
-    """(3, 3, 256, 320) uint8, real pictures with cells."""
+    """(3, 3, 256, 320) uint8, real images with cells."""
     paths = sorted((project_dir / "tests/data/smears").glob("*.jpg"))
     config = exporting.ServingConfig(class_names=DEMO_CLASSES)
     preprocessor = ImagePreprocessor(config, (256, 320), torch.device("cpu"))
@@ -44,17 +44,17 @@ def smears(project_dir: Path) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def files(network: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> dict[Form, Path]:
+def files(network: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> dict[OutputKind, Path]:
     """The demo network in every form."""
     folder = tmp_path_factory.mktemp("onnx")
-    for form in FORMS:
+    for form in OUTPUT_KINDS:
         export_onnx(network, folder / f"{form}.onnx", form=form, class_names=DEMO_CLASSES)
-    return {form: folder / f"{form}.onnx" for form in FORMS}
+    return {form: folder / f"{form}.onnx" for form in OUTPUT_KINDS}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", OUTPUT_KINDS)
 def test_each_form_gives_what_pytorch_gives_for_batches_and_sizes_it_was_not_made_with(
-    form: Form, files: dict[Form, Path], network: DamoYolo, smears: Tensor
+    form: OutputKind, files: dict[OutputKind, Path], network: DamoYolo, smears: Tensor
 ) -> None:
     batches = [smears, smears[:1, :, :, :256], smears[1:, :, :224, :192]]
     agreement = check_onnx(files[form], network, batches)
@@ -62,9 +62,9 @@ def test_each_form_gives_what_pytorch_gives_for_batches_and_sizes_it_was_not_mad
     assert agreement.box_difference_px <= 1e-2
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", OUTPUT_KINDS)
 def test_a_file_of_other_weights_does_not_pass_the_check(
-    form: Form, files: dict[Form, Path], smears: Tensor
+    form: OutputKind, files: dict[OutputKind, Path], smears: Tensor
 ) -> None:
     torch.manual_seed(1)
     other = build_model(VARIANTS["S"], 3, folded=True)
@@ -72,7 +72,7 @@ def test_a_file_of_other_weights_does_not_pass_the_check(
         check_onnx(files[form], other, [smears[:1]])
 
 
-def test_the_sizes_are_open_and_the_types_as_stated(files: dict[Form, Path]) -> None:
+def test_the_sizes_are_open_and_the_types_as_stated(files: dict[OutputKind, Path]) -> None:
     written = onnx.load(files["raw"])
     (images,) = written.graph.input
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -88,11 +88,11 @@ def test_the_sizes_are_open_and_the_types_as_stated(files: dict[Form, Path]) -> 
 
 
 def test_a_file_says_of_which_network_it_is_and_nothing_of_the_machine(
-    files: dict[Form, Path], network: DamoYolo, project_dir: Path
+    files: dict[OutputKind, Path], network: DamoYolo, project_dir: Path
 ) -> None:
     for form, path in files.items():
-        facts = read_facts(path)
-        assert facts == facts_of(network, DEMO_CLASSES, form)
+        facts = read_onnx_metadata(path)
+        assert facts == metadata_of(network, DEMO_CLASSES, form)
         assert (facts.variant, facts.num_classes, facts.reg_max, facts.precision) == ("S", 3, 16, "fp32")
         content = path.read_bytes()
         assert b".py" not in content
@@ -100,7 +100,7 @@ def test_a_file_says_of_which_network_it_is_and_nothing_of_the_machine(
 
 
 def test_exporting_again_gives_equal_bytes_and_leaves_the_network_alone(
-    files: dict[Form, Path], network: DamoYolo, tmp_path: Path
+    files: dict[OutputKind, Path], network: DamoYolo, tmp_path: Path
 ) -> None:
     before = weights_digest(network)
     export_onnx(network, tmp_path / "again.onnx", class_names=DEMO_CLASSES)
@@ -118,7 +118,7 @@ def test_the_digest_tells_weights_apart(network: DamoYolo) -> None:
 
 
 def test_thresholds_and_limit_of_the_detections_form_are_inputs(
-    files: dict[Form, Path], smears: Tensor
+    files: dict[OutputKind, Path], smears: Tensor
 ) -> None:
     session = onnxruntime.InferenceSession(files["detections"], providers=["CPUExecutionProvider"])
 
@@ -143,13 +143,13 @@ def test_thresholds_and_limit_of_the_detections_form_are_inputs(
 def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        read_facts(broken)
+        read_onnx_metadata(broken)
     broken.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="is no ONNX file"):
-        read_facts(broken)
+        read_onnx_metadata(broken)
     onnx.save(onnx.ModelProto(), broken)
     with pytest.raises(ConfigError, match="does not say what it holds"):
-        read_facts(broken)
+        read_onnx_metadata(broken)
 
 
 def test_sample_batches_have_two_sizes(network: DamoYolo, project_dir: Path, tmp_path: Path) -> None:

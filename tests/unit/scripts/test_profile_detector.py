@@ -18,7 +18,7 @@ from damoyolo.detector import Detector
 from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
 from damoyolo.service import DetectionService
-from damoyolo.stage_timing import StageObserver
+from damoyolo.stage_timing import StageTimer
 from profile_detector import (
     CopyTimes,
     NestedObserver,
@@ -36,13 +36,13 @@ from profile_detector import (
 CPU = torch.device("cpu")
 
 
-def staged(observe: StageObserver) -> None:
+def staged(time_stage: StageTimer) -> None:
     """Two stages, of which the first has a part."""
-    with observe("a"):
+    with time_stage("a"):
         time.sleep(0.01)
-        with observe("inner"):
+        with time_stage("inner"):
             time.sleep(0.02)
-    with observe("b"):
+    with time_stage("b"):
         time.sleep(0.005)
     time.sleep(0.01)
 
@@ -64,7 +64,7 @@ MEASURED = Profile(
 def test_a_stage_within_a_stage_is_named_after_both_and_every_observer_sees_it() -> None:
     seen: list[tuple[str, str]] = []
 
-    def observer(who: str) -> StageObserver:
+    def observer(who: str) -> StageTimer:
         @contextmanager
         def watch(stage: str) -> Any:
             seen.append((who, stage))
@@ -94,7 +94,7 @@ def test_shares_refer_to_the_whole_and_rates_to_the_batch() -> None:
     assert list(rows) == ["preprocess", "preprocess/decode", "network", "postprocess", "other", "total"]
     assert rows["network"]["share"] == pytest.approx(0.6)
     assert rows["network"]["host_ms"] == 0.5
-    assert rows["network"]["pictures_per_s"] == pytest.approx(4 / 6e-3)
+    assert rows["network"]["images_per_s"] == pytest.approx(4 / 6e-3)
     assert rows["other"]["ms"] == pytest.approx(1.0)
     outer = [row["share"] for name, row in rows.items() if "/" not in name and name != "total"]
     assert sum(outer) == pytest.approx(1.0)
@@ -140,14 +140,14 @@ def service() -> DetectionService:
     return DetectionService(Detector(model, config, CPU))
 
 
-def pictures(project_dir: Path) -> list[bytes]:
+def images(project_dir: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
 
 
-def test_every_batch_brings_other_pictures_and_answers_are_the_services_own(
+def test_every_batch_brings_other_images_and_answers_are_the_services_own(
     service: DetectionService, project_dir: Path
 ) -> None:
-    answer = answer_call(service, pictures(project_dir), batch_size=2)
+    answer = answer_call(service, images(project_dir), batch_size=2)
     stages, _ = measure_stages(answer, CPU, batches=2)
     assert [stage.name for stage in stages if not stage.is_part] == [
         "parse",
@@ -156,8 +156,8 @@ def test_every_batch_brings_other_pictures_and_answers_are_the_services_own(
         "postprocess",
         "respond",
     ]
-    with pytest.raises(ValueError, match="refuses one of the pictures"):
-        answer_call(service, [b"no picture"], 1)(lambda stage: contextmanager(lambda: iter([None]))())
+    with pytest.raises(ValueError, match="refuses one of the images"):
+        answer_call(service, [b"no image"], 1)(lambda stage: contextmanager(lambda: iter([None]))())
 
 
 def test_the_tool_prints_the_table_and_writes_rows_plot_and_trace(
@@ -201,12 +201,12 @@ def test_copies_kernels_snapshot_and_nvtx_on_the_device(tmp_path: Path) -> None:
     host = torch.zeros(2**22).pin_memory()
     weights = torch.zeros((512, 512), device=device)
 
-    def answer(observe: Callable[[str], Any]) -> object:
-        with observe("network"):
+    def answer(time_stage: Callable[[str], Any]) -> object:
+        with time_stage("network"):
             moved = host.to(device, non_blocking=True)
             return (moved[:512] @ weights).cpu()
 
-    answer(profile_detector.unobserved)
+    answer(profile_detector.no_timing)
     copies = profile_detector.measure_copies(answer, 3)
     assert copies.h2d_ms > copies.d2h_ms > 0
     assert copies.kernels_ms > 0

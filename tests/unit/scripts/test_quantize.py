@@ -1,4 +1,4 @@
-"""From a folder of pictures to an INT8 file, its table and its plot."""
+"""From a folder of images to an INT8 file, its table and its plot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from onnx import TensorProto
 from PIL import Image
 
 from lib.onnx.qdq import QuantizationError, find_blocks
-from lib.onnx.quantization import QuantizationRequest, split_pictures
+from lib.onnx.quantization import QuantizationRequest, split_images
 
 import quantize
-from damoyolo.backends.onnx_metadata import OnnxFacts
+from damoyolo.backends.onnx_metadata import OnnxMetadata
 from doubles.fragile_network import FRAGILE, with_fragile_block
 
 # All but stage 2 of the backbone, so that a sweep takes seconds.
@@ -32,22 +32,22 @@ def float_convolutions(network: onnx.ModelProto) -> set[str]:
     }
 
 
-def test_no_picture_serves_for_both() -> None:
+def test_no_image_serves_for_both() -> None:
     for count in (2, 3, 5, 47, 48, 300):
-        calibration, check = split_pictures(count, QuantizationRequest())
+        calibration, check = split_images(count, QuantizationRequest())
         assert calibration
         assert check
         assert not set(calibration) & set(check)
         assert len(set(calibration)) == len(calibration) <= 32
         assert len(set(check)) == len(check) <= 16
         assert max(*calibration, *check) < count
-    assert [len(part) for part in split_pictures(300, QuantizationRequest())] == [32, 16]
+    assert [len(part) for part in split_images(300, QuantizationRequest())] == [32, 16]
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_pictures_are_refused(count: int) -> None:
-    with pytest.raises(QuantizationError, match=f"{count} pictures given; accepted are 2 at least"):
-        split_pictures(count, QuantizationRequest())
+def test_fewer_than_two_images_are_refused(count: int) -> None:
+    with pytest.raises(QuantizationError, match=f"{count} images given; accepted are 2 at least"):
+        split_images(count, QuantizationRequest())
 
 
 def test_a_fragile_block_stays_float32_and_the_loss_within_what_is_allowed(
@@ -104,7 +104,7 @@ def test_the_command_line_writes_file_report_and_plot(
 
     written = onnx.load(output)
     onnx.checker.check_model(written)
-    facts = OnnxFacts.from_metadata({entry.key: entry.value for entry in written.metadata_props}, output)
+    facts = OnnxMetadata.from_metadata({entry.key: entry.value for entry in written.metadata_props}, output)
     assert (facts.variant, facts.num_classes, facts.precision, facts.form) == ("S", 3, "int8", "raw")
     assert facts.class_names == ("Platelets", "RBC", "WBC")
     assert facts.reg_max == 16
@@ -113,8 +113,8 @@ def test_the_command_line_writes_file_report_and_plot(
     assert [row["stays"] for row in content["blocks"]] == ["INT8"] * 5
     assert content["kept_float32"] == []
     assert content["all_int8"] == content["result"]
-    with Image.open(plot) as picture:
-        assert picture.format == "PNG"
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
     assert sorted(path.name for path in output.parent.iterdir()) == ["int8.onnx"]
 
 
@@ -134,17 +134,17 @@ def test_bad_options_are_said_in_words(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_readable_pictures_is_said_in_words(
+def test_a_folder_without_readable_images_is_said_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "x.onnx"
-    command = ["--calibration", str(pictures), "--output", str(output)]
+    images, output = tmp_path / "images", tmp_path / "x.onnx"
+    command = ["--calibration", str(images), "--output", str(output)]
     assert quantize.main(command) == 1
-    assert "does not exist; --calibration takes a folder of pictures" in capsys.readouterr().err
-    pictures.mkdir()
+    assert "does not exist; --calibration takes a folder of images" in capsys.readouterr().err
+    images.mkdir()
     assert quantize.main(command) == 1
-    assert "holds no pictures" in capsys.readouterr().err
-    (pictures / "broken.jpg").write_bytes(b"no picture")
+    assert "holds no images" in capsys.readouterr().err
+    (images / "broken.jpg").write_bytes(b"no image")
     assert quantize.main(command) == 1
-    assert "broken.jpg: the data are no picture" in capsys.readouterr().err
+    assert "broken.jpg: the data are no image" in capsys.readouterr().err
     assert not output.exists()

@@ -29,11 +29,11 @@ SPACE = SearchSpace((1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 5, 10, 20), (1, 2, 3, 
 GRID = len(SPACE.batch_sizes) * len(SPACE.delays_ms) * len(SPACE.workers)
 
 
-def modelled(setting: BatchingSetting, fixed_ms: float = 4.0, picture_ms: float = 0.16) -> Measurement:
+def modelled(setting: BatchingSetting, fixed_ms: float = 4.0, image_ms: float = 0.16) -> Measurement:
     """A device that all workers share, host work that they overlap with it, and memory for five workers."""
     if setting.workers > 5:
         return Measurement(0.0, float("inf"), float("inf"), errors=1)
-    device_ms = fixed_ms + picture_ms * setting.batch_size
+    device_ms = fixed_ms + image_ms * setting.batch_size
     host_ms = 2.0 + 0.25 * setting.batch_size
     # Batches leave a little less than full when the wait is too short for them.
     fill = min(1.0, 0.9 + 0.02 * setting.delay_ms)
@@ -120,7 +120,7 @@ def test_a_space_of_one_setting_is_measured_once() -> None:
 
 
 def batch_time(batch_size: int) -> BatchTime:
-    """4 ms and 0.2 ms a picture."""
+    """4 ms and 0.2 ms an image."""
     seconds = (4.0 + 0.2 * batch_size) / 1e3
     return BatchTime(batch_size, seconds, seconds, None)
 
@@ -162,15 +162,15 @@ def test_out_of_memory_halves_until_a_batch_fits_and_goes_on() -> None:
     assert [message.rpartition(" ")[2] for message in said] == ["100", "50", "25"]
 
 
-def test_not_even_one_picture_fitting_leaves_nothing() -> None:
+def test_not_even_one_image_fitting_leaves_nothing() -> None:
     assert sweep(0, [4])[0] == []
 
 
 def test_the_smallest_batch_near_the_best_rate_is_recommended() -> None:
     times = [batch_time(2**power) for power in range(11)]
     chosen = recommended_batch_size(times)
-    best = max(time.pictures_per_s for time in times)
-    assert batch_time(chosen).pictures_per_s >= 0.95 * best > batch_time(chosen // 2).pictures_per_s
+    best = max(time.images_per_s for time in times)
+    assert batch_time(chosen).images_per_s >= 0.95 * best > batch_time(chosen // 2).images_per_s
 
 
 def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project_dir: Path) -> None:
@@ -247,11 +247,11 @@ def test_the_empty_archive_serves_the_same_name_with_a_handler_that_does_nothing
 def test_the_tool_writes_the_recommendation_and_its_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def search(_arguments: object, _pictures: object, space: SearchSpace) -> SearchResult:
+    def search(_arguments: object, _images: object, space: SearchSpace) -> SearchResult:
         return find_setting(modelled, space, 100.0)
 
     monkeypatch.setattr(tune, "_search", search)
-    monkeypatch.setattr(tune, "measure_batch", lambda archive, pictures, device, size: batch_time(size))
+    monkeypatch.setattr(tune, "measure_batch", lambda archive, images, device, size: batch_time(size))
     written, plot, rows = tmp_path / "new" / "model-config.yaml", tmp_path / "p.png", tmp_path / "rows.json"
     command = ["--p99-ms", "100", "--write", str(written), "--plot", str(plot), "--json", str(rows)]
     assert tune.main(command) == 0

@@ -1,7 +1,7 @@
 """Raw predictions to detections in Triton: four kernels in fixed shapes, none of which the host waits for.
 
-Every kernel takes all B pictures of a batch. The candidates of a picture are its (anchor, class) pairs above
-its threshold; memory is for C of them, and a picture with more than are allowed takes no further part and is
+Every kernel takes all B images of a batch. The candidates of an image are its (anchor, class) pairs above
+its threshold; memory is for C of them, and an image with more than are allowed takes no further part and is
 marked in the result.
 
 All arithmetic is float32 and, but for the order of sums inside a softmax, operation for operation that of
@@ -17,17 +17,17 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# What a picture's row of the control tensor holds, 32 bits each, before the bits of its classes.
+# What an image's row of the control tensor holds, 32 bits each, before the bits of its classes.
 LOGIT_BOUND = tl.constexpr(0)  # float32, a little below the logit of the score threshold
 SCORE_THRESHOLD = tl.constexpr(1)  # float32
 IOU_THRESHOLD = tl.constexpr(2)  # float32
-SCALE_X = tl.constexpr(3)  # float32, width of the original picture over that of the network input
+SCALE_X = tl.constexpr(3)  # float32, width of the original image over that of the network input
 SCALE_Y = tl.constexpr(4)  # float32
 LIMIT = tl.constexpr(5)  # int32, most detections to return
 AGNOSTIC = tl.constexpr(6)  # int32, 1 if boxes of different classes suppress each other
 CLASS_BITS = tl.constexpr(7)  # int32 words; bit k % 32 of word k // 32 is 1 if class k is asked for
 
-# Columns of the result: a row a detection. A picture's first row is its header.
+# Columns of the result: a row a detection. An image's first row is its header.
 RESULT_COLUMNS = tl.constexpr(6)  # x1, y1, x2, y2, score, class
 RETURNED = tl.constexpr(0)  # header: number of detections
 OVERFLOWED = tl.constexpr(1)  # header: 1 if the detections are not to be used
@@ -59,27 +59,27 @@ def find_candidates(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Count the candidates of each picture and write their keys, in no order; grid (blocks, B)."""
+    """Count the candidates of each image and write their keys, in no order; grid (blocks, B)."""
     block = tl.program_id(0)
-    picture = tl.program_id(1)
-    floats_ptr = control_floats_ptr + picture * CONTROL_WIDTH
-    words_ptr = control_words_ptr + picture * CONTROL_WIDTH
-    count_ptr = counts_ptr + picture
-    picture_keys_ptr = keys_ptr + picture * CAPACITY
+    image = tl.program_id(1)
+    floats_ptr = control_floats_ptr + image * CONTROL_WIDTH
+    words_ptr = control_words_ptr + image * CONTROL_WIDTH
+    count_ptr = counts_ptr + image
+    image_keys_ptr = keys_ptr + image * CAPACITY
     if block < BLOCKS_8:
         _scan_level(
-            class_logits_8_ptr, block, picture, floats_ptr, words_ptr, count_ptr, picture_keys_ptr,
+            class_logits_8_ptr, block, image, floats_ptr, words_ptr, count_ptr, image_keys_ptr,
             LEVELS, 0, K, CAPACITY, BLOCK, STEP,
         )  # fmt: skip
     elif block < BLOCKS_8 + BLOCKS_16:
         _scan_level(
-            class_logits_16_ptr, block - BLOCKS_8, picture, floats_ptr, words_ptr, count_ptr,
-            picture_keys_ptr, LEVELS, 1, K, CAPACITY, BLOCK, STEP,
+            class_logits_16_ptr, block - BLOCKS_8, image, floats_ptr, words_ptr, count_ptr,
+            image_keys_ptr, LEVELS, 1, K, CAPACITY, BLOCK, STEP,
         )  # fmt: skip
     else:
         _scan_level(
-            class_logits_32_ptr, block - BLOCKS_8 - BLOCKS_16, picture, floats_ptr, words_ptr, count_ptr,
-            picture_keys_ptr, LEVELS, 2, K, CAPACITY, BLOCK, STEP,
+            class_logits_32_ptr, block - BLOCKS_8 - BLOCKS_16, image, floats_ptr, words_ptr, count_ptr,
+            image_keys_ptr, LEVELS, 2, K, CAPACITY, BLOCK, STEP,
         )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def find_candidates(
 def _scan_level(
     logits_ptr,
     block,
-    picture,
+    image,
     floats_ptr,
     words_ptr,
     count_ptr,
@@ -101,13 +101,13 @@ def _scan_level(
 ):
     bound = tl.load(floats_ptr + LOGIT_BOUND)
     block_ids = block * BLOCK + tl.arange(0, BLOCK)
-    block_logits = _load_class_logits(logits_ptr, block_ids, picture, LEVELS, LEVEL, K)
+    block_logits = _load_class_logits(logits_ptr, block_ids, image, LEVELS, LEVEL, K)
     if tl.max((block_logits > bound).to(tl.int32), axis=0) > 0:  # most blocks end here; NaN is not above
         threshold = tl.load(floats_ptr + SCORE_THRESHOLD)
         # Read again in small steps: in one, this path would need the registers of many loads in flight.
         for first in range(0, BLOCK, STEP):
             ids = block * BLOCK + first + tl.arange(0, STEP)
-            logits = _load_class_logits(logits_ptr, ids, picture, LEVELS, LEVEL, K)
+            logits = _load_class_logits(logits_ptr, ids, image, LEVELS, LEVEL, K)
             near = logits > bound
             if tl.max(near.to(tl.int32), axis=0) > 0:
                 class_ids = ids % K
@@ -124,13 +124,13 @@ def _scan_level(
 
 
 @triton.jit
-def _load_class_logits(logits_ptr, ids, picture, LEVELS: tl.constexpr, LEVEL: tl.constexpr, K: tl.constexpr):
+def _load_class_logits(logits_ptr, ids, image, LEVELS: tl.constexpr, LEVEL: tl.constexpr, K: tl.constexpr):
     """Logits as float32; id = cell * K + class, so that neighbours lie side by side in channels_last."""
     cells = ids // K
     WIDTH: tl.constexpr = LEVELS[LEVEL][2]
     places = cells // WIDTH * LEVELS[LEVEL][6] + cells % WIDTH * LEVELS[LEVEL][7] + ids % K * LEVELS[LEVEL][5]
     inside = ids < LEVELS[LEVEL][1] * WIDTH * K
-    logits_ptr += picture.to(tl.int64) * LEVELS[LEVEL][4]
+    logits_ptr += image.to(tl.int64) * LEVELS[LEVEL][4]
     return tl.load(logits_ptr + places, mask=inside, other=-float("inf")).to(tl.float32)
 
 
@@ -153,30 +153,30 @@ def rank_and_decode(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Write the candidates of each picture in the order of their keys, descending; grid (row blocks, B).
+    """Write the candidates of each image in the order of their keys, descending; grid (row blocks, B).
 
     A candidate's rank is the number of greater keys: no two keys are equal.
     """
-    picture = tl.program_id(1)
+    image = tl.program_id(1)
     first_row = tl.program_id(0) * ROWS
-    count = _usable_count(counts_ptr, picture, MAX_CANDIDATES)
+    count = _usable_count(counts_ptr, image, MAX_CANDIDATES)
     if first_row < count:
-        picture_keys_ptr = keys_ptr + picture * CAPACITY
+        image_keys_ptr = keys_ptr + image * CAPACITY
         rows = first_row + tl.arange(0, ROWS)
         used = rows < count
-        keys = tl.load(picture_keys_ptr + rows, mask=used, other=0)
+        keys = tl.load(image_keys_ptr + rows, mask=used, other=0)
         ranks = tl.zeros([ROWS], tl.int32)
         first_column = 0
         while first_column < count:  # no range: the interpreter of Triton 3.6 takes no bound from a tensor
             columns = first_column + tl.arange(0, CHUNK)
-            others = tl.load(picture_keys_ptr + columns, mask=columns < count, other=0)
+            others = tl.load(image_keys_ptr + columns, mask=columns < count, other=0)
             ranks += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
             first_column += CHUNK
 
         flat_ids = (keys & ID_BITS).to(tl.int32) ^ ID_BITS
         scores = (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        tl.store(scores_ptr + picture * CAPACITY + ranks, scores, mask=used)
-        tl.store(class_ids_ptr + picture * CAPACITY + ranks, flat_ids % K, mask=used)
+        tl.store(scores_ptr + image * CAPACITY + ranks, scores, mask=used)
+        tl.store(class_ids_ptr + image * CAPACITY + ranks, flat_ids % K, mask=used)
 
         anchors = flat_ids // K
         on_32 = used & (anchors >= LEVELS[2][0])
@@ -184,13 +184,13 @@ def rank_and_decode(
         on_8 = used & (anchors < LEVELS[1][0])
         for side in tl.static_range(4):
             bins_8 = _load_bins(
-                distance_logits_8_ptr, anchors, on_8, picture, side, LEVELS, 0, BIN_COUNT, PADDED_BINS
+                distance_logits_8_ptr, anchors, on_8, image, side, LEVELS, 0, BIN_COUNT, PADDED_BINS
             )
             bins_16 = _load_bins(
-                distance_logits_16_ptr, anchors, on_16, picture, side, LEVELS, 1, BIN_COUNT, PADDED_BINS
+                distance_logits_16_ptr, anchors, on_16, image, side, LEVELS, 1, BIN_COUNT, PADDED_BINS
             )
             bins_32 = _load_bins(
-                distance_logits_32_ptr, anchors, on_32, picture, side, LEVELS, 2, BIN_COUNT, PADDED_BINS
+                distance_logits_32_ptr, anchors, on_32, image, side, LEVELS, 2, BIN_COUNT, PADDED_BINS
             )
             logits = tl.where(on_8[:, None], bins_8, tl.where(on_16[:, None], bins_16, bins_32))
             exponentials = _exp(logits - tl.max(logits, axis=1)[:, None])
@@ -206,7 +206,7 @@ def rank_and_decode(
             distances = expected * tl.where(on_8, pixels_8, tl.where(on_16, pixels_16, pixels_32))
             # Sides are left, top, right, bottom; box coordinates x1, y1, x2, y2.
             coordinates = points - distances if side < 2 else points + distances
-            tl.store(boxes_ptr + (picture * 4 + side) * CAPACITY + ranks, coordinates, mask=used)
+            tl.store(boxes_ptr + (image * 4 + side) * CAPACITY + ranks, coordinates, mask=used)
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def _load_bins(
     logits_ptr,
     anchors,
     on_level,
-    picture,
+    image,
     side: tl.constexpr,
     LEVELS: tl.constexpr,
     LEVEL: tl.constexpr,
@@ -226,7 +226,7 @@ def _load_bins(
     bins = tl.arange(0, PADDED_BINS)
     places = cells // LEVELS[LEVEL][2] * LEVELS[LEVEL][6] + cells % LEVELS[LEVEL][2] * LEVELS[LEVEL][7]
     channels = side * BIN_COUNT + bins
-    logits_ptr += picture.to(tl.int64) * LEVELS[LEVEL][4]
+    logits_ptr += image.to(tl.int64) * LEVELS[LEVEL][4]
     logits = tl.load(
         logits_ptr + places[:, None] + channels[None, :] * LEVELS[LEVEL][5],
         mask=on_level[:, None] & (bins < BIN_COUNT)[None, :],
@@ -262,16 +262,16 @@ def find_suppressors(
     Bit i % 32 of word i // 32 in row j tells whether box i does it to box j, for i < j. Words with no such i
     may be left as they were.
     """
-    picture = tl.program_id(2)
+    image = tl.program_id(2)
     first_row = tl.program_id(0) * ROWS
     first_column = tl.program_id(1) * COLUMNS
-    count = _usable_count(counts_ptr, picture, MAX_CANDIDATES)
+    count = _usable_count(counts_ptr, image, MAX_CANDIDATES)
     if (first_row < count) & (first_column < first_row + ROWS):
         rows = first_row + tl.arange(0, ROWS)
         columns = first_column + tl.arange(0, COLUMNS)
-        picture_boxes_ptr = boxes_ptr + picture * 4 * CAPACITY
-        x1, y1, x2, y2 = _load_boxes(picture_boxes_ptr, rows, count, CAPACITY)
-        better_x1, better_y1, better_x2, better_y2 = _load_boxes(picture_boxes_ptr, columns, count, CAPACITY)
+        image_boxes_ptr = boxes_ptr + image * 4 * CAPACITY
+        x1, y1, x2, y2 = _load_boxes(image_boxes_ptr, rows, count, CAPACITY)
+        better_x1, better_y1, better_x2, better_y2 = _load_boxes(image_boxes_ptr, columns, count, CAPACITY)
         area = (x2 - x1) * (y2 - y1)
         better_area = (better_x2 - better_x1) * (better_y2 - better_y1)
         # A box that is not finite gives an IoU of 0 or NaN, above no threshold, whatever becomes of NaN here.
@@ -279,11 +279,11 @@ def find_suppressors(
         height = tl.minimum(better_y2[None, :], y2[:, None]) - tl.maximum(better_y1[None, :], y1[:, None])
         intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
         union = better_area[None, :] + area[:, None] - intersection
-        threshold = tl.load(control_floats_ptr + picture * CONTROL_WIDTH + IOU_THRESHOLD)
+        threshold = tl.load(control_floats_ptr + image * CONTROL_WIDTH + IOU_THRESHOLD)
 
-        class_ids = tl.load(class_ids_ptr + picture * CAPACITY + rows, mask=rows < count, other=0)
-        better_ids = tl.load(class_ids_ptr + picture * CAPACITY + columns, mask=columns < count, other=0)
-        agnostic = tl.load(control_words_ptr + picture * CONTROL_WIDTH + AGNOSTIC) == 1
+        class_ids = tl.load(class_ids_ptr + image * CAPACITY + rows, mask=rows < count, other=0)
+        better_ids = tl.load(class_ids_ptr + image * CAPACITY + columns, mask=columns < count, other=0)
+        agnostic = tl.load(control_words_ptr + image * CONTROL_WIDTH + AGNOSTIC) == 1
         rivals = (better_ids[None, :] == class_ids[:, None]) | agnostic
         # A product spares most tiles the division: what is above the threshold is above it a little lowered.
         near = intersection > threshold * LOWERED * union
@@ -293,14 +293,14 @@ def find_suppressors(
 
         words = first_column // 32 + tl.arange(0, COLUMNS // 32)
         tl.store(
-            suppressors_ptr + (picture * CAPACITY + rows)[:, None] * (CAPACITY // 32) + words[None, :],
+            suppressors_ptr + (image * CAPACITY + rows)[:, None] * (CAPACITY // 32) + words[None, :],
             _pack(tl.reshape(suppresses, [ROWS, COLUMNS // 32, 32]), axis=2),
             mask=(rows < count)[:, None] & (words < CAPACITY // 32)[None, :],
         )
 
 
 @triton.jit
-def settle_and_write(
+def resolve_and_write(
     boxes_ptr,  # B, 4, C float32
     scores_ptr,  # B, C float32
     class_ids_ptr,  # B, C int32
@@ -314,19 +314,19 @@ def settle_and_write(
     CONTROL_WIDTH: tl.constexpr,
     MAX_KEPT: tl.constexpr,
 ):
-    """Greedy NMS as a fixed point, and the best boxes that stay, scaled to the original picture; grid (B,).
+    """Greedy NMS as a fixed point, and the best boxes that stay, scaled to the original image; grid (B,).
 
     "A box stays if no better one that stays suppresses it": after t rounds the first t boxes are final, and
     the rounds needed are the longest chain of boxes that decide over each other, in practice a few.
     """
-    picture = tl.program_id(0)
-    count = _usable_count(counts_ptr, picture, MAX_CANDIDATES)
+    image = tl.program_id(0)
+    count = _usable_count(counts_ptr, image, MAX_CANDIDATES)
     WORDS: tl.constexpr = CAPACITY // 32
     rows = tl.arange(0, CAPACITY)
     words = tl.arange(0, WORDS)
-    x1, y1, x2, y2 = _load_boxes(boxes_ptr + picture * 4 * CAPACITY, rows, count, CAPACITY)
+    x1, y1, x2, y2 = _load_boxes(boxes_ptr + image * 4 * CAPACITY, rows, count, CAPACITY)
     candidates = (rows < count) & _is_finite(x1) & _is_finite(y1) & _is_finite(x2) & _is_finite(y2)
-    suppressors_ptrs = suppressors_ptr + (picture * CAPACITY + rows)[:, None] * WORDS + words[None, :]
+    suppressors_ptrs = suppressors_ptr + (image * CAPACITY + rows)[:, None] * WORDS + words[None, :]
     used = (rows < count)[:, None]
     written = words[None, :] * 32 < rows[:, None]
 
@@ -341,21 +341,21 @@ def settle_and_write(
         changes = tl.sum((settled != stays).to(tl.int32), axis=0)
         stays = settled
 
-    floats_ptr = control_floats_ptr + picture * CONTROL_WIDTH
-    limit = tl.load(control_words_ptr + picture * CONTROL_WIDTH + LIMIT)
+    floats_ptr = control_floats_ptr + image * CONTROL_WIDTH
+    limit = tl.load(control_words_ptr + image * CONTROL_WIDTH + LIMIT)
     places = tl.cumsum(stays, axis=0) - stays
     returned = tl.minimum(tl.sum(stays, axis=0), limit)
-    overflowed = (tl.load(counts_ptr + picture) > MAX_CANDIDATES) | (returned > MAX_KEPT)
+    overflowed = (tl.load(counts_ptr + image) > MAX_CANDIDATES) | (returned > MAX_KEPT)
 
-    header_ptr = result_ptr + picture * (1 + MAX_KEPT) * RESULT_COLUMNS
+    header_ptr = result_ptr + image * (1 + MAX_KEPT) * RESULT_COLUMNS
     tl.store(header_ptr + RETURNED, returned.to(tl.float32))
     tl.store(header_ptr + OVERFLOWED, overflowed.to(tl.float32))
     row_ptrs = header_ptr + (1 + places) * RESULT_COLUMNS
     wanted = (stays == 1) & (places < tl.minimum(limit, MAX_KEPT))
     scale_x = tl.load(floats_ptr + SCALE_X)
     scale_y = tl.load(floats_ptr + SCALE_Y)
-    scores = tl.load(scores_ptr + picture * CAPACITY + rows, mask=wanted, other=0.0)
-    class_ids = tl.load(class_ids_ptr + picture * CAPACITY + rows, mask=wanted, other=0)
+    scores = tl.load(scores_ptr + image * CAPACITY + rows, mask=wanted, other=0.0)
+    class_ids = tl.load(class_ids_ptr + image * CAPACITY + rows, mask=wanted, other=0)
     tl.store(row_ptrs, x1 * scale_x, mask=wanted)
     tl.store(row_ptrs + 1, y1 * scale_y, mask=wanted)
     tl.store(row_ptrs + 2, x2 * scale_x, mask=wanted)
@@ -374,9 +374,9 @@ def _exp(x):
 
 
 @triton.jit
-def _usable_count(counts_ptr, picture, MAX_CANDIDATES: tl.constexpr):
-    """The candidates of a picture; none if there are too many."""
-    count = tl.load(counts_ptr + picture)
+def _usable_count(counts_ptr, image, MAX_CANDIDATES: tl.constexpr):
+    """The candidates of an image; none if there are too many."""
+    count = tl.load(counts_ptr + image)
     return tl.where(count > MAX_CANDIDATES, 0, count)
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `epilogue`: one program for a stretch of memory, whatever the picture's size."""
+"""The kernel of `epilogue`: one program for a stretch of memory, whatever the image's size."""
 # Triton ships no types.
 # mypy: ignore-errors
 

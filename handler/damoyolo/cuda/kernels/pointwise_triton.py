@@ -103,7 +103,7 @@ def pointwise_kernel(
     pixel = tl.minimum(m, rows - 1)
     half_pixel = pixel
     if U0 or U1 or U2 or U3 or U4:
-        y = pixel // width  # of all pictures below one another; height is even
+        y = pixel // width  # of all images below one another; height is even
         half_pixel = (y // 2) * (width // 2) + (pixel % width) // 2
     channel = tl.minimum(n, N - 1) if N % BLOCK_N else n
     weight_pointers = weight + channel[None, :] * K + k[:, None]

@@ -1,4 +1,4 @@
-"""Resizing of a whole batch of decoded pictures into the network's input, EXIF orientation included."""
+"""Resizing of a whole batch of decoded images into the network's input, EXIF orientation included."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from damoyolo.cuda.kernels import triton_is_installed
 
-# What a viewer does to the stored picture for an EXIF orientation (EXIF 2.32, tag 0x0112): reverse the rows,
+# What a viewer does to the stored image for an EXIF orientation (EXIF 2.32, tag 0x0112): reverse the rows,
 # reverse the columns, then exchange rows and columns.
 _ROWS_REVERSED = frozenset((3, 4, 6, 7))
 _COLUMNS_REVERSED = frozenset((2, 3, 7, 8))
 _TRANSPOSED = frozenset((5, 6, 7, 8))
 
 
-class StoredPicture(NamedTuple):
-    """A decoded picture as it lies in the file.
+class OrientedImage(NamedTuple):
+    """A decoded image as it lies in the file.
 
     pixels: (h, w, 3) uint8 R, G, B with any strides, so planes permuted to the end fit too.
     orientation: EXIF orientation, 1..8; 1 is upright.
@@ -28,14 +28,14 @@ class StoredPicture(NamedTuple):
     orientation: int = 1
 
     @property
-    def shown_size_hw(self) -> tuple[int, int]:
+    def oriented_size_hw(self) -> tuple[int, int]:
         """Height and width as a viewer shows it."""
         height, width, _ = self.pixels.shape
         return (width, height) if self.orientation in _TRANSPOSED else (height, width)
 
 
 class PixelTable(NamedTuple):
-    """Where to find the shown pixels of a picture: channel c of (y, x) is the byte at
+    """Where to find the shown pixels of an image: channel c of (y, x) is the byte at
     address + y * row_stride + x * column_stride + c * channel_stride; strides may be negative."""
 
     address: int
@@ -46,30 +46,30 @@ class PixelTable(NamedTuple):
     channel_stride: int
 
 
-def resize_pictures(pictures: Sequence[StoredPicture], out: Tensor) -> None:
-    """Resize every picture to the size of `out`, as a viewer shows it; a device is not waited for.
+def resize_images(images: Sequence[OrientedImage], out: Tensor) -> None:
+    """Resize every image to the size of `out`, as a viewer shows it; a device is not waited for.
 
     Bilinear, half-pixel centres, edges clamped, no antialiasing, aspect ratio not kept, rounded to the
-    nearest grey level; a picture of the same size is copied exactly.
+    nearest grey level; an image of the same size is copied exactly.
 
-    pictures: B pictures of any sizes on the device of `out`; they must stay alive until the current stream
+    images: B images of any sizes on the device of `out`; they must stay alive until the current stream
         has passed this point, which the caching allocator sees to for memory of that stream only.
     out: (B, H, W, 3) uint8, contiguous; overwritten.
     """
-    if not pictures:
+    if not images:
         return
     if out.is_cuda and triton_is_installed():
         from damoyolo.cuda.kernels import resize_triton
 
-        resize_triton.resize_pictures([locate_pixels(picture) for picture in pictures], out)
+        resize_triton.resize_images([locate_pixels(image) for image in images], out)
     else:
-        resize_pictures_reference(pictures, out)
+        resize_images_reference(images, out)
 
 
-def resize_pictures_reference(pictures: Sequence[StoredPicture], out: Tensor) -> None:
-    """The same in plain torch, picture by picture; the kernel stays within one grey level of it."""
-    for picture, target in zip(pictures, out, strict=True):
-        source = shown_pixels(picture)
+def resize_images_reference(images: Sequence[OrientedImage], out: Tensor) -> None:
+    """The same in plain torch, image by image; the kernel stays within one grey level of it."""
+    for image, target in zip(images, out, strict=True):
+        source = shown_pixels(image)
         if source.shape == target.shape:
             target.copy_(source)
             continue
@@ -82,9 +82,9 @@ def resize_pictures_reference(pictures: Sequence[StoredPicture], out: Tensor) ->
         target.copy_(levels[0].round_().permute(1, 2, 0))  # (1, 3, H, W) -> (H, W, 3)
 
 
-def shown_pixels(picture: StoredPicture) -> Tensor:
-    """(h, w, 3) as a viewer shows it; the picture's own memory where orientation allows."""
-    pixels, orientation = picture
+def shown_pixels(image: OrientedImage) -> Tensor:
+    """(h, w, 3) as a viewer shows it; the image's own memory where orientation allows."""
+    pixels, orientation = image
     reversed_axes = [
         axis for axis, reverse in enumerate((_ROWS_REVERSED, _COLUMNS_REVERSED)) if orientation in reverse
     ]
@@ -93,9 +93,9 @@ def shown_pixels(picture: StoredPicture) -> Tensor:
     return pixels.transpose(0, 1) if orientation in _TRANSPOSED else pixels
 
 
-def locate_pixels(picture: StoredPicture) -> PixelTable:
-    """Addresses that show the picture upright without moving a byte."""
-    pixels, orientation = picture
+def locate_pixels(image: OrientedImage) -> PixelTable:
+    """Addresses that show the image upright without moving a byte."""
+    pixels, orientation = image
     height, width, _ = pixels.shape
     row_stride, column_stride, channel_stride = pixels.stride()
     address = pixels.data_ptr()

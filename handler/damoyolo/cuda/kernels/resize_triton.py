@@ -1,4 +1,4 @@
-"""The kernel of `resize`: one launch for a whole batch of pictures of any sizes and layouts."""
+"""The kernel of `resize`: one launch for a whole batch of images of any sizes and layouts."""
 # Triton ships no types.
 # mypy: ignore-errors
 
@@ -24,13 +24,13 @@ def _resize_kernel(
     OUT_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # output pixels of one picture, row by row
-    picture = tl.program_id(1)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # output pixels of one image, row by row
+    image = tl.program_id(1)
     inside = index < OUT_HEIGHT * OUT_WIDTH
     y = index // OUT_WIDTH
     x = index % OUT_WIDTH
 
-    entry = table_ptr + picture * 6
+    entry = table_ptr + image * 6
     source = tl.load(entry).to(tl.pointer_type(tl.uint8))
     height = tl.load(entry + 1).to(tl.int32)
     width = tl.load(entry + 2).to(tl.int32)
@@ -38,7 +38,7 @@ def _resize_kernel(
     column_stride = tl.load(entry + 4)
     channel_stride = tl.load(entry + 5)
 
-    # (y + 1/2) * height / OUT_HEIGHT - 1/2 as a fraction of whole numbers: exact, so that a picture of the
+    # (y + 1/2) * height / OUT_HEIGHT - 1/2 as a fraction of whole numbers: exact, so that an image of the
     # same size has weights of exactly 0.
     y_numerator = tl.maximum((2 * y + 1) * height - OUT_HEIGHT, 0)
     x_numerator = tl.maximum((2 * x + 1) * width - OUT_WIDTH, 0)
@@ -53,7 +53,7 @@ def _resize_kernel(
     bottom_row = bottom * row_stride
     left_column = left * column_stride
     right_column = right * column_stride
-    target = out_ptr + picture.to(tl.int64) * (OUT_HEIGHT * OUT_WIDTH * 3) + index * 3
+    target = out_ptr + image.to(tl.int64) * (OUT_HEIGHT * OUT_WIDTH * 3) + index * 3
     for channel in tl.static_range(3):
         plane = source + channel * channel_stride
         top_left = tl.load(plane + (top_row + left_column), mask=inside, other=0).to(tl.float32)
@@ -66,11 +66,11 @@ def _resize_kernel(
         tl.store(target + channel, (level + 0.5).to(tl.int32).to(tl.uint8), mask=inside)
 
 
-def resize_pictures(table: Sequence[PixelTable], out: Tensor) -> None:
-    """See `resize.resize_pictures`; `table` has a row for each picture of `out`."""
+def resize_images(table: Sequence[PixelTable], out: Tensor) -> None:
+    """See `resize.resize_images`; `table` has a row for each image of `out`."""
     B, height, width, _ = out.shape
     if len(table) != B or out.dtype != torch.uint8 or not out.is_contiguous():
-        raise ValueError(f"{len(table)} pictures do not fit {out.dtype} {tuple(out.shape)}, {out.stride()}")
+        raise ValueError(f"{len(table)} images do not fit {out.dtype} {tuple(out.shape)}, {out.stride()}")
     # PyTorch's allocator of pinned memory does not reuse it before the copy has read it.
     rows = torch.tensor(table, dtype=torch.int64, pin_memory=out.is_cuda).to(out.device, non_blocking=True)
     with torch.cuda.device_of(out):

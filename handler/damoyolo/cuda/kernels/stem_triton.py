@@ -72,21 +72,21 @@ def focus_stem_kernel(
 ):
     dtype: tl.constexpr = output.dtype.element_ty
     odd = tl.program_id(0) % 2
-    picture = tl.program_id(2)
+    image = tl.program_id(2)
     m = tl.arange(0, BLOCK_X * BLOCK_Y)
     half_x = (tl.program_id(0) // 2) * BLOCK_X + m % BLOCK_X
     x = 2 * half_x + odd
     words_of_row = width * 3 // 4
 
     # A patch starts two pixels above and left of the 2x2 pixels of its output. Its words are numbered from
-    # the first of the picture; those left and right of the picture get a number far below any other.
+    # the first of the image; those left and right of the image get a number far below any other.
     word = tl.arange(0, 32)
     row = (2 * (m // BLOCK_X))[:, None] + (word // 5 - 2)[None, :]
     column = (half_x * 3 - 2 * (1 - odd))[:, None] + (word % 5)[None, :]
     in_columns = (column >= 0) & (column < words_of_row) & (word < 30)[None, :]
     first_index = tl.where(in_columns, row * words_of_row + column, OUTSIDE)
-    words_of_picture = (height * words_of_row).to(tl.uint32)
-    words += picture * height * words_of_row
+    words_of_image = (height * words_of_row).to(tl.uint32)
+    words += image * height * words_of_row
 
     weight_0 = load_weight(stem_weight, odd, 0, C1, BLOCK_C1)
     weight_1 = load_weight(stem_weight, odd, 1, C1, BLOCK_C1)
@@ -104,7 +104,7 @@ def focus_stem_kernel(
     for step in range(0, BLOCK_ROWS, BLOCK_Y):
         y = first_y + step + m // BLOCK_X
         index = first_index + 2 * (first_y + step) * words_of_row
-        inside = index.to(tl.uint32, bitcast=True) < words_of_picture  # and not negative
+        inside = index.to(tl.uint32, bitcast=True) < words_of_image  # and not negative
         patch = tl.load(words + index, mask=inside, other=0)
         sums = tl.dot(byte_as_float(patch, 0, dtype), weight_0)
         sums = tl.dot(byte_as_float(patch, 1, dtype), weight_1, sums)
@@ -113,7 +113,7 @@ def focus_stem_kernel(
         # Rounded between the two convolutions, as it would be if it went through memory.
         result = activated(sums + bias_1[None, :], ACTIVATION).to(dtype)
         exists = ((x < out_width) & (y < out_height))[:, None]
-        pixel = ((picture * out_height + y) * out_width + x)[:, None]
+        pixel = ((image * out_height + y) * out_width + x)[:, None]
         if C2 > 0:
             sums = tl.dot(result, second_weight)
             result = activated(sums + bias_2[None, :], ACTIVATION).to(dtype)

@@ -1,4 +1,4 @@
-"""A small network with the files that the engines open, on which all of them are tested alike."""
+"""A small network with the files that the backends open, on which all of them are tested alike."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def onnx_dir(network: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def open_engine(network: DamoYolo) -> Open:
-    """Opens an engine on a copy of the network; settings as keywords."""
+def open_golden_backend(network: DamoYolo) -> Open:
+    """Opens a backend on a copy of the network; settings as keywords."""
 
     def open_it(model_dir: Path | None = None, device: str = "cpu", **settings: object) -> Backend:
         config = ServingConfig.from_mapping({"variant": "T", "class_names": list(CLASS_NAMES), **settings})

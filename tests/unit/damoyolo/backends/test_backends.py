@@ -1,4 +1,4 @@
-"""Every engine: the values of plain PyTorch in every size, batch equals single, refusals with a way out."""
+"""Every backend: the values of plain PyTorch in every size, batch equals single, refusals with a way out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
 
-# Engine, precision, and whether the ONNX file of the archive is there.
+# Backend, precision, and whether the ONNX file of the archive is there.
 FLOAT32 = [
     ("pytorch", "fp32", False),
     ("onnxruntime", "fp32", True),
@@ -41,46 +41,46 @@ def pixels_of(batch_size: int, height: int, width: int) -> Tensor:
 
 
 def assert_near(
-    engine: Callable[[Tensor], object], network: DamoYolo, pixels: Tensor, tolerance: float
+    backend: Callable[[Tensor], object], network: DamoYolo, pixels: Tensor, tolerance: float
 ) -> None:
     """Scores within the tolerance of plain float32, boxes within fifty times as many pixels."""
     expected = decode_predictions(network(pixels.float()))
-    scores, boxes_xyxy = decode_predictions(engine(pixels))  # type: ignore[arg-type]
+    scores, boxes_xyxy = decode_predictions(backend(pixels))  # type: ignore[arg-type]
     torch.testing.assert_close(scores, expected[0], rtol=0, atol=tolerance)
     torch.testing.assert_close(boxes_xyxy, expected[1], rtol=0, atol=50 * tolerance)
 
 
 @pytest.mark.parametrize(("backend", "precision", "has_file"), FLOAT32)
 def test_float32_gives_the_values_of_plain_pytorch_in_every_size(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     network: DamoYolo,
     onnx_dir: Path,
     backend: str,
     precision: str,
     has_file: bool,
 ) -> None:
-    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
-    assert (engine.name, engine.precision, engine.device.type) == (backend, precision, "cpu")
+    backend = open_golden_backend(onnx_dir if has_file else None, backend=backend, precision=precision)
+    assert (backend.name, backend.precision, backend.device.type) == (backend, precision, "cpu")
     for size in SIZES:
-        assert_near(engine, network, pixels_of(*size), 1e-5)
+        assert_near(backend, network, pixels_of(*size), 1e-5)
 
 
 @pytest.mark.parametrize(("backend", "precision", "has_file"), BFLOAT16)
 def test_bfloat16_stays_near_it_and_is_not_float32_in_disguise(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     network: DamoYolo,
     onnx_dir: Path,
     backend: str,
     precision: str,
     has_file: bool,
 ) -> None:
-    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
-    assert engine.precision == precision
+    backend = open_golden_backend(onnx_dir if has_file else None, backend=backend, precision=precision)
+    assert backend.precision == precision
     pixels = pixels_of(2, 96, 128)
-    assert_near(engine, network, pixels, 2e-2)
+    assert_near(backend, network, pixels, 2e-2)
     if backend == "pytorch" or "BF16" in openvino_capabilities():
         with pytest.raises(AssertionError):
-            assert_near(engine, network, pixels, 1e-5)
+            assert_near(backend, network, pixels, 1e-5)
 
 
 def openvino_capabilities() -> list[str]:
@@ -89,15 +89,19 @@ def openvino_capabilities() -> list[str]:
 
 
 @pytest.mark.parametrize(("backend", "precision", "has_file"), FLOAT32)
-def test_a_batch_gives_what_each_picture_gives_alone_and_later_calls_leave_it_alone(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path, backend: str, precision: str, has_file: bool
+def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alone(
+    open_golden_backend: Callable[..., backends.Backend],
+    onnx_dir: Path,
+    backend: str,
+    precision: str,
+    has_file: bool,
 ) -> None:
-    engine = open_engine(onnx_dir if has_file else None, backend=backend, precision=precision)
+    backend = open_golden_backend(onnx_dir if has_file else None, backend=backend, precision=precision)
     pixels = pixels_of(3, 96, 64)
-    together = engine(pixels)
+    together = backend(pixels)
     kept = [level.clone() for level in together.class_logits]
     for index in range(3):
-        alone = engine(pixels[index : index + 1])
+        alone = backend(pixels[index : index + 1])
         for level, one in zip(together.distance_logits, alone.distance_logits, strict=True):
             torch.testing.assert_close(level[index : index + 1], one, rtol=1e-4, atol=1e-4)
     assert all(map(torch.equal, together.class_logits, kept))
@@ -111,7 +115,7 @@ def test_a_batch_gives_what_each_picture_gives_alone_and_later_calls_leave_it_al
         ("S", "openvino", True),
     ],
 )
-def test_the_golden_outputs_come_from_every_engine(
+def test_the_golden_outputs_come_from_every_backend(
     name: str,
     backend: str,
     has_file: bool,
@@ -125,32 +129,32 @@ def test_the_golden_outputs_come_from_every_engine(
         variant=name, class_names=tuple(map(str, range(80))), backend=backend, precision="fp32"
     )
     folder = golden_onnx_dir(name) if has_file else None
-    engine = backends.open_backend(golden_model(name, True), config, torch.device("cpu"), folder)
-    scores, boxes_xyxy = decode_predictions(engine(golden_images(name).to(torch.uint8)))
+    backend = backends.open_backend(golden_model(name, True), config, torch.device("cpu"), folder)
+    scores, boxes_xyxy = decode_predictions(backend(golden_images(name).to(torch.uint8)))
     assert golden.check((scores, boxes_xyxy), model_dir / f"golden_{name}.npz")
 
 
 @pytest.mark.parametrize(("in_hardware", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_is_openvino_and_bfloat16_only_where_the_cpu_computes_it(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     onnx_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     in_hardware: bool,
     expected: str,
 ) -> None:
     monkeypatch.setattr(openvino_backend, "cpu_computes_bf16", lambda: in_hardware)
-    engine = open_engine(onnx_dir)
-    assert (engine.name, engine.precision) == ("openvino", expected)
+    backend = open_golden_backend(onnx_dir)
+    assert (backend.name, backend.precision) == ("openvino", expected)
 
 
 def test_auto_without_openvino_is_pytorch_and_says_so(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert open_engine(precision="fp32").name == "pytorch"
+        assert open_golden_backend(precision="fp32").name == "pytorch"
     assert "openvino is not installed" in caplog.text
 
 
@@ -162,7 +166,7 @@ def test_auto_takes_pytorch_for_what_only_pytorch_computes_and_on_a_gpu() -> Non
 
 @pytest.mark.parametrize(("backend", "library"), [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
 def test_a_missing_library_is_refused_with_what_to_install(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     onnx_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
@@ -172,28 +176,28 @@ def test_a_missing_library_is_refused_with_what_to_install(
     with pytest.raises(
         ConfigError, match=rf"backend is '{backend}'.*pip install {library}, or set backend to"
     ):
-        open_engine(onnx_dir, backend=backend)
+        open_golden_backend(onnx_dir, backend=backend)
 
 
 @pytest.mark.parametrize(
     ("backend", "accepted"), [("openvino", "auto, fp32, bf16"), ("onnxruntime", "auto and fp32")]
 )
-def test_a_precision_that_an_engine_lacks_is_refused(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path, backend: str, accepted: str
+def test_a_precision_that_a_backend_lacks_is_refused(
+    open_golden_backend: Callable[..., backends.Backend], onnx_dir: Path, backend: str, accepted: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"'fp16'; accepted with backend {backend} are {accepted}"):
-        open_engine(onnx_dir, backend=backend, precision="fp16")
+        open_golden_backend(onnx_dir, backend=backend, precision="fp16")
 
 
-def test_an_engine_that_cannot_run_is_refused(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path
+def test_a_backend_that_cannot_run_is_refused(
+    open_golden_backend: Callable[..., backends.Backend], onnx_dir: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"holds no damoyolo\.onnx; build it with --backend onnxruntime"):
-        open_engine(backend="onnxruntime")
+        open_golden_backend(backend="onnxruntime")
     with pytest.raises(ConfigError, match="runs on a CPU, not on cuda"):
-        open_engine(backend="openvino", device="cuda")
+        open_golden_backend(backend="openvino", device="cuda")
     with pytest.raises(ConfigError, match="backend is 'caffe'; accepted are auto, pytorch"):
-        open_engine(backend="caffe")
+        open_golden_backend(backend="caffe")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -210,7 +214,7 @@ def test_an_engine_that_cannot_run_is_refused(
     ],
 )
 def test_a_file_of_another_network_is_refused(
-    open_engine: Callable[..., backends.Backend],
+    open_golden_backend: Callable[..., backends.Backend],
     onnx_dir: Path,
     tmp_path: Path,
     backend: str,
@@ -224,38 +228,38 @@ def test_a_file_of_another_network_is_refused(
         onnx.helper.set_model_props(written, {**metadata, **change})
     onnx.save(written, tmp_path / ONNX_FILE)
     with pytest.raises(ConfigError, match=mentions):
-        open_engine(tmp_path, backend=backend, precision="fp32")
+        open_golden_backend(tmp_path, backend=backend, precision="fp32")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_a_damaged_file_is_refused(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
+    open_golden_backend: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
 ) -> None:
     (tmp_path / ONNX_FILE).write_bytes((onnx_dir / ONNX_FILE).read_bytes()[:5000])
     with pytest.raises(ConfigError, match=rf"damoyolo\.onnx cannot be (opened|read) by {backend}"):
-        open_engine(tmp_path, backend=backend)
+        open_golden_backend(tmp_path, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_a_quantised_file_says_so_of_the_engine(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
+def test_a_quantised_file_says_so_of_the_backend(
+    open_golden_backend: Callable[..., backends.Backend], onnx_dir: Path, tmp_path: Path, backend: str
 ) -> None:
     written = onnx.load(onnx_dir / ONNX_FILE)
     for entry in written.metadata_props:
         if entry.key == "precision":
             entry.value = "int8"
     onnx.save(written, tmp_path / ONNX_FILE)
-    assert open_engine(tmp_path, backend=backend).precision == "int8"
+    assert open_golden_backend(tmp_path, backend=backend).precision == "int8"
 
 
-def test_the_engines_take_as_many_threads_as_pytorch_has(
-    open_engine: Callable[..., backends.Backend], onnx_dir: Path
+def test_the_backends_take_as_many_threads_as_pytorch_has(
+    open_golden_backend: Callable[..., backends.Backend], onnx_dir: Path
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        openvino = open_engine(onnx_dir, backend="openvino")
-        onnxruntime = open_engine(onnx_dir, backend="onnxruntime")
+        openvino = open_golden_backend(onnx_dir, backend="openvino")
+        onnxruntime = open_golden_backend(onnx_dir, backend="onnxruntime")
     finally:
         torch.set_num_threads(before)
     compiled = openvino.request.get_compiled_model()  # type: ignore[attr-defined]

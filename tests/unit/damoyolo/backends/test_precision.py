@@ -35,8 +35,8 @@ def pixels(device: torch.device) -> Tensor:
 
 def check_precision(model: DamoYolo, device: torch.device, precision: str) -> None:
     reference = decode_predictions(model(pixels(CPU).float()))
-    engine = PyTorchBackend(copy.deepcopy(model), device, precision)
-    scores, boxes_xyxy = decode_predictions(engine(pixels(device)))
+    backend = PyTorchBackend(copy.deepcopy(model), device, precision)
+    scores, boxes_xyxy = decode_predictions(backend(pixels(device)))
     assert scores.dtype == boxes_xyxy.dtype == torch.float32
     tolerance = SCORE_TOLERANCE[precision]
     torch.testing.assert_close(scores.cpu(), reference[0], rtol=0, atol=tolerance)

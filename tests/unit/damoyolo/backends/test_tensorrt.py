@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.tensorrt.builder import EngineRequest, build_engine, read_onnx
 
-from damoyolo.backends.onnx_metadata import facts_of
+from damoyolo.backends.onnx_metadata import metadata_of
 from damoyolo.backends.tensorrt import Gpu, TensorRTBackend, import_tensorrt
 from damoyolo.backends.tensorrt_metadata import ENGINE_FILE, METADATA_FILE, BatchRange, EngineMetadata
 from damoyolo.config import ServingConfig
@@ -46,7 +46,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, model: DamoYolo) -> None:
 
 @pytest.fixture
 def built(tmp_path: Path, model: DamoYolo) -> Built:
-    path = write_onnx(tmp_path / "network.onnx", facts_of(model, NAMES))
+    path = write_onnx(tmp_path / "network.onnx", metadata_of(model, NAMES))
     request = EngineRequest(
         read_onnx(path),
         batch_ranges=(BatchRange(1, 1), BatchRange(2, 4)),

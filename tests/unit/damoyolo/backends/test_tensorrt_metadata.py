@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from damoyolo.backends.onnx_metadata import OnnxFacts, facts_of
+from damoyolo.backends.onnx_metadata import OnnxMetadata, metadata_of
 from damoyolo.backends.tensorrt_metadata import (
     BatchRange,
     EngineMetadata,
@@ -31,7 +31,7 @@ def model() -> DamoYolo:
     return build_model(VARIANTS["Ns"], 2, folded=True)
 
 
-def described(facts: OnnxFacts) -> EngineMetadata:
+def described(facts: OnnxMetadata) -> EngineMetadata:
     return EngineMetadata(
         machine=HERE,
         network=dataclasses.replace(facts, precision="fp16"),
@@ -45,7 +45,7 @@ def described(facts: OnnxFacts) -> EngineMetadata:
 
 @pytest.fixture
 def metadata(model: DamoYolo) -> EngineMetadata:
-    return described(facts_of(model, NAMES))
+    return described(metadata_of(model, NAMES))
 
 
 def test_what_was_written_is_read_back(metadata: EngineMetadata, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_settings_of_another_network_are_refused(
 
 
 def test_an_engine_of_other_weights_is_refused(model: DamoYolo) -> None:
-    foreign = described(dataclasses.replace(facts_of(model, NAMES), weights_digest="0" * 64))
+    foreign = described(dataclasses.replace(metadata_of(model, NAMES), weights_digest="0" * 64))
     with pytest.raises(ConfigError, match="weights_digest 0000"):
         foreign.require_network(model, ServingConfig(variant="Ns", class_names=NAMES), (640, 640))
 

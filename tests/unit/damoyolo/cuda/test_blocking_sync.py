@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from damoyolo.cuda.blocking_sync import sleep_while_waiting
+from damoyolo.cuda.blocking_sync import enable_blocking_sync
 
 
 class FakeDriver:
@@ -33,7 +33,7 @@ class FakeDriver:
 def test_the_driver_is_asked_for_the_worker_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert sleep_while_waiting(torch.device("cuda", 3))
+    assert enable_blocking_sync(torch.device("cuda", 3))
     assert driver.calls == [("init", 0), ("device", 3), ("flags", 4)]
 
 
@@ -42,7 +42,7 @@ def test_a_driver_that_refuses_costs_a_warning(
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(answer=100))
     with caplog.at_level(logging.WARNING):
-        assert not sleep_while_waiting(torch.device("cuda"))
+        assert not enable_blocking_sync(torch.device("cuda"))
     assert "refused" in caplog.text
 
 
@@ -54,5 +54,5 @@ def test_a_machine_without_driver_costs_a_warning(
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with caplog.at_level(logging.WARNING):
-        assert not sleep_while_waiting(torch.device("cuda"))
+        assert not enable_blocking_sync(torch.device("cuda"))
     assert "libcuda.so.1" in caplog.text

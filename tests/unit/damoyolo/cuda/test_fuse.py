@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from damoyolo.cuda import fuse as rewrites
-from damoyolo.cuda.fuse import RewriteOptions, focus_weight_on_pixels, merge_convs, rewrite
+from damoyolo.cuda import fuse as fusions
+from damoyolo.cuda.fuse import FuseOptions, focus_weight_on_pixels, fuse, merge_convs
 from damoyolo.cuda.kernels import Activation, pixel_stride
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
 from damoyolo.model.damoyolo import DamoYolo, build_model
@@ -24,16 +24,16 @@ from damoyolo.model.variants import VARIANTS
 from damoyolo.structures import RawPredictions
 
 TOLERANCE = 1e-4  # of a tensor's largest value, in float32
-REWRITES = [field.name for field in dataclasses.fields(RewriteOptions)]
-NONE = RewriteOptions(**dict.fromkeys(REWRITES, False))
+REWRITES = [field.name for field in dataclasses.fields(FuseOptions)]
+NONE = FuseOptions(**dict.fromkeys(REWRITES, False))
 FAMILIES = ["S", "T", "M", "Ns"]
 CLASSES = 3
 
 
-def only(name: str) -> RewriteOptions:
+def only(name: str) -> FuseOptions:
     """One rewrite; or "none" of them, or "all"."""
     if name == "all":
-        return RewriteOptions()
+        return FuseOptions()
     return NONE if name == "none" else dataclasses.replace(NONE, **{name: True})
 
 
@@ -71,35 +71,35 @@ def largest_difference(found: RawPredictions, expected: RawPredictions) -> float
     return max(((a.cpu().float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("rewritten", ["none", *REWRITES, "all"])
+@pytest.mark.parametrize("fused", ["none", *REWRITES, "all"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_rewrite_alone_and_all_together_give_the_values_of_the_plain_network(
-    name: str, rewritten: str
+    name: str, fused: str
 ) -> None:
     expected = plain_predictions(name)
     for tensor in [*expected[0], *expected[1]]:  # of which the pixels decide a good part
         assert tensor.std(dim=(0, 2, 3)).mean() > 100 * TOLERANCE * tensor.abs().max()
-    found = rewrite(make_model(name), only(rewritten))(make_pixels())
+    found = fuse(make_model(name), only(fused))(make_pixels())
     assert largest_difference(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["L", "N"])
 def test_variants_with_more_blocks_or_another_stem_agree_as_well(name: str) -> None:
-    assert largest_difference(rewrite(make_model(name))(make_pixels()), plain_predictions(name)) < TOLERANCE
+    assert largest_difference(fuse(make_model(name))(make_pixels()), plain_predictions(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rewritten", ["none", "all"])
-def test_pixels_of_any_type_and_layout_give_the_same(rewritten: str) -> None:
-    model, expected = rewrite(make_model("T"), only(rewritten)), plain_predictions("T")
+@pytest.mark.parametrize("fused", ["none", "all"])
+def test_pixels_of_any_type_and_layout_give_the_same(fused: str) -> None:
+    model, expected = fuse(make_model("T"), only(fused)), plain_predictions("T")
     for pixels in (make_pixels().contiguous(), make_pixels().float(), make_pixels().double().contiguous()):
         assert largest_difference(model(pixels), expected) < TOLERANCE
     between = make_pixels().float() + 0.4
     assert largest_difference(model(between), make_model("T")(between)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rewritten", ["none", "all"])
-def test_a_rewritten_network_can_be_converted(rewritten: str) -> None:
-    model = rewrite(make_model("T"), only(rewritten)).to(torch.bfloat16)
+@pytest.mark.parametrize("fused", ["none", "all"])
+def test_a_rewritten_network_can_be_converted(fused: str) -> None:
+    model = fuse(make_model("T"), only(fused)).to(torch.bfloat16)
     found = model(make_pixels())
     assert {tensor.dtype for level in found for tensor in level} == {torch.bfloat16}
     assert largest_difference(found, plain_predictions("T")) < 0.1
@@ -108,8 +108,8 @@ def test_a_rewritten_network_can_be_converted(rewritten: str) -> None:
 def test_the_network_itself_is_left_alone() -> None:
     model = copy.deepcopy(make_model("T"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rewritten = rewrite(model)
-    for tensor in rewritten.state_dict().values():
+    fused = fuse(model)
+    for tensor in fused.state_dict().values():
         tensor.zero_()
     after = model.state_dict()
     assert list(after) == list(before)
@@ -118,11 +118,11 @@ def test_the_network_itself_is_left_alone() -> None:
 
 def test_a_network_as_trained_is_refused() -> None:
     with pytest.raises(ValueError, match="folded=True"):
-        rewrite(build_model(VARIANTS["Ns"], CLASSES))
+        fuse(build_model(VARIANTS["Ns"], CLASSES))
 
 
 @pytest.mark.parametrize(
-    ("rewritten", "replaced"),
+    ("fused", "replaced"),
     [
         ("stem", Focus),
         ("pooling", SpatialPyramidPooling),
@@ -132,17 +132,17 @@ def test_a_network_as_trained_is_refused() -> None:
 )
 @pytest.mark.parametrize("name", ["S", "M"])
 def test_a_rewrite_replaces_its_blocks_and_no_other_does(
-    name: str, rewritten: str, replaced: type[nn.Module]
+    name: str, fused: str, replaced: type[nn.Module]
 ) -> None:
     for option in REWRITES:
-        kinds = {type(module) for module in rewrite(make_model(name), only(option)).modules()}
-        assert (replaced in kinds) == (option != rewritten)
+        kinds = {type(module) for module in fuse(make_model(name), only(option)).modules()}
+        assert (replaced in kinds) == (option != fused)
 
 
 @pytest.mark.parametrize("name", ["S", "M"])
 def test_no_convolution_of_torch_is_left_but_the_depthwise_ones_of_the_mobile_variants(name: str) -> None:
-    assert not any(isinstance(module, nn.Conv2d) for module in rewrite(make_model(name)).modules())
-    left = [module for module in rewrite(make_model("Ns")).modules() if isinstance(module, nn.Conv2d)]
+    assert not any(isinstance(module, nn.Conv2d) for module in fuse(make_model(name)).modules())
+    left = [module for module in fuse(make_model("Ns")).modules() if isinstance(module, nn.Conv2d)]
     assert left
     assert all(conv.groups == conv.in_channels for conv in left)
 
@@ -170,8 +170,8 @@ def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(
         calls.append(upsampled)
         return pointwise_conv(inputs, weight, bias, activation, upsampled, out_channels)
 
-    monkeypatch.setattr(rewrites, "pointwise_conv", checked)
-    model = rewrite(make_model(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    monkeypatch.setattr(fusions, "pointwise_conv", checked)
+    model = fuse(make_model(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model(make_pixels())
     assert calls.count((False, False, True)) == calls.count((False, True)) == 1
     assert len(calls) >= 11
@@ -197,7 +197,7 @@ def test_merged_convolutions_give_both_outputs_and_then_zeros(kernel_size: int) 
 
 
 def test_the_predictions_of_a_level_are_views_of_one_tensor_with_channels_in_eights() -> None:
-    class_logits, distance_logits = rewrite(make_model("S"))(make_pixels())
+    class_logits, distance_logits = fuse(make_model("S"))(make_pixels())
     for classes, distances in zip(class_logits, distance_logits, strict=True):
         assert classes.untyped_storage().data_ptr() == distances.untyped_storage().data_ptr()
         assert (classes.shape[1], distances.shape[1]) == (CLASSES, 68)
@@ -211,20 +211,20 @@ def on_cuda(model: nn.Module, dtype: torch.dtype) -> Any:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("name", "rewritten", "dtype"),
+    ("name", "fused", "dtype"),
     [
-        *[("S", rewritten, torch.float16) for rewritten in ("none", *REWRITES, "all")],
+        *[("S", fused, torch.float16) for fused in ("none", *REWRITES, "all")],
         *[("S", "all", dtype) for dtype in (torch.float32, torch.bfloat16)],
         *[(name, "all", torch.float16) for name in ("T", "M", "L", "Ns", "N")],
     ],
 )
 @torch.inference_mode()
 def test_rewrites_agree_with_the_plain_network_on_a_gpu(
-    name: str, rewritten: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, fused: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     expected, pixels = plain_predictions(name), make_pixels().cuda()
-    found = on_cuda(rewrite(make_model(name), only(rewritten)), dtype)(pixels)
+    found = on_cuda(fuse(make_model(name), only(fused)), dtype)(pixels)
     plain = on_cuda(copy.deepcopy(make_model(name)), dtype)(
         pixels.to(dtype, memory_format=torch.channels_last)
     )
@@ -237,7 +237,7 @@ def test_rewrites_agree_with_the_plain_network_on_a_gpu(
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_a_cuda_graph_of_a_rewritten_network_replays_its_values(name: str) -> None:
-    model = on_cuda(rewrite(make_model(name)), torch.float16)
+    model = on_cuda(fuse(make_model(name)), torch.float16)
     pixels = torch.zeros_like(make_pixels(), device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

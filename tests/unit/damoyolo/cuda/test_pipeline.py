@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 
+from damoyolo.cuda.pipeline import GraphPipeline
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
+from damoyolo.pipeline import EagerPipeline
 from damoyolo.structures import DetectionOptions, Detections
 
 pytestmark = [
@@ -47,7 +49,7 @@ def detector_with(model_dir: Path, **changes: object) -> Detector:
 @pytest.fixture(scope="module")
 def plain(model_dir: Path) -> Iterator[Detector]:
     detector = detector_with(model_dir, cuda_graphs=False)
-    assert detector.pipeline is None
+    assert isinstance(detector.pipeline, EagerPipeline)
     yield detector
     detector.close()
 
@@ -55,13 +57,13 @@ def plain(model_dir: Path) -> Iterator[Detector]:
 @pytest.fixture(scope="module")
 def recorded(model_dir: Path) -> Iterator[Detector]:
     detector = detector_with(model_dir)
-    assert detector.pipeline is not None
+    assert isinstance(detector.pipeline, GraphPipeline)
     yield detector
     detector.close()
 
 
 @pytest.fixture(scope="module")
-def pictures(project_dir: Path) -> list[bytes]:
+def images(project_dir: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
 
 
@@ -83,10 +85,10 @@ def assert_close(found: object, expected: object, score_threshold: float) -> Non
 
 
 def test_every_batch_size_finds_what_the_plain_detector_finds(
-    recorded: Detector, plain: Detector, pictures: list[bytes]
+    recorded: Detector, plain: Detector, images: list[bytes]
 ) -> None:
     for batch_size in (1, 2, 3, 4, 5, 9, 1):  # exact, padded, and cut up
-        batch = [pictures[index % 3] for index in range(batch_size)]
+        batch = [images[index % 3] for index in range(batch_size)]
         options = [plain.config.default_options()] * batch_size
         outcomes = recorded.detect(batch, options)
         for found, expected in zip(outcomes, plain.detect(batch, options), strict=True):
@@ -95,14 +97,14 @@ def test_every_batch_size_finds_what_the_plain_detector_finds(
             assert_close(found, expected, 0.25)
 
 
-def test_options_differ_within_a_batch(recorded: Detector, plain: Detector, pictures: list[bytes]) -> None:
+def test_options_differ_within_a_batch(recorded: Detector, plain: Detector, images: list[bytes]) -> None:
     options = [
         DetectionOptions(0.5, 0.45, 300),
         DetectionOptions(0.05, 0.9, 300),
         DetectionOptions(0.25, 0.45, 3, class_ids=(1,)),
         DetectionOptions(0.05, 0.1, 300, class_agnostic=True),
     ]
-    batch = [*pictures, pictures[0]]
+    batch = [*images, images[0]]
     outcomes = recorded.detect(batch, options)
     for found, expected, asked in zip(outcomes, plain.detect(batch, options), options, strict=True):
         assert isinstance(found, Detections)
@@ -116,10 +118,10 @@ def test_options_differ_within_a_batch(recorded: Detector, plain: Detector, pict
 
 
 def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(
-    recorded: Detector, plain: Detector, pictures: list[bytes]
+    recorded: Detector, plain: Detector, images: list[bytes]
 ) -> None:
     options = [DetectionOptions(0.0005, 0.7, 1000), plain.config.default_options()]
-    batch = pictures[:2]
+    batch = images[:2]
     for found, expected, asked in zip(
         recorded.detect(batch, options), plain.detect(batch, options), options, strict=True
     ):
@@ -131,14 +133,14 @@ def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(
 
 
 def test_a_corrupt_neighbour_and_other_formats_share_a_recorded_batch(
-    recorded: Detector, plain: Detector, pictures: list[bytes]
+    recorded: Detector, plain: Detector, images: list[bytes]
 ) -> None:
     from PIL import Image
 
     from doubles.answers import encode
 
     png = encode(Image.linear_gradient("L").convert("RGB"), "PNG")
-    batch = [pictures[0], pictures[1][:5000], png, b"nothing", pictures[2]]
+    batch = [images[0], images[1][:5000], png, b"nothing", images[2]]
     options = [plain.config.default_options()] * len(batch)
     outcomes = recorded.detect(batch, options)
     for found, expected in zip(outcomes, plain.detect(batch, options), strict=True):
@@ -148,13 +150,11 @@ def test_a_corrupt_neighbour_and_other_formats_share_a_recorded_batch(
 
 
 def test_a_detector_without_gpu_jpeg_decoding_finds_the_same(
-    model_dir: Path, plain: Detector, pictures: list[bytes]
+    model_dir: Path, plain: Detector, images: list[bytes]
 ) -> None:
     detector = detector_with(model_dir, gpu_jpeg_decoding=False)
     options = [plain.config.default_options()] * 3
-    for found, expected in zip(
-        detector.detect(pictures, options), plain.detect(pictures, options), strict=True
-    ):
+    for found, expected in zip(detector.detect(images, options), plain.detect(images, options), strict=True):
         assert isinstance(found, Detections)
         assert isinstance(expected, Detections)
         assert abs(len(found) - len(expected)) <= 1

@@ -320,9 +320,9 @@ def test_a_corrupt_neighbour_costs_only_itself(
 ) -> None:
     good = [encode(make_pixels(40, 50, seed)) for seed in range(3)]
     alone = [preprocessor.prepare([encoded]).pixels[0] for encoded in good]
-    pictures = [b"", good[0], corrupt_jpeg(), good[1], PLAIN[:-100], good[2], b"%PDF"]
+    images = [b"", good[0], corrupt_jpeg(), good[1], PLAIN[:-100], good[2], b"%PDF"]
     with caplog.at_level(logging.WARNING):
-        batch = preprocessor.prepare(pictures)
+        batch = preprocessor.prepare(images)
     assert decoder.refused == 1
     assert "refused a batch of 4" in caplog.text
     assert batch.slots == [1, 3, 5]
@@ -337,7 +337,7 @@ def test_a_corrupt_neighbour_costs_only_itself(
 
 def test_errors_read_as_those_of_the_plain_way(plain_preprocessor: ImagePreprocessor) -> None:
     config = ServingConfig(image_formats=("PNG",), max_image_pixels=2000, max_image_bytes=4000)
-    pictures = [
+    images = [
         PLAIN,
         encode(make_pixels(200, 200), "PNG"),
         bytes(5000),
@@ -346,7 +346,7 @@ def test_errors_read_as_those_of_the_plain_way(plain_preprocessor: ImagePreproce
     ]
     ways = [DevicePreprocessor(config, INPUT_SIZE_HW, CPU), ImagePreprocessor(config, INPUT_SIZE_HW, CPU)]
     found, expected = [
-        {slot: (type(error), str(error)) for slot, error in way.prepare(pictures).errors.items()}
+        {slot: (type(error), str(error)) for slot, error in way.prepare(images).errors.items()}
         for way in ways
     ]
     for way in ways:
@@ -376,7 +376,7 @@ def test_the_limits_hold_on_the_way_of_the_device(
 
 @pytest.mark.parametrize("encoded_images", [[], [b"bad"], [b"bad", b"", corrupt_jpeg()]])
 @pytest.mark.parametrize("into_buffer", [False, True])
-def test_an_empty_batch_and_one_of_bad_pictures_only_work(
+def test_an_empty_batch_and_one_of_bad_images_only_work(
     preprocessor: DevicePreprocessor, encoded_images: list[bytes], into_buffer: bool
 ) -> None:
     out = network_input(4) if into_buffer else None
@@ -400,7 +400,7 @@ def test_a_decoder_that_finds_another_size_is_not_believed(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
-def test_a_lack_of_memory_and_a_lost_device_are_no_fault_of_the_pictures(
+def test_a_lack_of_memory_and_a_lost_device_are_no_fault_of_the_images(
     preprocessor: DevicePreprocessor, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def fail(*_: object) -> None:
@@ -490,7 +490,7 @@ def on_cpu() -> Iterator[ImagePreprocessor]:
 def smears(project_dir: Path) -> list[bytes]:
     encoded = [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
     assert len(encoded) == 3
-    assert all(read_plain_jpeg_header(picture) for picture in encoded)
+    assert all(read_plain_jpeg_header(image) for image in encoded)
     return encoded
 
 
@@ -500,7 +500,7 @@ def level_difference(found: Tensor, expected: Tensor) -> Tensor:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_gpu_decodes_real_pictures_as_the_cpu_does(
+def test_a_gpu_decodes_real_images_as_the_cpu_does(
     on_device: DevicePreprocessor,
     on_cpu: ImagePreprocessor,
     smears: list[bytes],
@@ -544,7 +544,7 @@ def test_a_gpu_decodes_every_plain_kind(
     batch, expected = on_device.prepare([encoded] * 3), on_cpu.prepare([encoded] * 3)
     assert caplog.text == ""
     assert batch.image_sizes_hw == expected.image_sizes_hw
-    # In the smallest picture a repeated chroma value reaches far.
+    # In the smallest image a repeated chroma value reaches far.
     tolerance_levels = 12 if expected.image_sizes_hw[0] == (7, 9) else 2
     assert level_difference(batch.pixels, expected.pixels).mean() < tolerance_levels
     assert torch.equal(batch.pixels[0], batch.pixels[2])
@@ -555,14 +555,14 @@ def test_a_gpu_decodes_every_plain_kind(
 def test_a_gpu_takes_mixed_kinds_and_survives_a_corrupt_one(
     on_device: DevicePreprocessor, on_cpu: ImagePreprocessor, smears: list[bytes]
 ) -> None:
-    pictures = [*MIXED, corrupt_jpeg(), b"bad", *smears]
+    images = [*MIXED, corrupt_jpeg(), b"bad", *smears]
     for _ in range(3):  # the decoder must recover from each refusal
-        batch, expected = on_device.prepare(pictures), on_cpu.prepare(pictures)
+        batch, expected = on_device.prepare(images), on_cpu.prepare(images)
         assert batch.slots == expected.slots
         assert {slot: str(error) for slot, error in batch.errors.items()} == {
             slot: str(error) for slot, error in expected.errors.items()
         }
-        # Repeated chroma values differ by up to 2 levels on average in the small pictures of steep colours.
+        # Repeated chroma values differ by up to 2 levels on average in the small images of steep colours.
         assert level_difference(batch.pixels, expected.pixels).mean(dim=(1, 2, 3)).max() < 4
         again = on_device.prepare(smears)
         assert again.slots == [0, 1, 2]
@@ -571,7 +571,7 @@ def test_a_gpu_takes_mixed_kinds_and_survives_a_corrupt_one(
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_scan_of_noise_costs_a_gpu_nothing_but_that_picture(
+def test_a_scan_of_noise_costs_a_gpu_nothing_but_that_image(
     on_device: DevicePreprocessor, on_cpu: ImagePreprocessor, smears: list[bytes]
 ) -> None:
     dice = random.Random(5)
@@ -628,11 +628,11 @@ def test_what_the_gpu_has_yet_to_read_is_not_decoded_over(
 def test_memory_of_the_gpu_does_not_grow(
     on_device: DevicePreprocessor, device: torch.device, smears: list[bytes]
 ) -> None:
-    pictures = [*smears, encode(make_pixels(50, 60), "PNG")] * 8
+    images = [*smears, encode(make_pixels(50, 60), "PNG")] * 8
     out = torch.zeros(32, 640, 640, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     free_bytes = []
     for _ in range(60):
-        on_device.prepare(pictures, out)
+        on_device.prepare(images, out)
         torch.cuda.synchronize(device)
         free_bytes.append(torch.cuda.mem_get_info(device)[0])
     assert free_bytes[-1] >= free_bytes[20] - 2**20

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from damoyolo.cuda.startup_lock import turn_on_device
+from damoyolo.cuda.startup_lock import exclusive_device_lock
 
 CUDA = torch.device("cuda", 1)
 # Says "in", waits for a line, and leaves; the other process is inside in the meantime or it is not.
 OTHER = """
 import sys, torch
-from damoyolo.cuda.startup_lock import turn_on_device
+from damoyolo.cuda.startup_lock import exclusive_device_lock
 print("waiting", flush=True)
-with turn_on_device(torch.device("cuda", int(sys.argv[1]))):
+with exclusive_device_lock(torch.device("cuda", int(sys.argv[1]))):
     print("in", flush=True)
     sys.stdin.readline()
 """
@@ -54,7 +54,7 @@ def let_leave(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_second_worker_waits_for_the_first(temporary_dir: Path) -> None:
-    with turn_on_device(CUDA):
+    with exclusive_device_lock(CUDA):
         other = start_other(1)
         assert other.stdout is not None
         assert select.select([other.stdout], [], [], 1.0)[0] == []  # it has not said "in"
@@ -64,7 +64,7 @@ def test_a_second_worker_waits_for_the_first(temporary_dir: Path) -> None:
 
 
 def test_workers_of_another_device_do_not_wait(temporary_dir: Path) -> None:
-    with turn_on_device(CUDA):
+    with exclusive_device_lock(CUDA):
         let_leave(start_other(0))
 
 
@@ -74,10 +74,10 @@ def test_a_turn_ends_with_the_process_that_has_it(temporary_dir: Path) -> None:
     assert other.stdout.readline() == "in\n"
     other.kill()
     other.communicate(timeout=60)
-    with turn_on_device(CUDA):
+    with exclusive_device_lock(CUDA):
         pass
 
 
 def test_nobody_waits_on_a_cpu(temporary_dir: Path) -> None:
-    with turn_on_device(torch.device("cpu")):
+    with exclusive_device_lock(torch.device("cpu")):
         assert list(temporary_dir.iterdir()) == []

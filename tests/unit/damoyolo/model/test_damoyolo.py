@@ -76,7 +76,7 @@ def test_each_variant_predicts_three_levels_of_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["S", "Ns"])
-def test_a_batch_gives_what_each_picture_gives_alone(
+def test_a_batch_gives_what_each_image_gives_alone(
     name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
 ) -> None:
     model = golden_model(name, True)

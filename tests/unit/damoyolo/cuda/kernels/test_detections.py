@@ -122,20 +122,20 @@ def reference(
 def assert_same(got: Sequence[Detections], wanted: Sequence[Detections]) -> None:
     """The same detections; exponentials and the order of their sums may differ in the last digits."""
     assert len(got) == len(wanted)
-    for got_picture, wanted_picture in zip(got, wanted, strict=True):
-        assert got_picture.image_size_hw == wanted_picture.image_size_hw
-        np.testing.assert_array_equal(got_picture.class_ids, wanted_picture.class_ids)
-        np.testing.assert_allclose(got_picture.scores, wanted_picture.scores, rtol=1e-6, atol=0)
-        np.testing.assert_allclose(got_picture.boxes_xyxy, wanted_picture.boxes_xyxy, rtol=2e-6, atol=1e-3)
-        assert got_picture.boxes_xyxy.dtype == got_picture.scores.dtype == np.float32
-        assert got_picture.class_ids.dtype == np.int64
+    for got_image, wanted_image in zip(got, wanted, strict=True):
+        assert got_image.image_size_hw == wanted_image.image_size_hw
+        np.testing.assert_array_equal(got_image.class_ids, wanted_image.class_ids)
+        np.testing.assert_allclose(got_image.scores, wanted_image.scores, rtol=1e-6, atol=0)
+        np.testing.assert_allclose(got_image.boxes_xyxy, wanted_image.boxes_xyxy, rtol=2e-6, atol=1e-3)
+        assert got_image.boxes_xyxy.dtype == got_image.scores.dtype == np.float32
+        assert got_image.class_ids.dtype == np.int64
 
 
 @pytest.mark.parametrize(
     ("num_classes", "score_threshold", "dtype"),
     [(5, 0.75, torch.float32), (5, 0.75, torch.bfloat16), (80, 0.95, torch.float16)],
 )
-def test_each_picture_gets_what_the_reference_gives_it(
+def test_each_image_gets_what_the_reference_gives_it(
     kernel_device: torch.device, num_classes: int, score_threshold: float, dtype: torch.dtype
 ) -> None:
     raw = random_predictions(kernel_device, batch_size=8, num_classes=num_classes, dtype=dtype)
@@ -164,7 +164,7 @@ def test_any_strides_will_do(kernel_device: torch.device) -> None:
         assert_same(run(made_for(raw), raw, [PLAIN] * 2), wanted)
 
 
-def test_pictures_that_outgrow_the_buffers_get_the_same_result(kernel_device: torch.device) -> None:
+def test_images_that_outgrow_the_buffers_get_the_same_result(kernel_device: torch.device) -> None:
     raw = random_predictions(kernel_device, batch_size=5, num_classes=5)
     many = dataclasses.replace(PLAIN, score_threshold=0.5)
     few = dataclasses.replace(PLAIN, score_threshold=0.9)
@@ -177,7 +177,7 @@ def test_pictures_that_outgrow_the_buffers_get_the_same_result(kernel_device: to
     assert len(got[3]) == 20
 
 
-def test_a_picture_may_fill_the_buffers_to_the_last_place(kernel_device: torch.device) -> None:
+def test_an_image_may_fill_the_buffers_to_the_last_place(kernel_device: torch.device) -> None:
     raw = random_predictions(kernel_device, batch_size=1, num_classes=5)
     scores = class_scores(raw.class_logits).flatten().sort(descending=True).values
     for count, overflowed in ((64, []), (65, [0])):
@@ -338,7 +338,7 @@ def crowded_predictions(batch_size: int, *, whole_pixels: bool) -> RawPrediction
 
 
 def thresholds_of_1000(raw: RawPredictions) -> list[float]:
-    """Scores that a little fewer than 1000 of each picture are above, by more than the error of a sigmoid."""
+    """Scores that a little fewer than 1000 of each image are above, by more than the error of a sigmoid."""
     scores = class_scores(raw.class_logits).flatten(1)
     return [float(value) * (1 + 1e-6) for value in scores.topk(1001, dim=1).values[:, -1]]
 
@@ -346,7 +346,7 @@ def thresholds_of_1000(raw: RawPredictions) -> list[float]:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("class_agnostic", [False, True])
-def test_of_1000_candidates_a_picture_torchvision_keeps_the_same(class_agnostic: bool) -> None:
+def test_of_1000_candidates_an_image_torchvision_keeps_the_same(class_agnostic: bool) -> None:
     raw = crowded_predictions(32, whole_pixels=True)
     options = [
         DetectionOptions(threshold, 0.45, 1000, class_agnostic=class_agnostic)
@@ -356,19 +356,19 @@ def test_of_1000_candidates_a_picture_torchvision_keeps_the_same(class_agnostic:
     got = run(stage, raw, options, input_size_hw=LARGE_SIZE_HW)
     assert stage.overflowed(32) == []
     scores, boxes = decode_predictions(raw)
-    for picture, option in enumerate(options):
-        anchors, classes = (scores[picture] > option.score_threshold).nonzero(as_tuple=True)
+    for image, option in enumerate(options):
+        anchors, classes = (scores[image] > option.score_threshold).nonzero(as_tuple=True)
         assert 900 < len(anchors) <= 1000
-        candidates, candidate_boxes = scores[picture][anchors, classes], boxes[picture][anchors]
+        candidates, candidate_boxes = scores[image][anchors, classes], boxes[image][anchors]
         order = candidates.sort(descending=True, stable=True).indices
         groups = torch.zeros_like(classes) if class_agnostic else classes
         kept = torchvision.ops.batched_nms(
             candidate_boxes[order], candidates[order], groups[order], option.iou_threshold
         )
         rows = order[kept.sort().values]
-        np.testing.assert_array_equal(got[picture].boxes_xyxy, candidate_boxes[rows].cpu().numpy())
-        np.testing.assert_array_equal(got[picture].class_ids, classes[rows].cpu().numpy())
-        np.testing.assert_allclose(got[picture].scores, candidates[rows].cpu().numpy(), rtol=1e-6, atol=0)
+        np.testing.assert_array_equal(got[image].boxes_xyxy, candidate_boxes[rows].cpu().numpy())
+        np.testing.assert_array_equal(got[image].class_ids, classes[rows].cpu().numpy())
+        np.testing.assert_allclose(got[image].scores, candidates[rows].cpu().numpy(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
@@ -377,34 +377,34 @@ def test_of_1000_candidates_a_picture_torchvision_keeps_the_same(class_agnostic:
 def test_of_1000_candidates_the_exact_nms_keeps_the_same_of_the_same_boxes(iou_threshold: float) -> None:
     raw = crowded_predictions(32, whole_pixels=False)
     options = [
-        DetectionOptions(threshold, iou_threshold, 1000, class_agnostic=picture % 2 == 0)
-        for picture, threshold in enumerate(thresholds_of_1000(raw))
+        DetectionOptions(threshold, iou_threshold, 1000, class_agnostic=image % 2 == 0)
+        for image, threshold in enumerate(thresholds_of_1000(raw))
     ]
     stage = made_for(raw, capacity=1024, max_kept=1000)
     got = run(stage, raw, options, input_size_hw=LARGE_SIZE_HW)
     scores, boxes = decode_predictions(raw)
-    for picture, option in enumerate(options):
-        above = scores[picture] > option.score_threshold
+    for image, option in enumerate(options):
+        above = scores[image] > option.score_threshold
         count = int(above.sum())
-        assert int(stage._counts[picture]) == count
+        assert int(stage._counts[image]) == count
         anchors, classes = above.nonzero(as_tuple=True)
-        order = scores[picture][anchors, classes].sort(descending=True, stable=True).indices
-        candidates = stage._boxes[picture, :, :count].T.contiguous()
-        candidate_scores = stage._scores[picture, :count]
-        candidate_ids = stage._class_ids[picture, :count].long()
+        order = scores[image][anchors, classes].sort(descending=True, stable=True).indices
+        candidates = stage._boxes[image, :, :count].T.contiguous()
+        candidate_scores = stage._scores[image, :count]
+        candidate_ids = stage._class_ids[image, :count].long()
         torch.testing.assert_close(
-            candidate_scores, scores[picture][anchors, classes][order], rtol=1e-6, atol=0
+            candidate_scores, scores[image][anchors, classes][order], rtol=1e-6, atol=0
         )
         assert torch.equal(candidate_ids, classes[order])
-        torch.testing.assert_close(candidates, boxes[picture][anchors[order]], rtol=2e-6, atol=1e-3)
+        torch.testing.assert_close(candidates, boxes[image][anchors[order]], rtol=2e-6, atol=1e-3)
         kept = batched_nms_exact(
             candidates,
             torch.zeros_like(candidate_ids) if option.class_agnostic else candidate_ids,
             candidate_scores,
             torch.full((80,), iou_threshold, device="cuda"),
         )
-        np.testing.assert_array_equal(got[picture].boxes_xyxy, candidates[kept].cpu().numpy())
-        np.testing.assert_array_equal(got[picture].class_ids, candidate_ids[kept].cpu().numpy())
+        np.testing.assert_array_equal(got[image].boxes_xyxy, candidates[kept].cpu().numpy())
+        np.testing.assert_array_equal(got[image].class_ids, candidate_ids[kept].cpu().numpy())
 
 
 @pytest.mark.gpu

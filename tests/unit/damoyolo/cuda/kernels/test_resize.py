@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from damoyolo.cuda.kernels.resize import (
-    StoredPicture,
+    OrientedImage,
     locate_pixels,
-    resize_pictures,
-    resize_pictures_reference,
+    resize_images,
+    resize_images_reference,
     shown_pixels,
 )
 
@@ -24,12 +24,12 @@ def noise(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def planar(pixels: Tensor) -> Tensor:
-    """The same picture as three planes in memory."""
+    """The same image as three planes in memory."""
     return pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
 def inside_a_larger_one(pixels: Tensor) -> Tensor:
-    """The same picture cut from a larger one, so that its rows have gaps."""
+    """The same image cut from a larger one, so that its rows have gaps."""
     height, width, _ = pixels.shape
     larger = pixels.new_full((height + 3, width + 5, 4), 77)
     larger[2:-1, 1:-4, :3] = pixels
@@ -39,12 +39,12 @@ def inside_a_larger_one(pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("lay_out", [Tensor.clone, planar, inside_a_larger_one])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_located_pixels_are_the_shown_ones(orientation: int, lay_out: object) -> None:
-    picture = StoredPicture(lay_out(noise(3, 5)), orientation)  # type: ignore[operator]
-    shown = shown_pixels(picture)
-    assert tuple(shown.shape[:2]) == picture.shown_size_hw == ((3, 5) if orientation < 5 else (5, 3))
-    table = locate_pixels(picture)
-    assert (table.height, table.width) == picture.shown_size_hw
-    memory = picture.pixels.untyped_storage()
+    image = OrientedImage(lay_out(noise(3, 5)), orientation)  # type: ignore[operator]
+    shown = shown_pixels(image)
+    assert tuple(shown.shape[:2]) == image.oriented_size_hw == ((3, 5) if orientation < 5 else (5, 3))
+    table = locate_pixels(image)
+    assert (table.height, table.width) == image.oriented_size_hw
+    memory = image.pixels.untyped_storage()
     first = table.address - memory.data_ptr()
     found = [
         [
@@ -58,39 +58,39 @@ def test_the_located_pixels_are_the_shown_ones(orientation: int, lay_out: object
 
 
 def test_on_a_cpu_the_plain_form_answers() -> None:
-    pictures = [StoredPicture(noise(*size_hw)) for size_hw in SIZES_HW]
+    images = [OrientedImage(noise(*size_hw)) for size_hw in SIZES_HW]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8)
-    resize_pictures(pictures, out)
-    resize_pictures_reference(pictures, expected)
+    resize_images(images, out)
+    resize_images_reference(images, expected)
     assert torch.equal(out, expected)
     assert out.any()
 
 
-def test_no_pictures_are_no_work() -> None:
-    resize_pictures([], torch.empty(0, 24, 40, 3, dtype=torch.uint8))
+def test_no_images_are_no_work() -> None:
+    resize_images([], torch.empty(0, 24, 40, 3, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("lay_out", [Tensor.clone, planar, inside_a_larger_one])
 def test_the_kernel_stays_within_one_level_of_the_plain_form(
     kernel_device: torch.device, lay_out: object
 ) -> None:
-    pictures = [
-        StoredPicture(lay_out(noise(*size_hw, seed).to(kernel_device)), 1 + seed)  # type: ignore[operator]
+    images = [
+        OrientedImage(lay_out(noise(*size_hw, seed).to(kernel_device)), 1 + seed)  # type: ignore[operator]
         for seed, size_hw in enumerate(SIZES_HW)
     ]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8, device=kernel_device)
-    run_kernel(pictures, out)
-    resize_pictures_reference(pictures, expected)
+    run_kernel(images, out)
+    resize_images_reference(images, expected)
     difference = (out.int() - expected.int()).abs()
     assert difference.max() <= 1
     # Only a value of exactly one half may go to the other neighbour.
     assert difference.float().mean() < 0.02
 
 
-def test_the_kernel_copies_a_picture_of_the_same_size_exactly(kernel_device: torch.device) -> None:
+def test_the_kernel_copies_an_image_of_the_same_size_exactly(kernel_device: torch.device) -> None:
     pixels = [noise(24, 40).to(kernel_device), planar(noise(24, 40, 1).to(kernel_device))]
     out = torch.zeros(2, 24, 40, 3, dtype=torch.uint8, device=kernel_device)
-    run_kernel([StoredPicture(pixels[0]), StoredPicture(pixels[1], 3)], out)
+    run_kernel([OrientedImage(pixels[0]), OrientedImage(pixels[1], 3)], out)
     assert torch.equal(out[0], pixels[0])
     assert torch.equal(out[1], pixels[1].flip(0, 1))
 
@@ -98,22 +98,22 @@ def test_the_kernel_copies_a_picture_of_the_same_size_exactly(kernel_device: tor
 def test_the_kernel_writes_its_rows_and_no_others(kernel_device: torch.device) -> None:
     out = torch.full((3, 24, 40, 3), 9, dtype=torch.uint8, device=kernel_device)
     run_kernel(
-        [StoredPicture(torch.full((50, 60, 3), 200, dtype=torch.uint8, device=kernel_device))], out[1:2]
+        [OrientedImage(torch.full((50, 60, 3), 200, dtype=torch.uint8, device=kernel_device))], out[1:2]
     )
     assert (out[1] == 200).all()
     assert (out[[0, 2]] == 9).all()
 
 
 def test_the_kernel_refuses_memory_that_it_would_misread(kernel_device: torch.device) -> None:
-    picture = StoredPicture(noise(5, 5).to(kernel_device))
+    image = OrientedImage(noise(5, 5).to(kernel_device))
     out = torch.zeros(1, 3, 24, 40, dtype=torch.uint8, device=kernel_device)
     with pytest.raises(ValueError, match="do not fit"):
-        run_kernel([picture], out.permute(0, 2, 3, 1))
-    with pytest.raises(ValueError, match="2 pictures do not fit"):
-        run_kernel([picture, picture], torch.zeros(1, 24, 40, 3, dtype=torch.uint8, device=kernel_device))
+        run_kernel([image], out.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="2 images do not fit"):
+        run_kernel([image, image], torch.zeros(1, 24, 40, 3, dtype=torch.uint8, device=kernel_device))
 
 
-def run_kernel(pictures: list[StoredPicture], out: Tensor) -> None:
+def run_kernel(images: list[OrientedImage], out: Tensor) -> None:
     from damoyolo.cuda.kernels import resize_triton
 
-    resize_triton.resize_pictures([locate_pixels(picture) for picture in pictures], out)
+    resize_triton.resize_images([locate_pixels(image) for image in images], out)

@@ -8,19 +8,19 @@ import pytest
 from PIL import Image
 
 from lib.accuracy.coco_metrics import CocoPrediction, MetricsError, compute_metrics, plot_precision_recall
-from lib.accuracy.datasets import AnnotatedObject, AnnotatedPicture, DetectionDataset
+from lib.accuracy.datasets import AnnotatedImage, AnnotatedObject, DetectionDataset
 
 Box = tuple[float, float, float, float]
 BOXES: list[Box] = [(0, 0, 40, 40), (100, 0, 160, 50), (0, 100, 30, 180), (200, 200, 300, 260)]
 
 
-def dataset_of(*pictures: list[AnnotatedObject]) -> DetectionDataset:
+def dataset_of(*images: list[AnnotatedObject]) -> DetectionDataset:
     return DetectionDataset(
         "cells",
         {1: "RBC", 2: "WBC"},
         tuple(
-            AnnotatedPicture(image_id, Path(f"{image_id}.jpg"), tuple(objects))
-            for image_id, objects in enumerate(pictures, start=1)
+            AnnotatedImage(image_id, Path(f"{image_id}.jpg"), tuple(objects))
+            for image_id, objects in enumerate(images, start=1)
         ),
         0,
     )
@@ -77,7 +77,7 @@ def test_the_right_box_with_the_wrong_class_is_a_miss_and_a_false_detection() ->
     assert metrics.overall.ap == pytest.approx(0.5)
 
 
-def test_the_right_box_in_the_wrong_picture_is_no_hit() -> None:
+def test_the_right_box_in_the_wrong_image_is_no_hit() -> None:
     metrics = compute_metrics(
         dataset_of([AnnotatedObject(1, BOXES[0])], []), [predicted(BOXES[0], image_id=2)]
     )
@@ -105,7 +105,7 @@ def test_a_class_without_objects_does_not_enter_the_mean() -> None:
     assert metrics.overall.ap == pytest.approx(1)
 
 
-def test_only_the_best_hundred_boxes_of_a_picture_count() -> None:
+def test_only_the_best_hundred_boxes_of_an_image_count() -> None:
     noise = [predicted((500 + n, 500, 520 + n, 520), 0.9) for n in range(100)]
     dataset = dataset_of([AnnotatedObject(1, BOXES[0])])
     assert compute_metrics(dataset, [*noise, predicted(BOXES[0], 0.5)]).overall.ap == 0
@@ -120,20 +120,20 @@ def test_predictions_are_left_as_they_are_and_nothing_is_printed(capfd: pytest.C
 
 
 def test_nothing_to_measure_is_said_in_words() -> None:
-    with pytest.raises(MetricsError, match="no pictures"):
+    with pytest.raises(MetricsError, match="no images"):
         compute_metrics(dataset_of(), [predicted(BOXES[0])])
     with pytest.raises(MetricsError, match="no objects"):
         compute_metrics(dataset_of([], cells(ignored=True)), [predicted(BOXES[0])])
-    with pytest.raises(MetricsError, match="nothing was detected in the 1 pictures"):
+    with pytest.raises(MetricsError, match="nothing was detected in the 1 images"):
         compute_metrics(dataset_of(cells()), [])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and what it imports
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_an_image(tmp_path: Path) -> None:
     metrics = compute_metrics(dataset_of(cells()), [predicted(box) for box in BOXES[:3]])
     path = tmp_path / "plot.png"
     plot_precision_recall(metrics, "cells", path)
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 300
-        assert len(picture.convert("L").getcolors() or []) > 10
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+        assert len(image.convert("L").getcolors() or []) > 10

@@ -14,12 +14,12 @@ from lib.accuracy.datasets import AnnotatedObject, DatasetError, read_coco, read
 def write_voc(
     folder: Path, objects: dict[str, list[tuple[str, tuple[Any, ...], int]]], split: str = "test"
 ) -> Path:
-    """A data set in Pascal-VOC form; objects: of each picture, (name, box_xyxy, difficult)."""
+    """A data set in Pascal-VOC form; objects: of each image, (name, box_xyxy, difficult)."""
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / name).mkdir(parents=True)
     (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in objects))
     for stem, entries in objects.items():
-        (folder / "JPEGImages" / f"{stem}.jpg").write_bytes(b"picture")
+        (folder / "JPEGImages" / f"{stem}.jpg").write_bytes(b"image")
         xml = "".join(
             f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0]}</xmin>"
             f"<ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
@@ -31,8 +31,8 @@ def write_voc(
 
 
 def write_coco(folder: Path, **changes: Any) -> Path:
-    """A data set in COCO form with one picture, pictures lying in `folder`; changes: top-level keys."""
-    (folder / "a.jpg").write_bytes(b"picture")
+    """A data set in COCO form with one image, images lying in `folder`; changes: top-level keys."""
+    (folder / "a.jpg").write_bytes(b"image")
     content = {
         "images": [{"id": 7, "file_name": "a.jpg"}],
         "categories": [{"id": 3, "name": "RBC"}, {"id": 90, "name": "WBC"}],
@@ -54,8 +54,8 @@ def test_voc_boxes_are_taken_as_they_stand_and_difficult_ones_are_ignored(tmp_pa
     dataset = read_voc(folder, "test")
     assert dataset.name == "cells:test"
     assert dict(dataset.class_names) == {1: "RBC", 2: "WBC"}
-    assert [picture.path.name for picture in dataset.pictures] == ["a.jpg", "b.jpg", "c.jpg"]
-    assert [picture.objects for picture in dataset.pictures] == [
+    assert [image.path.name for image in dataset.images] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [image.objects for image in dataset.images] == [
         (AnnotatedObject(2, (1, 2, 30, 40)),),
         (AnnotatedObject(1, (5, 5, 9, 9), ignored=True),),
         (),
@@ -65,9 +65,9 @@ def test_voc_boxes_are_taken_as_they_stand_and_difficult_ones_are_ignored(tmp_pa
 def test_coco_boxes_become_corners_and_crowds_are_ignored(tmp_path: Path) -> None:
     dataset = read_coco(write_coco(tmp_path), tmp_path)
     assert dict(dataset.class_names) == {3: "RBC", 90: "WBC"}
-    (picture,) = dataset.pictures
-    assert (picture.image_id, picture.path) == (7, tmp_path / "a.jpg")
-    assert picture.objects == (
+    (image,) = dataset.images
+    assert (image.image_id, image.path) == (7, tmp_path / "a.jpg")
+    assert image.objects == (
         AnnotatedObject(3, (10, 20, 40, 60)),
         AnnotatedObject(90, (0, 0, 5.5, 6.5), ignored=True),
     )
@@ -79,7 +79,7 @@ def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path: Path) -> Non
     dataset = read_voc(folder, "test")
     assert dataset.dropped_objects == 4
     assert dataset.object_count == 1
-    assert dataset.pictures[0].objects[0].box_xyxy == (0, 0, 2, 2)
+    assert dataset.images[0].objects[0].box_xyxy == (0, 0, 2, 2)
 
 
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Pat
         read_voc(write_voc(tmp_path / "cells", {}), "tset")
 
 
-def test_missing_pictures_are_counted_and_one_is_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_one_is_named(tmp_path: Path) -> None:
     folder = write_voc(tmp_path / "cells", {"a": [], "b": []})
     (folder / "JPEGImages" / "b.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"1 of 2 pictures .*b\.jpg"):
+    with pytest.raises(DatasetError, match=r"1 of 2 images .*b\.jpg"):
         read_voc(folder, "test")
 
 
@@ -135,9 +135,9 @@ def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> No
         read_coco(path, tmp_path)
 
 
-def test_the_evaluation_pictures_are_read_whole(shared_dir: Path) -> None:
+def test_the_evaluation_images_are_read_whole(shared_dir: Path) -> None:
     dataset = read_voc(shared_dir / "bccd", "test")
-    assert len(dataset.pictures) == 72
+    assert len(dataset.images) == 72
     assert set(dataset.class_names.values()) == {"Platelets", "RBC", "WBC"}
     assert dataset.object_count == 945
     assert read_voc(shared_dir / "bccd", "trainval").dropped_objects > 0

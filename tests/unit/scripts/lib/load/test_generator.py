@@ -19,7 +19,7 @@ from lib.load.generator import Load, LoadError, generate_load, percentiles
 from lib.server.process import free_ports
 
 ANSWER = b'{"detections":[]}'
-PICTURES = [bytes([number]) * 50_000 for number in range(4)]
+IMAGES = [bytes([number]) * 50_000 for number in range(4)]
 
 
 def reply(status: int = 200, body: bytes = ANSWER, extra: str = "") -> bytes:
@@ -100,7 +100,7 @@ def after(seconds: float, data: bytes | None = None) -> Answer:
 
 def short_load(url: str, connections: int = 4, **knobs: object) -> Load:
     chosen: dict[str, object] = {"warm_up_s": 0.1, "duration_s": 0.6, "timeout_s": 5.0, "processes": 1}
-    return Load(url, PICTURES, connections, **{**chosen, **knobs})  # type: ignore[arg-type]
+    return Load(url, IMAGES, connections, **{**chosen, **knobs})  # type: ignore[arg-type]
 
 
 def test_a_closed_loop_keeps_every_connection_busy_and_measures_what_the_server_takes() -> None:
@@ -115,10 +115,10 @@ def test_a_closed_loop_keeps_every_connection_busy_and_measures_what_the_server_
     assert 0 < result.generator_busy_share < 1
 
 
-def test_every_connection_goes_through_all_pictures_unharmed() -> None:
+def test_every_connection_goes_through_all_images_unharmed() -> None:
     with serving(after(0.0)) as (url, seen):
         generate_load(short_load(url, connections=2))
-    counts = [seen.bodies.count(picture) for picture in PICTURES]
+    counts = [seen.bodies.count(image) for image in IMAGES]
     assert sum(counts) == len(seen.bodies)
     assert min(counts) >= max(counts) - 2 > 0
 
@@ -263,10 +263,10 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_wrk_drives_the_server_with_varied_pictures() -> None:
+def test_wrk_drives_the_server_with_varied_images() -> None:
     with serving(after(0.01)) as (url, seen):
-        result = run_wrk(url, PICTURES, connections=4, duration_s=1, threads=1)
-    assert set(seen.bodies) == set(PICTURES)
+        result = run_wrk(url, IMAGES, connections=4, duration_s=1, threads=1)
+    assert set(seen.bodies) == set(IMAGES)
     assert result.errors == 0
     assert 10 <= result.percentiles_ms["p50"] < 60
     assert result.percentiles_ms["max"] >= result.percentiles_ms["p99"]
@@ -276,16 +276,16 @@ def test_wrk_drives_the_server_with_varied_pictures() -> None:
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 def test_wrk_counts_refused_requests_as_errors() -> None:
     with serving(after(0.005, reply(503, b"busy", "Connection: close\r\n"))) as (url, _):
-        result = run_wrk(url, PICTURES, connections=2, duration_s=1, threads=1)
+        result = run_wrk(url, IMAGES, connections=2, duration_s=1, threads=1)
     assert result.errors > 0
     assert result.requests_per_s == 0
 
 
-def test_perf_analyzer_gets_its_pictures_by_file_and_a_url_without_scheme(tmp_path: Path) -> None:
-    pictures = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
-    written = write_perf_analyzer_input(pictures, tmp_path / "data.json")
+def test_perf_analyzer_gets_its_images_by_file_and_a_url_without_scheme(tmp_path: Path) -> None:
+    images = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    written = write_perf_analyzer_input(images, tmp_path / "data.json")
     assert json.loads(written.read_text()) == {
-        "data": [{"TORCHSERVE_INPUT": [str(path.resolve())]} for path in pictures]
+        "data": [{"TORCHSERVE_INPUT": [str(path.resolve())]} for path in images]
     }
     command = perf_analyzer_command("http://127.0.0.1:8080", "damoyolo", written, 16)
     assert command[:5] == ["perf_analyzer", "-m", "damoyolo", "--service-kind", "torchserve"]

@@ -27,19 +27,19 @@ The end.
 """
 
 
-def figures(engine: str, turn: str = "first", **others: Any) -> dict[str, Any]:
+def figures(backend: str, turn: str = "first", **others: Any) -> dict[str, Any]:
     """A measured row."""
     return {
         "variant": "S",
-        "engine": engine,
+        "backend": backend,
         "turn": turn,
         "ap": 0.63391,
         "score_difference": 1.234e-6,
         "box_difference_px": 0.000123,
         "detector_ms": 470.12,
         "network_ms": 450.4,
-        "pictures_per_s": 2.127,
-        "best_pictures_per_s": 2.5,
+        "images_per_s": 2.127,
+        "best_images_per_s": 2.5,
         "best_batch_size": 4,
         "resident_mib": 901.7,
         "peak_mib": 1502.2,
@@ -117,7 +117,7 @@ def test_on_a_gpu_its_memory_is_a_column() -> None:
 def test_a_row_that_was_not_run_keeps_its_place_and_says_why() -> None:
     rows = [
         figures("pytorch fp32"),
-        {"variant": "S", "engine": "openvino fp32", "not_run": "openvino not installed"},
+        {"variant": "S", "backend": "openvino fp32", "not_run": "openvino not installed"},
         figures("onnxruntime fp32"),
     ]
     _, _, first, second, third = table_rows(section_text(rows, "cpu", "a CPU"))
@@ -133,7 +133,7 @@ def test_a_figure_that_was_not_measured_is_marked() -> None:
 
 
 def test_a_section_without_figures_names_no_machine() -> None:
-    rows = [{"variant": "S", "engine": "pytorch fp32", "not_run": "no GPU"}]
+    rows = [{"variant": "S", "backend": "pytorch fp32", "not_run": "no GPU"}]
     assert section_text(rows, "cuda", None).startswith("Nothing measured.\n")
 
 

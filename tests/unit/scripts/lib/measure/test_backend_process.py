@@ -10,7 +10,7 @@ import pytest
 from lib.measure import backend_process as backends_process
 from lib.measure.backend_process import Method, WorkerError, WorkerProcess, measure_in_turn
 
-METHOD = Method((1, 4), rounds=3, slice_s=0.1, pictures=Path("pictures"), voc=Path("data"))
+METHOD = Method((1, 4), rounds=3, slice_s=0.1, images=Path("images"), voc=Path("data"))
 # Seconds of a batch in the three rounds; the median is the second.
 SECONDS = {
     ("network", 1): [0.1, 0.08, 0.05],
@@ -87,8 +87,8 @@ def test_figures_are_medians_of_the_rounds() -> None:
     row = measure("a")["a"]
     assert row["network_ms"] == pytest.approx(80)
     assert row["detector_ms"] == pytest.approx(100)
-    assert row["pictures_per_s"] == pytest.approx(10)
-    assert (row["best_pictures_per_s"], row["best_batch_size"]) == (pytest.approx(20), 4)
+    assert row["images_per_s"] == pytest.approx(10)
+    assert (row["best_images_per_s"], row["best_batch_size"]) == (pytest.approx(20), 4)
     assert (row["ap"], row["start_s"], row["resident_mib"], row["peak_mib"]) == (0.5, 1.5, 500, 700)
     assert "device_mib" not in row  # on a CPU
 

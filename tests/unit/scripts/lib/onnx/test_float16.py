@@ -14,13 +14,13 @@ from lib.onnx.export import export_onnx
 from lib.onnx.float16 import HalfError, to_half
 from lib.tensorrt.builder import read_onnx
 
-from damoyolo.backends.onnx_metadata import OUTPUT_NAMES, OnnxFacts, as_predictions
+from damoyolo.backends.onnx_metadata import OUTPUT_NAMES, OnnxMetadata, as_predictions
 from damoyolo.boxes import decode_predictions
 from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
 from doubles.tensorrt_material import write_onnx
 
-FACTS = OnnxFacts("Ns", 2, ("one", "two"), 7, "fp32", "0" * 64)
+FACTS = OnnxMetadata("Ns", 2, ("one", "two"), 7, "fp32", "0" * 64)
 
 
 def test_the_network_in_float16_says_nearly_what_it_says_in_float32(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
 from damoyolo.structures import RawPredictions
 
-# Largest difference of a score, with all that may be INT8 in INT8, in pictures of 128x128.
+# Largest difference of a score, with all that may be INT8 in INT8, in images of 128x128.
 SCORE_TOLERANCE = 0.15
 MEAN_SCORE_TOLERANCE = 2e-3
 
@@ -87,7 +87,7 @@ def test_a_network_of_other_names_is_refused(demo_network: onnx.ModelProto) -> N
 def test_calibrating_on_nothing_is_refused(
     demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
 ) -> None:
-    with pytest.raises(QuantizationError, match="no pictures to calibrate with; accepted is one at least"):
+    with pytest.raises(QuantizationError, match="no images to calibrate with; accepted is one at least"):
         calibrate(demo_network, smear_pixels[:0])
 
 
@@ -180,7 +180,7 @@ def run_openvino(network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> Sequenc
 
 
 @pytest.mark.parametrize("run", [run_onnxruntime, run_openvino])
-def test_int8_agrees_with_float32_in_both_engines(
+def test_int8_agrees_with_float32_in_both_backends(
     demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], ranges: Ranges, run: object
 ) -> None:
     assert callable(run)
@@ -200,7 +200,7 @@ def decoded(outputs: Sequence[NDArray[np.float32]]) -> tuple[torch.Tensor, torch
     return decode_predictions(raw)
 
 
-def test_equal_pictures_give_equal_bytes(
+def test_equal_images_give_equal_bytes(
     demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     blocks = blocks_named(demo_network, "backbone.block_list.4")

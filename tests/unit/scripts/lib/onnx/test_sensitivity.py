@@ -9,46 +9,52 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from lib.onnx.qdq import Block, QuantizationError, calibrate, find_blocks
-from lib.onnx.sensitivity import Judge, fewest_kept, measure_blocks
+from lib.onnx.sensitivity import QuantizationEvaluator, fewest_kept, measure_blocks
 
 from doubles.fragile_network import FRAGILE, with_fragile_block
 
 
 @pytest.fixture(scope="module")
-def judge(demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]) -> Judge:
-    return Judge(demo_network, smear_pixels)
+def evaluate_deviation(
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
+) -> QuantizationEvaluator:
+    return QuantizationEvaluator(demo_network, smear_pixels)
 
 
 def blocks_of(network: onnx.ModelProto, start: str) -> list[Block]:
     return [block for block in find_blocks(network) if block.name.startswith(start)]
 
 
-def test_a_network_does_not_deviate_from_itself(judge: Judge, demo_network: onnx.ModelProto) -> None:
-    deviation = judge(demo_network)
+def test_a_network_does_not_deviate_from_itself(
+    evaluate_deviation: QuantizationEvaluator, demo_network: onnx.ModelProto
+) -> None:
+    deviation = evaluate_deviation(demo_network)
     assert (deviation.drift, deviation.loss) == (0.0, 0.0)
     # Scattered truth: not even float32 is perfect.
-    assert 0.3 < judge.reference_ap < 0.95
+    assert 0.3 < evaluate_deviation.reference_ap < 0.95
 
 
-def test_a_network_that_finds_nothing_loses_all(judge: Judge, demo_network: onnx.ModelProto) -> None:
+def test_a_network_that_finds_nothing_loses_all(
+    evaluate_deviation: QuantizationEvaluator, demo_network: onnx.ModelProto
+) -> None:
     blind = onnx.ModelProto()
     blind.CopyFrom(demo_network)
     for tensor in blind.graph.initializer:
         if tensor.name.startswith("model.head.gfl_cls") and tensor.name.endswith("bias"):
             low = np.full(tensor.dims, -100, np.float32)
             tensor.CopyFrom(numpy_helper.from_array(low, tensor.name))
-    deviation = judge(blind)
-    assert deviation.loss == judge.reference_ap
+    deviation = evaluate_deviation(blind)
+    assert deviation.loss == evaluate_deviation.reference_ap
     assert deviation.drift >= 1.0
 
 
 def test_a_fragile_block_is_ranked_first(
-    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], judge: Judge
+    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], evaluate_deviation: QuantizationEvaluator
 ) -> None:
     fragile = with_fragile_block(demo_network)
-    assert judge(fragile).drift < 1e-3  # the same function in float32
+    assert evaluate_deviation(fragile).drift < 1e-3  # the same function in float32
     ranges = calibrate(fragile, smear_pixels)
-    ranked = measure_blocks(fragile, ranges, blocks_of(fragile, "backbone.block_list.2"), judge)
+    ranked = measure_blocks(fragile, ranges, blocks_of(fragile, "backbone.block_list.2"), evaluate_deviation)
     assert len(ranked) == 5
     assert ranked[0].block.name == FRAGILE
     drifts = [each.deviation.drift for each in ranked]
@@ -57,12 +63,12 @@ def test_a_fragile_block_is_ranked_first(
     assert drifts[-1] > 0
 
 
-def test_pictures_without_anything_to_find_are_refused(demo_network: onnx.ModelProto) -> None:
+def test_images_without_anything_to_find_are_refused(demo_network: onnx.ModelProto) -> None:
     grey = np.full((2, 3, 64, 96), 128, np.uint8)
-    with pytest.raises(QuantizationError, match=r"finds nothing above a score of 0\.5 in the 2 pictures"):
-        Judge(demo_network, grey)
-    with pytest.raises(QuantizationError, match="no pictures to compare on; accepted is one at least"):
-        Judge(demo_network, grey[:0])
+    with pytest.raises(QuantizationError, match=r"finds nothing above a score of 0\.5 in the 2 images"):
+        QuantizationEvaluator(demo_network, grey)
+    with pytest.raises(QuantizationError, match="no images to compare on; accepted is one at least"):
+        QuantizationEvaluator(demo_network, grey[:0])
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 7, 19, 20])

@@ -16,7 +16,7 @@ from lib.server.client import (
     DetectionClientError,
     RequestOptions,
     ServerAnswerError,
-    ServerSilentError,
+    ServerTimeoutError,
     ServerUnreachableError,
 )
 
@@ -26,7 +26,7 @@ CELL = {"class_id": 1, "label": "RBC", "score": 0.9, "bbox": [1.0, 2.0, 3.0, 4.0
 
 
 def cell_named(asked: Asked) -> Reply:
-    """A detection whose label is the picture's bytes."""
+    """A detection whose label is the image's bytes."""
     return found({**CELL, "label": asked.body.decode()})
 
 
@@ -36,19 +36,19 @@ def free_url() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}/predictions/damoyolo"
 
 
-def test_the_picture_travels_as_it_is_and_the_answer_comes_back() -> None:
-    picture = bytes(range(256))
+def test_the_image_travels_as_it_is_and_the_answer_comes_back() -> None:
+    image = bytes(range(256))
     with StandInServer(lambda asked: found(CELL)) as server, DetectionClient(server.url) as client:
-        assert client.detect(picture) == {"width": 640, "height": 480, "detections": [CELL]}
-    assert server.asked[0].body == picture
+        assert client.detect(image) == {"width": 640, "height": 480, "detections": [CELL]}
+    assert server.asked[0].body == image
     assert server.asked[0].path == "/predictions/damoyolo"
 
 
 def test_options_travel_as_headers_and_unset_ones_do_not() -> None:
     options = RequestOptions(0.05, 0.7, 500, ("RBC", "2"), True)
     with StandInServer(lambda asked: found()) as server, DetectionClient(server.url) as client:
-        client.detect(b"picture", options)
-        client.detect(b"picture")
+        client.detect(b"image", options)
+        client.detect(b"image")
     names = "Score-Threshold", "Iou-Threshold", "Max-Detections", "Classes", "Class-Agnostic"
     sent, unset = server.asked[0].headers, server.asked[1].headers
     assert [sent[f"X-Detect-{name}"] for name in names] == ["0.05", "0.7", "500", "RBC,2", "true"]
@@ -61,33 +61,33 @@ def test_a_class_name_that_no_header_can_carry_is_refused_by_name(name: str) -> 
         RequestOptions(classes=("RBC", name)).headers()
 
 
-def test_a_drawn_picture_is_asked_for_by_format_and_comes_back_as_bytes() -> None:
+def test_a_drawn_image_is_asked_for_by_format_and_comes_back_as_bytes() -> None:
     def drawn(asked: Asked) -> Reply:
         return Reply(body=asked.headers["X-Detect-Format"].encode() + b"\xff\xd8")
 
     with StandInServer(drawn) as server, DetectionClient(server.url) as client:
-        assert client.draw(b"picture") == b"jpeg\xff\xd8"
-        assert client.draw(b"picture", image_format="png") == b"png\xff\xd8"
+        assert client.draw(b"image") == b"jpeg\xff\xd8"
+        assert client.draw(b"image", image_format="png") == b"png\xff\xd8"
 
 
 def test_one_connection_serves_request_after_request() -> None:
     with StandInServer(lambda asked: found()) as server, DetectionClient(server.url) as client:
         for _ in range(5):
-            client.detect(b"picture")
+            client.detect(b"image")
     assert len(server.connections) == 1
 
 
 def test_an_error_answer_keeps_status_type_and_message() -> None:
     with (
-        StandInServer(lambda asked: failed(415, "UnsupportedImage", "no picture")) as server,
+        StandInServer(lambda asked: failed(415, "UnsupportedImage", "no image")) as server,
         DetectionClient(server.url) as client,
-        pytest.raises(ServerAnswerError, match="415 UnsupportedImage: no picture") as caught,
+        pytest.raises(ServerAnswerError, match="415 UnsupportedImage: no image") as caught,
     ):
         client.detect(b"text")
     assert (caught.value.status, caught.value.kind, caught.value.message) == (
         415,
         "UnsupportedImage",
-        "no picture",
+        "no image",
     )
     assert len(server.asked) == 1
 
@@ -108,7 +108,7 @@ def test_a_200_that_is_no_detection_result_is_an_error(body: bytes) -> None:
         DetectionClient(server.url) as client,
         pytest.raises(ServerAnswerError, match="else than detections"),
     ):
-        client.detect(b"picture")
+        client.detect(b"image")
 
 
 def test_a_full_queue_is_asked_again_until_it_has_room() -> None:
@@ -118,8 +118,8 @@ def test_a_full_queue_is_asked_again_until_it_has_room() -> None:
         return failed(503, "ServiceUnavailableException", "no worker") if next(counter) < 2 else found(CELL)
 
     with StandInServer(full_twice) as server, DetectionClient(server.url, pause_s=0.01) as client:
-        assert client.detect(b"picture")["detections"] == [CELL]
-    assert [asked.body for asked in server.asked] == [b"picture"] * 3
+        assert client.detect(b"image")["detections"] == [CELL]
+    assert [asked.body for asked in server.asked] == [b"image"] * 3
 
 
 def test_a_queue_that_stays_full_ends_after_the_attempts() -> None:
@@ -128,7 +128,7 @@ def test_a_queue_that_stays_full_ends_after_the_attempts() -> None:
         DetectionClient(server.url, attempts=4, pause_s=0.001) as client,
         pytest.raises(ServerAnswerError, match="503 ServiceUnavailableException"),
     ):
-        client.detect(b"picture")
+        client.detect(b"image")
     assert len(server.asked) == 4
 
 
@@ -138,7 +138,7 @@ def test_a_dropped_connection_is_tried_anew() -> None:
         StandInServer(lambda asked: Reply(drop=True) if next(counter) == 0 else found(CELL)) as server,
         DetectionClient(server.url, pause_s=0.001) as client,
     ):
-        assert client.detect(b"picture")["detections"] == [CELL]
+        assert client.detect(b"image")["detections"] == [CELL]
 
 
 def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
@@ -147,7 +147,7 @@ def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
         DetectionClient(server.url, attempts=3, pause_s=0.001) as client,
         pytest.raises(DetectionClientError, match="dropped the connection 3 times"),
     ):
-        client.detect(b"picture")
+        client.detect(b"image")
     assert len(server.asked) == 3
 
 
@@ -160,8 +160,8 @@ def test_silence_ends_at_the_time_limit_and_is_not_asked_again() -> None:
 
     with StandInServer(silent) as server, DetectionClient(server.url, timeout_s=0.2) as client:
         start_s = time.monotonic()
-        with pytest.raises(ServerSilentError, match=r"within 0\.2 s"):
-            client.detect(b"picture")
+        with pytest.raises(ServerTimeoutError, match=r"within 0\.2 s"):
+            client.detect(b"image")
         release.set()
     assert time.monotonic() - start_s < 5
     assert len(server.asked) == 1
@@ -181,8 +181,8 @@ def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too() -> None:
         thread = threading.Thread(target=answer_half)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/predictions/damoyolo"
-        with DetectionClient(url, timeout_s=0.2) as client, pytest.raises(ServerSilentError):
-            client.detect(b"picture")
+        with DetectionClient(url, timeout_s=0.2) as client, pytest.raises(ServerTimeoutError):
+            client.detect(b"image")
         finished.set()
         thread.join()
 
@@ -195,23 +195,23 @@ def test_a_redirect_is_not_followed() -> None:
             DetectionClient(server.url) as client,
             pytest.raises(ServerAnswerError, match="not followed") as caught,
         ):
-            client.detect(b"private picture")
+            client.detect(b"private image")
         assert elsewhere.url in str(caught.value)
         assert elsewhere.asked == []
 
 
-def test_a_proxy_of_the_environment_does_not_see_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, free_url())
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with StandInServer(lambda asked: found(CELL)) as server, DetectionClient(server.url) as client:
-        assert client.detect(b"picture")["detections"] == [CELL]
+        assert client.detect(b"image")["detections"] == [CELL]
 
 
 def test_an_absent_server_is_named_with_what_to_start() -> None:
     client = DetectionClient(free_url())
-    for ask in (client.require_server, lambda: client.detect(b"picture")):
+    for ask in (client.require_server, lambda: client.detect(b"image")):
         with pytest.raises(ServerUnreachableError, match=r"scripts/serve\.py"):
             ask()
 
@@ -222,7 +222,7 @@ def test_an_address_without_scheme_or_host_is_refused(url: str) -> None:
         DetectionClient(url)
 
 
-def test_many_pictures_are_in_flight_at_once_but_no_more_than_asked_for() -> None:
+def test_many_images_are_in_flight_at_once_but_no_more_than_asked_for() -> None:
     together = threading.Barrier(4)
     lock = threading.Lock()
     now_most = [0, 0]
@@ -237,20 +237,20 @@ def test_many_pictures_are_in_flight_at_once_but_no_more_than_asked_for() -> Non
         return found()
 
     with StandInServer(meet) as server, DetectionClient(server.url) as client:
-        outcomes = list(client.detect_many([b"picture"] * 12, in_flight=4))
+        outcomes = list(client.detect_many([b"image"] * 12, in_flight=4))
     assert [outcome.error for outcome in outcomes] == [None] * 12
     assert now_most[1] == 4
     assert len(server.connections) == 4
 
 
-def test_answers_keep_the_order_of_the_pictures_however_they_come() -> None:
+def test_answers_keep_the_order_of_the_images_however_they_come() -> None:
     def first_is_last(asked: Asked) -> Reply:
         time.sleep(0.2 if asked.body == b"0" else 0.0)
         return cell_named(asked)
 
-    pictures = [str(number).encode() for number in range(20)]
+    images = [str(number).encode() for number in range(20)]
     with StandInServer(first_is_last) as server, DetectionClient(server.url) as client:
-        outcomes = list(client.detect_many(pictures, in_flight=4))
+        outcomes = list(client.detect_many(images, in_flight=4))
     labels = [outcome.answer["detections"][0]["label"] for outcome in outcomes if outcome.answer]
     assert labels == [str(number) for number in range(20)]
     assert [outcome.index for outcome in outcomes] == list(range(20))
@@ -264,10 +264,10 @@ def test_unordered_answers_do_not_wait_for_a_slow_one_and_none_is_lost() -> None
             release.wait(20)
         return cell_named(asked)
 
-    pictures = [str(number).encode() for number in range(10)]
+    images = [str(number).encode() for number in range(10)]
     with StandInServer(hold_first) as server, DetectionClient(server.url) as client:
         indices = []
-        for outcome in client.detect_many(pictures, in_flight=3, ordered=False):
+        for outcome in client.detect_many(images, in_flight=3, ordered=False):
             indices.append(outcome.index)
             if len(indices) == 9:
                 release.set()
@@ -275,27 +275,27 @@ def test_unordered_answers_do_not_wait_for_a_slow_one_and_none_is_lost() -> None
     assert sorted(indices) == list(range(10))
 
 
-def test_a_bad_picture_costs_only_itself(tmp_path: Path) -> None:
+def test_a_bad_image_costs_only_itself(tmp_path: Path) -> None:
     good = tmp_path / "good.jpg"
     good.write_bytes(b"good")
 
-    def judge(asked: Asked) -> Reply:
+    def evaluate_deviation(asked: Asked) -> Reply:
         return failed(422, "CorruptImage", "cut off") if asked.body == b"bad" else cell_named(asked)
 
-    with StandInServer(judge) as server, DetectionClient(server.url) as client:
+    with StandInServer(evaluate_deviation) as server, DetectionClient(server.url) as client:
         outcomes = list(client.detect_many([good, b"bad", tmp_path / "missing.jpg", b"fine"]))
     assert [outcome.answer is not None for outcome in outcomes] == [True, False, False, True]
     assert isinstance(outcomes[1].error, ServerAnswerError)
     assert isinstance(outcomes[2].error, FileNotFoundError)
 
 
-def test_pictures_are_taken_from_the_source_only_as_they_are_sent() -> None:
+def test_images_are_taken_from_the_source_only_as_they_are_sent() -> None:
     taken = count()
 
     def endless() -> Iterator[bytes]:
         while True:
             next(taken)
-            yield b"picture"
+            yield b"image"
 
     with StandInServer(lambda asked: found()) as server, DetectionClient(server.url) as client:
         outcomes = client.detect_many(endless(), in_flight=2)
@@ -305,11 +305,11 @@ def test_pictures_are_taken_from_the_source_only_as_they_are_sent() -> None:
     assert next(taken) <= 5 + 4 * 2
 
 
-def test_no_pictures_give_no_outcomes() -> None:
+def test_no_images_give_no_outcomes() -> None:
     assert list(DetectionClient(free_url()).detect_many([])) == []
 
 
-def test_drawn_pictures_come_beside_their_detections() -> None:
+def test_drawn_images_come_beside_their_detections() -> None:
     def both(asked: Asked) -> Reply:
         return (
             Reply(body=b"drawn " + asked.body)

@@ -16,13 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lib.tensorrt.builder import EngineBuildError, EngineRequest, build_engine, read_onnx
 
-from damoyolo.backends.onnx_metadata import OnnxFacts
+from damoyolo.backends.onnx_metadata import OnnxMetadata
 from damoyolo.backends.tensorrt_metadata import BatchRange
 from damoyolo.errors import ConfigError
 from doubles import fake_tensorrt as fake_tensorrt
 from doubles.tensorrt_material import install_stand_in, write_onnx
 
-FACTS = OnnxFacts("Ns", 2, ("one", "two"), 7, "fp32", "0" * 64)
+FACTS = OnnxMetadata("Ns", 2, ("one", "two"), 7, "fp32", "0" * 64)
 GPU = fake_tensorrt.Gpu(torch.device("cpu"))
 
 

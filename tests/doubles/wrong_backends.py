@@ -1,4 +1,4 @@
-"""Ways in which an engine can be wrong without an error; each takes right predictions of a batch."""
+"""Ways in which a backend can be wrong without an error; each takes right predictions of a batch."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _first_nan(logits: Tensor) -> Tensor:
 
 
 def _in_batches_only(raw: RawPredictions) -> RawPredictions:
-    """Wrong in one profile: the last picture of a batch of more than one gets the first one's boxes."""
+    """Wrong in one profile: the last image of a batch of more than one gets the first one's boxes."""
     if len(raw.class_logits[0]) == 1:
         return raw
     return _with_distances(raw, lambda logits: torch.cat((logits[:-1], logits[:1])))
 
 
-WRONG_ENGINES: dict[str, Wrong] = {
+WRONG_BACKENDS: dict[str, Wrong] = {
     "sides swapped": lambda raw: _with_distances(raw, lambda logits: logits.roll(logits.shape[1] // 4, 1)),
     "boxes shifted by a bin": lambda raw: _with_distances(raw, lambda logits: logits.roll(1, 1)),
     "boxes shifted by a cell": lambda raw: _with_distances(raw, lambda logits: logits.roll(1, 3)),
@@ -53,7 +53,7 @@ WRONG_ENGINES: dict[str, Wrong] = {
     "levels swapped": lambda raw: RawPredictions(raw.class_logits[::-1], raw.distance_logits[::-1]),
     "one value not finite": lambda raw: _with_classes(raw, _first_nan),
     "logits too low": lambda raw: _with_classes(raw, lambda logits: logits * 0.9),
-    "pictures forgotten": lambda raw: RawPredictions(
+    "images forgotten": lambda raw: RawPredictions(
         *(tuple(torch.zeros_like(level) for level in side) for side in raw)
     ),
     "wrong in batches alone": _in_batches_only,

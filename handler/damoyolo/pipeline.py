@@ -1,0 +1,129 @@
+"""From pixels on the device to detections on the host: the network and the postprocessing behind it.
+
+`EagerPipeline` is the reference: any backend, then `postprocess`. On CUDA in fp16 or bf16, `cuda.pipeline`
+runs the same work as CUDA graphs of a fused network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from damoyolo.backends import Backend, open_backend
+from damoyolo.backends.precision import WEIGHT_DTYPE, resolve_precision
+from damoyolo.config import ServingConfig
+from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.postprocess import postprocess
+from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageTimer, no_timing
+from damoyolo.structures import DetectionOptions, Detections, RawPredictions
+
+
+class Pipeline(Protocol):
+    """The network and its postprocessing on one device. Not for several threads at once.
+
+    name, precision: the backend that runs the network, and its arithmetic.
+    max_batch_size: the most images of one call; None for no limit.
+    pixels: (max_batch_size, 3, H, W) uint8 channels_last on the device, the best place for a batch; None if
+        every place is as good.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def max_batch_size(self) -> int | None: ...
+
+    @property
+    def pixels(self) -> Tensor | None: ...
+
+    def detect(
+        self,
+        pixels: Tensor,
+        options: Sequence[DetectionOptions],
+        image_sizes_hw: Sequence[tuple[int, int]],
+        time_stage: StageTimer = no_timing,
+    ) -> list[Detections]:
+        """The detections of each image.
+
+        pixels: (B, 3, H, W) uint8 on the device, B at least 1 and at most `max_batch_size`.
+        options, image_sizes_hw: one per image; original height and width in pixels.
+        time_stage: called with the name of each stage; what it returns is entered around that stage.
+        """
+        ...
+
+    def network_call(self, pixels: Tensor) -> Callable[[], RawPredictions]:
+        """The network alone for a batch of `pixels`, to be timed; its result is valid until the next call."""
+        ...
+
+
+class EagerPipeline:
+    """A backend, then `postprocess`, with nothing captured or padded. Takes batches of any size."""
+
+    max_batch_size = None
+    pixels = None
+
+    def __init__(self, backend: Backend, input_size_hw: tuple[int, int], max_candidates: int) -> None:
+        self.backend = backend
+        self.input_size_hw = input_size_hw
+        self.max_candidates = max_candidates
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.backend.name
+
+    @property
+    def precision(self) -> str:
+        """The backend's precision."""
+        return self.backend.precision
+
+    def detect(
+        self,
+        pixels: Tensor,
+        options: Sequence[DetectionOptions],
+        image_sizes_hw: Sequence[tuple[int, int]],
+        time_stage: StageTimer = no_timing,
+    ) -> list[Detections]:
+        """See `Pipeline.detect`."""
+        with time_stage(NETWORK):
+            predictions = self.backend(pixels)
+        with time_stage(POSTPROCESS):
+            return postprocess(predictions, options, image_sizes_hw, self.input_size_hw, self.max_candidates)
+
+    def network_call(self, pixels: Tensor) -> Callable[[], RawPredictions]:
+        """See `Pipeline.network_call`."""
+        return functools.partial(self.backend, pixels)
+
+
+def open_pipeline(
+    model: DamoYolo,
+    config: ServingConfig,
+    input_size_hw: tuple[int, int],
+    device: torch.device,
+    model_dir: Path | None,
+) -> Pipeline:
+    """The fastest pipeline that the settings allow on the device.
+
+    model: folded, on the CPU, in float32; taken over and changed.
+    model_dir: folder of the unpacked archive, which may hold the network in the format of other backends.
+
+    Raises:
+        ConfigError: the backend's library is missing, or it cannot run on the device or in the precision.
+    """
+    if device.type == "cuda" and config.cuda_graphs and config.backend in ("auto", "pytorch"):
+        precision = resolve_precision(config.precision, device)
+        if precision in WEIGHT_DTYPE:
+            # Imported here: a worker on a CPU never needs it, and it needs Triton.
+            from damoyolo.cuda.pipeline import GraphPipeline
+
+            return GraphPipeline.of_model(model, config, input_size_hw, device, precision)
+    backend = open_backend(model, config, device, model_dir)
+    return EagerPipeline(backend, input_size_hw, config.max_candidates)

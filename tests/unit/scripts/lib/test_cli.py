@@ -1,0 +1,68 @@
+"""Errors, exit codes and renamed options of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.cli import ScriptError, command_parser, run_command
+
+from damoyolo.errors import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command_parser("What it does.", {"--pictures": "--images"})
+    made.prog = "some_command.py"
+    made.add_argument("--images", nargs="+")
+    return made
+
+
+@pytest.mark.parametrize("error", [ScriptError("why"), ConfigError("why"), FileNotFoundError("why")])
+def test_an_expected_error_is_one_line_and_exit_code_1(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_arguments: argparse.Namespace) -> None:
+        raise error
+
+    assert run_command(command, parser(), []) == 1
+    assert capsys.readouterr().err == "some_command: why\n"
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(_arguments: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(command, parser(), []) == 130
+    assert capsys.readouterr().err == "some_command: interrupted\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback() -> None:
+    def command(_arguments: argparse.Namespace) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(command, parser(), [])
+
+
+def test_the_exit_code_of_the_command_is_passed_on() -> None:
+    assert run_command(lambda arguments: len(arguments.images), parser(), ["--images", "a", "b"]) == 2
+    assert run_command(lambda _: None, parser(), []) == 0
+
+
+def test_a_renamed_option_is_refused_with_its_present_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(lambda _: None, parser(), ["--pictures", "folder"])
+    assert exit_info.value.code == 2
+    assert "--pictures is now called --images" in capsys.readouterr().err
+    assert "--pictures" not in parser().format_help()
+
+
+def test_parsing_a_command_line_needs_no_torch(project_dir: Path) -> None:
+    code = "import sys; import lib.cli, damoyolo.config; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=project_dir / "scripts", timeout=60).returncode == 0
+    )
