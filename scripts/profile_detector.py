@@ -38,8 +38,8 @@ from lib.measure.plots import plot_shares
 from lib.measure.timing import append_json_rows, format_table, synchronize
 from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
 
+from damoyolo.decode import decode_image
 from damoyolo.detector import Detector
-from damoyolo.preprocess import decode_image
 from damoyolo.service import DetectionService
 from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageClock, StageTimer, no_timing
 

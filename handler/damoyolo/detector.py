@@ -15,11 +15,12 @@ from torch import Tensor
 from damoyolo.backends import ONNX_FILE as ONNX_FILE
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
+from damoyolo.decode import EncodedImage
 from damoyolo.errors import ConfigError, RequestError
 from damoyolo.model.checkpoint import load_packaged
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.pipeline import open_pipeline
-from damoyolo.preprocess import EncodedImage, ImagePreprocessor
+from damoyolo.preprocess import ImagePreprocessor
 from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 

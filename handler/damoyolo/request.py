@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from damoyolo.config import ServingConfig
+from damoyolo.decode import EncodedImage, require_image_bytes
 from damoyolo.errors import InvalidOptionError, MissingImageError, RequestError
-from damoyolo.preprocess import EncodedImage, require_image_bytes
 from damoyolo.response import CONTENT_TYPES, OutputFormat
 from damoyolo.structures import DetectionOptions
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from damoyolo.decode import EncodedImage, decode_image
 from damoyolo.detector import Detector
 from damoyolo.errors import (
     DeviceLostError,
@@ -18,7 +19,6 @@ from damoyolo.errors import (
     InternalError,
     RequestError,
 )
-from damoyolo.preprocess import EncodedImage, decode_image
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
 from damoyolo.response_batch import format_json_of_batch, prepare_tables

@@ -1,4 +1,4 @@
-"""The kernel of `resize`: one launch for a whole batch of images of any sizes and layouts."""
+"""The Triton kernel of `resize`: one launch for a whole batch of images of any sizes and layouts."""
 # Triton ships no types.
 # mypy: ignore-errors
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from damoyolo.cuda.kernels.resize import PixelTable
+from damoyolo.orientation import PixelTable
 
 BLOCK_PIXELS = 512
 
@@ -38,8 +38,8 @@ def _resize_kernel(
     column_stride = tl.load(entry + 4)
     channel_stride = tl.load(entry + 5)
 
-    # (y + 1/2) * height / OUT_HEIGHT - 1/2 as a fraction of whole numbers: exact, so that an image of the
-    # same size has weights of exactly 0.
+    # (y + 1/2) * height / OUT_HEIGHT - 1/2 as a fraction of integers: exact, so that an image of the same
+    # size has weights of exactly 0.
     y_numerator = tl.maximum((2 * y + 1) * height - OUT_HEIGHT, 0)
     x_numerator = tl.maximum((2 * x + 1) * width - OUT_WIDTH, 0)
     top = y_numerator // (2 * OUT_HEIGHT)

@@ -1,18 +1,15 @@
-"""Resizing of whole batches: the kernel against the plain form, and what both must do with an orientation."""
+"""Resizing of whole batches: the kernel against `resize_reference`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from damoyolo.cuda.kernels.resize import (
-    OrientedImage,
-    locate_pixels,
-    resize_images,
-    resize_images_reference,
-    shown_pixels,
-)
+from damoyolo.cuda.kernels.resize import resize_images
+from damoyolo.orientation import OrientedImage, locate_pixels
+from damoyolo.preprocess import resize_reference
 
 SIZES_HW = [(1, 1), (1, 9), (2, 3), (37, 53), (24, 40), (96, 200), (131, 24)]
 
@@ -28,40 +25,11 @@ def planar(pixels: Tensor) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
-def inside_a_larger_one(pixels: Tensor) -> Tensor:
-    """The same image cut from a larger one, so that its rows have gaps."""
-    height, width, _ = pixels.shape
-    larger = pixels.new_full((height + 3, width + 5, 4), 77)
-    larger[2:-1, 1:-4, :3] = pixels
-    return larger[2:-1, 1:-4, :3]
-
-
-@pytest.mark.parametrize("lay_out", [Tensor.clone, planar, inside_a_larger_one])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_located_pixels_are_the_shown_ones(orientation: int, lay_out: object) -> None:
-    image = OrientedImage(lay_out(noise(3, 5)), orientation)  # type: ignore[operator]
-    shown = shown_pixels(image)
-    assert tuple(shown.shape[:2]) == image.oriented_size_hw == ((3, 5) if orientation < 5 else (5, 3))
-    table = locate_pixels(image)
-    assert (table.height, table.width) == image.oriented_size_hw
-    memory = image.pixels.untyped_storage()
-    first = table.address - memory.data_ptr()
-    found = [
-        [
-            [memory[first + y * table.row_stride + x * table.column_stride + c * table.channel_stride]]
-            for c in range(3)
-        ]
-        for y in range(table.height)
-        for x in range(table.width)
-    ]
-    assert torch.equal(torch.tensor(found).reshape(shown.shape), shown.long())
-
-
-def test_on_a_cpu_the_plain_form_answers() -> None:
+def test_the_reference_runs_on_a_cpu() -> None:
     images = [OrientedImage(noise(*size_hw)) for size_hw in SIZES_HW]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8)
     resize_images(images, out)
-    resize_images_reference(images, expected)
+    resize_reference(images, expected)
     assert torch.equal(out, expected)
     assert out.any()
 
@@ -70,17 +38,20 @@ def test_no_images_are_no_work() -> None:
     resize_images([], torch.empty(0, 24, 40, 3, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("lay_out", [Tensor.clone, planar, inside_a_larger_one])
-def test_the_kernel_stays_within_one_level_of_the_plain_form(
-    kernel_device: torch.device, lay_out: object
-) -> None:
+def cut_from_a_larger_one(pixels: Tensor) -> Tensor:
+    """The same image with gaps between its rows and pixels."""
+    return F.pad(pixels, (0, 1, 1, 4, 2, 1), value=77)[2:-1, 1:-4, :3]
+
+
+@pytest.mark.parametrize("lay_out", [Tensor.clone, planar, cut_from_a_larger_one])
+def test_the_kernel_stays_within_one_of_the_reference(kernel_device: torch.device, lay_out: object) -> None:
     images = [
         OrientedImage(lay_out(noise(*size_hw, seed).to(kernel_device)), 1 + seed)  # type: ignore[operator]
         for seed, size_hw in enumerate(SIZES_HW)
     ]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8, device=kernel_device)
     run_kernel(images, out)
-    resize_images_reference(images, expected)
+    resize_reference(images, expected)
     difference = (out.int() - expected.int()).abs()
     assert difference.max() <= 1
     # Only a value of exactly one half may go to the other neighbour.

@@ -1,0 +1,84 @@
+"""Each EXIF orientation, against the definition of the tag and in every form that the package uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from damoyolo.orientation import (
+    OrientedImage,
+    locate_pixels,
+    pillow_transposition,
+    shown_pixels,
+    valid_orientation,
+)
+from doubles.images import make_pixels
+
+# Stored pixels -> what a viewer shows, from the definition of the EXIF tag.
+VIEWS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+def planar(pixels: Tensor) -> Tensor:
+    """The same image as three planes in memory."""
+    return pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+def cut_from_a_larger_one(pixels: Tensor) -> Tensor:
+    """The same image with gaps between its rows and pixels."""
+    return F.pad(pixels, (0, 1, 1, 4, 2, 1), value=77)[2:-1, 1:-4, :3]
+
+
+@pytest.mark.parametrize("orientation", VIEWS)
+def test_torch_and_pillow_show_what_the_standard_says(orientation: int) -> None:
+    stored = make_pixels(3, 5)
+    shown = VIEWS[orientation](stored)
+    image = OrientedImage(torch.from_numpy(stored), orientation)
+    np.testing.assert_array_equal(shown_pixels(image).numpy(), shown)
+    assert image.oriented_size_hw == shown.shape[:2]
+    transposition = pillow_transposition(orientation)
+    assert (transposition is None) == (orientation == 1)
+    if transposition is not None:
+        np.testing.assert_array_equal(np.asarray(Image.fromarray(stored).transpose(transposition)), shown)
+
+
+@pytest.mark.parametrize("lay_out", [Tensor.clone, planar, cut_from_a_larger_one])
+@pytest.mark.parametrize("orientation", VIEWS)
+def test_the_located_pixels_are_the_shown_ones(orientation: int, lay_out: Callable[[Tensor], Tensor]) -> None:
+    image = OrientedImage(lay_out(torch.from_numpy(make_pixels(3, 5))), orientation)
+    table = locate_pixels(image)
+    assert (table.height, table.width) == image.oriented_size_hw
+    memory = image.pixels.untyped_storage()
+    first = table.address - memory.data_ptr()
+    found = [
+        [
+            [
+                memory[first + y * table.row_stride + x * table.column_stride + c * table.channel_stride]
+                for c in range(3)
+            ]
+            for x in range(table.width)
+        ]
+        for y in range(table.height)
+    ]
+    assert found == shown_pixels(image).tolist()
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535, -1, None, "6", 6.5])
+def test_a_value_that_is_not_defined_is_upright(value: object) -> None:
+    assert valid_orientation(value) == 1
+    assert [valid_orientation(defined) for defined in VIEWS] == list(VIEWS)
