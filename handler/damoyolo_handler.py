@@ -1,4 +1,4 @@
-"""The TorchServe entry point: rows in, one body and one status a row out."""
+"""Serve DAMO-YOLO in TorchServe: rows in, one body and one status per row out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from damoyolo.backends import openvino_import  # noqa: F401  (has to come before TorchServe's base handler)
+from damoyolo.backends import openvino_import  # noqa: F401  (must come before TorchServe's base handler)
 
 # isort: split
 from ts.metrics.metric_type_enum import MetricTypes
@@ -35,16 +35,16 @@ METRICS_INTERVAL_S = 1.0
 class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
     """Serves a packaged DAMO-YOLO; every request of a batch succeeds or fails on its own.
 
-    The inherited `handle` decides for a whole batch by its first item, so this one has its own.
+    It has its own `handle`, because the inherited one decides for a whole batch by its first item.
     """
 
     def initialize(self, context: Any) -> None:
-        """Load the network on the worker's device and run it once, before the worker reports ready.
+        """Load the network on the worker's device and warm it up before the worker reports ready.
 
         Raises:
             ConfigError, CheckpointError: settings and weights of the archive do not fit together.
         """
-        # The server keeps every line that a worker prints; metrics travel the same way at level INFO.
+        # The server logs every line that a worker prints; metrics are sent the same way at level INFO.
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("ts.metrics.caching_metric").setLevel(logging.INFO)
         logger.setLevel(logging.INFO)
@@ -77,8 +77,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         try:
             answers = self.service.answer(data, headers, self.clock)
         except DeviceLostError:
-            # Every later CUDA call of this process would fail too, while the server calls the worker
-            # healthy. Ending it makes the server start a new one.
+            # Every later CUDA call of this process would fail too, while the server considers the worker
+            # healthy. If it ends, the server starts a new one.
             logger.exception("the device is lost; ending this worker")
             logging.shutdown()
             os._exit(1)
@@ -108,10 +108,10 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
-    """Take a worker's share of the cores. Ahead of the detector: every backend takes PyTorch's threads."""
+    """Take a worker's share of the cores. Call before the detector: backends take PyTorch's threads."""
     cores = len(os.sched_getaffinity(0))
     if device.type == "cpu":
-        # More threads than cores slow all of them down.
+        # More threads than cores would slow all workers down.
         torch.set_num_threads(config.compute_threads or max(1, cores // workers))
         return
     if config.cuda_sync == "blocking" or (config.cuda_sync == "auto" and 2 * workers > cores):

@@ -1,4 +1,4 @@
-"""The serving settings and their defaults: the only place that states a default."""
+"""Define the serving settings; no other place states a default."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # names as Pillow
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """What the `handler:` section of model-config.yaml may say.
+    """The settings in the `handler:` section of model-config.yaml.
 
     variant: name of a published DAMO-YOLO variant.
-    class_names: one name a class, in the order of the network's channels.
+    class_names: one name per class, in the order of the network's channels.
     input_size_hw: height and width of the network input in pixels, multiples of 32; None takes the
         variant's own.
-    backend: backend that runs the network; "auto" is PyTorch on CUDA, and OpenVINO, where it is installed, on
-        a CPU.
+    backend: library that runs the network; "auto" is PyTorch on CUDA, and on a CPU OpenVINO if it is
+        installed.
     precision: arithmetic of the network; "auto" takes the fastest that keeps accuracy on the device.
-    score_threshold, iou_threshold, max_detections: what a request gets that does not say otherwise.
-    max_detections_limit: the most that a request may ask for.
-    max_candidates: the best so many candidates of an image enter NMS, a bound on its work.
+    score_threshold, iou_threshold, max_detections: defaults for what a request leaves out.
+    max_detections_limit: largest max_detections of a request.
+    max_candidates: how many candidates of an image enter NMS, the best ones; bounds its work.
     max_image_bytes: largest encoded image. max_image_pixels: largest width times height.
     max_instances: most images in one JSON request.
     max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
         server ends the worker.
     image_formats: accepted image formats, named as Pillow names them.
-    decode_threads: images decoded at the same time in a worker; 0 takes one a core.
+    decode_threads: images decoded at the same time in a worker; 0 takes one per core.
     compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
     warmup_batch_sizes: batch sizes run once before a worker reports ready.
-    cuda_graphs: on CUDA in fp16 or bf16, run the rewritten network and the postprocessing of fixed shapes as
-        CUDA graphs (docs/performance.md has what it gains); off is plain PyTorch.
-    graph_batch_sizes: batch sizes to record; a batch is padded to the next, a larger one is cut up.
+    cuda_graphs: on CUDA in fp16 or bf16, run the fused network and postprocessing of fixed shapes as CUDA
+        graphs (docs/performance.md has the gain); off is plain PyTorch.
+    graph_batch_sizes: batch sizes to capture; a batch is padded to the next, a larger one is split.
     cuda_sync: how a worker waits for a CUDA device: "blocking" sleeps and leaves its core to others, "spin"
         keeps the core busy and resumes about 0.2 ms earlier; "auto" spins if the workers need at most half
         of the cores.
-    gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off is the pool of threads for all.
+    gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     jpeg_quality: of drawn images, 1..95.
     """
 
@@ -96,7 +96,7 @@ class ServingConfig:
         for name in ("decode_threads", "compute_threads"):
             _require_range(name, getattr(self, name), 0, 1024)
         if not self.graph_batch_sizes:
-            raise ConfigError("graph_batch_sizes is empty; to run without graphs set cuda_graphs to false")
+            raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")
         for name in ("warmup_batch_sizes", "graph_batch_sizes"):
             for size in getattr(self, name):
                 _require_range(name, size, 1, 1024)
@@ -105,7 +105,7 @@ class ServingConfig:
                 f"input_size_hw is {list(self.input_size_hw)}; both sides must be positive multiples of 32"
             )
         if len(set(self.class_names)) != len(self.class_names):
-            raise ConfigError("class_names holds a name twice; every class needs a name of its own")
+            raise ConfigError("class_names has a name twice; every class needs its own name")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> ServingConfig:
@@ -131,31 +131,30 @@ class ServingConfig:
         }
 
     def default_options(self) -> DetectionOptions:
-        """What a request gets that asks for nothing special."""
+        """The options of a request that sets none."""
         return DetectionOptions(self.score_threshold, self.iou_threshold, self.max_detections)
 
 
 def graph_batch_sizes_up_to(largest: int) -> list[int]:
-    """Batch sizes to record for batches of at most `largest`; each costs half a second at start.
+    """Batch sizes to capture for batches of at most `largest`; each takes half a second at start.
 
-    Closest where a server under partial load has its batches: padding 12 to 16 would cost a fourth.
+    They are densest at the batch sizes of a server under partial load: padding 12 to 16 wastes a quarter.
     """
-    few = [1, 2, 4, 8, 12, 16, 20, 24]
-    more = [
-        size for power in range(5, largest.bit_length()) for size in (2**power, 2**power + 2 ** (power - 1))
-    ]
-    return [*(size for size in few + more if size < largest), largest]
+    sizes = [1, 2, 4, 8, 12, 16, 20, 24]
+    for power in range(5, largest.bit_length()):
+        sizes += [2**power, 3 * 2 ** (power - 1)]
+    return [*(size for size in sizes if size < largest), largest]
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of the field `name`, without guessing: "8" is no number and 1 no text."""
+    """`value` as the type of the field `name`, without guessing: "8" is not a number and 1 is not text."""
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is not tuple and options:  # X | None
         return None if value is None else _coerce(name, value, options[0])
     if get_origin(hint) is tuple:
         item_hints = get_args(hint)
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} is {value!r}; a list is needed")
+            raise ConfigError(f"{name} is {value!r}; a list is accepted")
         if item_hints[-1] is not Ellipsis and len(value) != len(item_hints):
             raise ConfigError(f"{name} has {len(value)} entries; {len(item_hints)} are needed")
         return tuple(_coerce(name, item, item_hints[0]) for item in value)

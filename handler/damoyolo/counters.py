@@ -1,4 +1,4 @@
-"""Counters that are summed here and sent on now and then."""
+"""Sum counters and send them at intervals."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 
 CounterKey = tuple[str, tuple[str, ...]]  # name of the counter, values of its dimensions
-# Name of the counter, values of its dimensions, what it grew by.
+# Name of the counter, values of its dimensions, increment.
 SendCounter = Callable[[str, tuple[str, ...], float], None]
 
 
 class CounterTotals:
     """Sums increments and sends each counter at most once in `interval_s` seconds.
 
-    One sent metric costs the worker a line of output (about 30 us), which for each batch would be several
-    per cent of the time of a fast GPU. A timer sends what is left when no further batch comes.
+    Sending a metric costs the worker a line of output (about 30 us); once per batch, that would be several
+    per cent of the time of a fast GPU. A timer sends the rest when no further batch comes.
     """
 
     def __init__(self, send: SendCounter, interval_s: float) -> None:
@@ -27,7 +27,7 @@ class CounterTotals:
         self._timer: threading.Timer | None = None
 
     def add(self, increments: dict[CounterKey, float]) -> None:
-        """Add to the counters named by (name, values of the dimensions)."""
+        """Add to the counters, each named by (name, values of its dimensions)."""
         with self._lock:
             for key, value in increments.items():
                 self._totals[key] = self._totals.get(key, 0.0) + value
@@ -40,7 +40,7 @@ class CounterTotals:
             self.flush()
 
     def flush(self) -> None:
-        """Send what has been added since the last time."""
+        """Send what was added since the last time."""
         with self._lock:
             totals, self._totals = self._totals, {}
             self._sent_at = time.monotonic()

@@ -1,4 +1,7 @@
-"""The errors of the package; each message says what was found, what is accepted, and what changes it."""
+"""Define the errors of the package.
+
+A message says what was found, what is accepted, and which setting changes that.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ class ConfigError(DamoYoloError, ValueError):
 
 
 class CheckpointError(DamoYoloError):
-    """A checkpoint cannot be read or does not fit the network asked for."""
+    """A checkpoint cannot be read or does not fit the requested network."""
 
 
 class RequestError(DamoYoloError):
-    """One request cannot be answered; costs that request alone.
+    """One request cannot be answered; the others of its batch are not affected.
 
     `status` is the HTTP status code, `reason` its phrase (ASCII, one line) and `kind` the machine-readable
     name that goes into the `type` field of the error body.
@@ -34,7 +37,7 @@ class InvalidOptionError(RequestError):
 
 
 class MissingImageError(RequestError):
-    """The request carries no image where one is looked for."""
+    """The request has no image in any accepted place."""
 
     kind = "MissingImage"
 
@@ -64,7 +67,7 @@ class CorruptImageError(RequestError):
 
 
 class InternalError(RequestError):
-    """The server failed at this request for a reason that is not the client's."""
+    """The server failed at this request through no fault of the client."""
 
     status = 500
     reason = "Internal Server Error"

@@ -1,18 +1,18 @@
-"""A row of TorchServe -> the encoded images and the options of one request.
+"""Read the encoded images and the options of a request from a row of TorchServe.
 
-A row is a mapping from field names to a bytearray, a str, or what a JSON document became. The image comes
+A row maps field names to a bytearray, a str, or a parsed JSON document. The image comes
 
 - as the raw body (field `body`) of any content type,
 - as one multipart field `data`, `body` or `image`,
 - as base64 in JSON, `{"image": "..."}`, with or without `data:...;base64,` before it, or
-- as several of them, `{"instances": [{"b64": "..."}, ...]}`, answered by `{"predictions": [...]}`.
+- as one of several in `{"instances": [{"b64": "..."}, ...]}`, answered by `{"predictions": [...]}`.
 
-Options have one name everywhere (`OPTION_NAMES`). Of several places, the first that has one wins:
+Options have the same name everywhere (`OPTION_NAMES`). The first place that has one takes precedence:
 
 1. a field of the JSON document, with JSON's own types (null counts as absent),
 2. a form field or query parameter beside the image, as text,
 3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
-4. the server's default; for `format`, the Accept header before it.
+4. the server's default; for `format`, the Accept header first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from damoyolo.structures import DetectionOptions
 OPTION_NAMES = ("score_threshold", "iou_threshold", "max_detections", "classes", "class_agnostic", "format")
 
 _IMAGE_FIELDS = ("body", "data", "image")
-_TOLERATED_FIELDS = ("model_name",)  # /invocations carries it and TorchServe passes it on
+_IGNORED_FIELDS = ("model_name",)  # part of /invocations, passed on by TorchServe
 _HEADER_PREFIX = "x-detect-"
 _OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
 _FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
@@ -47,12 +47,12 @@ _ACCEPTED_FORMS = (
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What one request asks for.
+    """The content of one request.
 
-    images: the encoded images, at least one, each not empty.
-    options: what the postprocessing needs to know, the same for all of them.
-    output_format: of the answer; a drawn image only where there is one image.
-    batched: the answer is `{"predictions": [...]}`, also for one image, unless it is drawn.
+    images: the encoded images, at least one, none of them empty.
+    options: for the postprocessing, the same for all images.
+    output_format: of the answer; a drawn image only for a single image.
+    batched: the answer is `{"predictions": [...]}`, even for one image, unless it is drawn.
     """
 
     images: tuple[EncodedImage, ...]
@@ -62,7 +62,7 @@ class ImageRequest:
 
 
 class RequestParser:
-    """Turns rows into requests for a network with the classes, limits and defaults of `config`."""
+    """Parses rows for a network with the classes, limits and defaults of `config`."""
 
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
@@ -73,11 +73,12 @@ class RequestParser:
         """Find images and options.
 
         Args:
-            row: field name -> content. headers: request headers, names in any spelling; values that are no
-                text are ignored (TorchServe keeps the headers of multipart fields among them).
+            row: field name -> content.
+            headers: request headers, names in any case; values other than str are ignored (TorchServe puts
+                the headers of multipart fields among them).
 
         Raises:
-            MissingImageError: no image where one is looked for.
+            MissingImageError: no image in any accepted place.
             InvalidOptionError: an option is unknown, malformed or out of range.
             ImageTooLargeError: an image has more bytes than `config.max_image_bytes`.
             RequestError: broken JSON or base64, or more images than accepted.
@@ -99,7 +100,7 @@ class RequestParser:
         if output_format != "json" and len(images) > 1:
             raise InvalidOptionError(
                 f"format is {output_format} for {len(images)} images; "
-                "a drawn image is the answer to one image only, ask for format json"
+                "a drawn image answers a request of one image only; request format json"
             )
         return ImageRequest(images, self._options(values), output_format, batched)
 
@@ -112,8 +113,8 @@ class RequestParser:
         if not found or (not isinstance(row[found[0]], Mapping) and not row[found[0]]):
             hint = ""
             if "form-urlencoded" in header_texts.get("content-type", ""):
-                hint = " (it calls itself a form: with curl use -T, or -H 'Content-Type: image/jpeg')"
-            raise MissingImageError(f"the request holds no image{hint}; {_ACCEPTED_FORMS}")
+                hint = " (its content type is a form; with curl use -T, or -H 'Content-Type: image/jpeg')"
+            raise MissingImageError(f"the request has no image{hint}; {_ACCEPTED_FORMS}")
         return row[found[0]]
 
     def _document_images(self, document: Mapping[str, Any]) -> tuple[tuple[EncodedImage, ...], bool]:
@@ -125,14 +126,14 @@ class RequestParser:
             return (self._from_base64(document["image"], "image"),), False
         instances = document.get("instances")
         if instances is None or instances == []:
-            raise MissingImageError(f"the JSON document holds no image; {_ACCEPTED_FORMS}")
+            raise MissingImageError(f"the JSON document has no image; {_ACCEPTED_FORMS}")
         if not isinstance(instances, list) or not all(
             isinstance(instance, Mapping) and set(instance) == {"b64"} for instance in instances
         ):
-            raise RequestError('instances must be a list of objects {"b64": "..."} with nothing else in them')
+            raise RequestError('instances must be a list of objects {"b64": "..."} without other fields')
         if len(instances) > self.config.max_instances:
             raise RequestError(
-                f"instances holds {len(instances)} images; "
+                f"instances has {len(instances)} images; "
                 f"at most {self.config.max_instances} are accepted (server setting max_instances)"
             )
         return tuple(
@@ -141,27 +142,27 @@ class RequestParser:
         ), True
 
     def _from_base64(self, value: Any, place: str) -> bytes:
-        """Decode strictly: the alphabet with + and /, with padding; white space and line breaks may occur."""
+        """Decode strictly: the alphabet with + and /, padded; white space and line breaks are allowed."""
         if not isinstance(value, str):
-            raise RequestError(f"{place} is {_quoted(value)}; a text with the image in base64 is needed")
+            raise RequestError(f"{place} is {_quoted(value)}; a string with the image in base64 is accepted")
         start = 0
         if value[:5].lower() == "data:":
             start = value.find(",") + 1
             if not value[: max(start - 1, 0)].lower().endswith(";base64"):
                 raise RequestError(
-                    f"{place} is {_quoted(value)}; of data URLs only data:...;base64,... is accepted"
+                    f"{place} is {_quoted(value)}; the only accepted data URL is data:...;base64,..."
                 )
         try:
             text = value[start:].encode("ascii").translate(None, b" \t\r\n")
             if not text:
-                raise MissingImageError(f"{place} is empty; a text with the image in base64 is needed")
+                raise MissingImageError(f"{place} is empty; a string with the image in base64 is accepted")
             require_image_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), self.config)
-            if len(text) % 4:  # Python 3.10 overlooks superfluous padding
+            if len(text) % 4:  # Python 3.10 accepts superfluous padding
                 raise binascii.Error
             return base64.b64decode(text, validate=True)
         except (UnicodeEncodeError, binascii.Error) as error:
             raise RequestError(
-                f"{place} is {_quoted(value)}; base64 is needed: A-Z a-z 0-9 + / and = at the end"
+                f"{place} is {_quoted(value)}; base64 is accepted: A-Z a-z 0-9 + / and = at the end"
             ) from error
 
     def _options(self, values: Mapping[str, Any]) -> DetectionOptions:
@@ -197,7 +198,7 @@ class RequestParser:
         return tuple(sorted({self._class_id(entry) for entry in entries}))
 
     def _class_id(self, entry: Any) -> int:
-        """A name, or an id as number or as text; a class that is named like a number goes by its name."""
+        """The id of a name, or an id as number or text; a name that looks like a number is a name."""
         last_id = len(self._id_of_class) - 1
         if isinstance(entry, str) and entry in self._id_of_class:
             return self._id_of_class[entry]
@@ -212,7 +213,7 @@ class RequestParser:
 
 
 class _Text(str):
-    """An option that came as text because its channel has no types, unlike a JSON string."""
+    """An option from a place without types (form, query, header), unlike a JSON string."""
 
     __slots__ = ()
 
@@ -228,18 +229,18 @@ def _header_options(header_texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _form_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: value for name, value in row.items() if name not in _IMAGE_FIELDS + _TOLERATED_FIELDS}
+    fields = {name: value for name, value in row.items() if name not in _IMAGE_FIELDS + _IGNORED_FIELDS}
     _refuse_unknown(fields, "field")
     return {name: _form_text(name, value) for name, value in fields.items()}
 
 
 def _form_text(name: str, value: Any) -> Any:
-    """The text of a form field; what arrives parsed, as a part with JSON's content type does, stays."""
+    """The text of a form field; one that is already parsed, as a JSON part is, stays as it is."""
     if isinstance(value, bytes | bytearray | memoryview):
         try:
             value = bytes(value).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidOptionError(f"{name} is {_quoted(value)}; a text in UTF-8 is accepted") from error
+            raise InvalidOptionError(f"{name} is {_quoted(value)}; UTF-8 text is accepted") from error
     return _Text(value.strip()) if isinstance(value, str) else value
 
 
@@ -258,10 +259,10 @@ def _refuse_unknown(fields: Mapping[str, Any], what: str) -> None:
 
 
 def _json_document(content: Any) -> Mapping[str, Any] | None:
-    """The JSON object that the content is, or None if it is an image.
+    """The JSON object in the content, or None if it is an image.
 
-    TorchServe parses JSON only where the content type is exactly application/json; otherwise the first
-    character tells, for no image format begins with a brace.
+    TorchServe parses JSON only if the content type is exactly application/json. Otherwise the first character
+    decides: no image format begins with a brace.
     """
     if isinstance(content, str | bytes | bytearray | memoryview):
         opening = content[:64].encode() if isinstance(content, str) else bytes(content[:64])
@@ -271,17 +272,19 @@ def _json_document(content: Any) -> Mapping[str, Any] | None:
             content = json.loads(bytes(content) if isinstance(content, memoryview) else content)
         except (ValueError, RecursionError) as error:
             raise RequestError(
-                f"the request begins like JSON but is not: {_quoted(str(error))}; {_ACCEPTED_FORMS}"
+                f"the request begins like JSON but is not valid: {_quoted(str(error))}; {_ACCEPTED_FORMS}"
             ) from error
     if not isinstance(content, Mapping):
-        raise RequestError(f"the JSON document is {_quoted(content)}; an object is needed: {_ACCEPTED_FORMS}")
+        raise RequestError(
+            f"the JSON document is {_quoted(content)}; an object is accepted: {_ACCEPTED_FORMS}"
+        )
     return content
 
 
 def _as_image(content: Any) -> EncodedImage:
     if isinstance(content, str):
         raise RequestError(
-            "the request carries text where an image is looked for; send the image's bytes with content "
+            "the request has text where an image is expected; send the image's bytes with content "
             'type image/jpeg or application/octet-stream, or its base64 in JSON: {"image": "..."}'
         )
     image: EncodedImage = content
@@ -320,7 +323,7 @@ def _output_format(value: Any, accept: str) -> OutputFormat:
 
 
 def _format_of_accept(accept: str) -> OutputFormat:
-    """jpeg or png where the header prefers it to everything that is no image; json otherwise.
+    """jpeg or png if the header prefers it to all other types than images; json otherwise.
 
     So browsers, which list image/png beside text/html, and `*/*` get JSON.
     """
@@ -343,7 +346,7 @@ def _format_of_accept(accept: str) -> OutputFormat:
 
 
 def _quoted(value: Any) -> str:
-    """What a client sent, to be shown in a message: ASCII, escaped, at most 60 characters."""
+    """What a client sent, for a message: ASCII, escaped, at most 60 characters."""
     if isinstance(value, list | Mapping):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if isinstance(value, str | bytes | bytearray | memoryview):

@@ -1,4 +1,4 @@
-"""Detections -> the bytes of an answer: compact JSON, or the image with boxes and labels drawn on it."""
+"""Write an answer: compact JSON, or the image with boxes and labels drawn on it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONTENT_TYPES: dict[OutputFormat, str] = {
     "png": "image/png",
 }
 
-# Formatting by hand takes half the time of json.dumps (300 detections: 0.5 ms against 1.0 ms), which the
-# worker spends once an image. 6 decimals hold what float32 scores mean, 2 what boxes mean in pixels.
+# Formatting by hand takes half the time of json.dumps (300 detections: 0.5 ms against 1.0 ms per image).
+# 6 decimals are enough for float32 scores, 2 for boxes in pixels.
 _DETECTION_JSON = '{"class_id":%d,"label":%s,"score":%.6f,"bbox":[%.2f,%.2f,%.2f,%.2f]}'
 
-_GOLDEN_RATIO = 0.618034  # steps of it around the colour circle keep neighbouring classes apart
+_GOLDEN_RATIO = 0.618034  # steps of it around the colour circle separate neighbouring classes
 _JPEG_MAX_SIDE = 65_500  # pixels; libjpeg's limit
 
 
@@ -35,13 +35,13 @@ def format_json(detections: Detections, class_names: Sequence[str]) -> bytes:
     """One image's detections as compact ASCII JSON, in the order given.
 
     `{"width", "height", "detections": [{"class_id", "label", "score", "bbox": [x1, y1, x2, y2]}]}`; boxes in
-    pixels of the original image, cut off at its edges, 2 decimals; scores 6 decimals. A number that
-    is not finite becomes 0 or the nearest edge, so that the text is always JSON.
+    pixels of the original image, clipped to it, 2 decimals; scores 6 decimals. A number that is not finite
+    becomes 0 or the nearest edge, so that the text is always valid JSON.
     """
     return _json_text(detections, class_names).encode("ascii")
 
 
-def format_json_batch(batch: Iterable[Detections], class_names: Sequence[str]) -> bytes:
+def format_json_predictions(batch: Iterable[Detections], class_names: Sequence[str]) -> bytes:
     """The answer to a request of several images: `{"predictions": [...]}`, each as in `format_json`."""
     texts = [_json_text(detections, class_names) for detections in batch]
     return f'{{"predictions":[{",".join(texts)}]}}'.encode("ascii")
@@ -60,13 +60,13 @@ def draw_detections(
     output_format: Literal["jpeg", "png"],
     jpeg_quality: int,
 ) -> bytes:
-    """The image with boxes and labels, encoded; best detection on top, one colour a class.
+    """The image with boxes and labels, encoded; best detection on top, one colour per class.
 
-    Line and font grow with the image. Letters missing from Pillow's built-in font (it covers Latin)
+    Lines and font scale with the image. Letters missing from Pillow's built-in font (it covers Latin)
     appear as empty boxes.
 
     Args:
-        image: (h, w, 3) uint8 R, G, B, the image that `detections` refers to; left as it is.
+        image: (h, w, 3) uint8 R, G, B, the image that `detections` refers to; not changed.
         jpeg_quality: 1..95, for output format "jpeg".
 
     Raises:
@@ -75,8 +75,8 @@ def draw_detections(
     height, width = image.shape[:2]
     if output_format == "jpeg" and max(height, width) > _JPEG_MAX_SIDE:
         raise ImageTooLargeError(
-            f"the image is {width} x {height} pixels and JPEG holds {_JPEG_MAX_SIDE} a side; "
-            "ask for output format json or png"
+            f"the image is {width} x {height} pixels and a JPEG has at most {_JPEG_MAX_SIDE} per side; "
+            "request format json or png"
         )
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
@@ -132,7 +132,7 @@ def _label_texts(class_names: tuple[str, ...]) -> list[str]:
 
 
 def _clipped_boxes_xyxy(detections: Detections) -> NDArray[np.float32]:
-    """(N, 4): cut off at the edges of the image, which the network's boxes may cross; finite."""
+    """(N, 4) finite, clipped to the image, whose edges the network's boxes may cross."""
     height, width = detections.image_size_hw
     edges = np.array([width, height, width, height], dtype=np.float32)
     return np.clip(np.nan_to_num(detections.boxes_xyxy), np.float32(0), edges)
@@ -151,7 +151,7 @@ def _draw_label(
     colour_rgb: tuple[int, int, int],
     image_size_wh: tuple[int, int],
 ) -> None:
-    """Text on a filled bar above the box's upper left corner, moved to lie inside the image."""
+    """Draw text on a filled bar above the box's upper left corner, moved inside the image."""
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     margin = max(1, round((bottom - top) / 5))
     bar_width, bar_height = right - left + 2 * margin, bottom - top + 2 * margin

@@ -1,6 +1,6 @@
-"""Detections of a whole batch -> JSON texts, without a step of Python for each number.
+"""Write the JSON of a whole batch with NumPy, without a step of Python for each number.
 
-Byte for byte what `response.format_json` writes, which defines the form.
+Byte for byte what `response.format_json` writes, which is the reference.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from damoyolo.structures import Detections
 
 Bytes = NDArray[np.uint8]
 
-# Stands where a number has fewer digits than there is room for; JSON in ASCII never holds it.
+# Fills the room that a number does not need; ASCII JSON never contains it.
 _GAP = b"\0"
-_FEW = 3  # images of which fewer are sooner written one by one
-_LARGEST_PIXEL = 65_535  # coordinates with more digits are written one by one
+_MIN_IMAGES = 3  # fewer are written faster one by one
+_MAX_PIXEL = 65_535  # images with larger coordinates are written one by one
 
 
-def format_json_of_batch(batch: Sequence[Detections], class_names: Sequence[str]) -> list[bytes]:
+def format_json_each(batch: Sequence[Detections], class_names: Sequence[str]) -> list[bytes]:
     """The text of `format_json` for each image of a batch."""
     sizes_hw = [image.image_size_hw for image in batch]
     counts = [len(image) for image in batch]
-    if len(batch) < _FEW or not any(counts) or max(map(max, sizes_hw)) > _LARGEST_PIXEL:
+    if len(batch) < _MIN_IMAGES or not any(counts) or max(map(max, sizes_hw)) > _MAX_PIXEL:
         return [format_json(image, class_names) for image in batch]
     edges = np.array([(width, height, width, height) for height, width in sizes_hw], dtype=np.float32)
     boxes_xyxy = np.nan_to_num(np.concatenate([image.boxes_xyxy for image in batch]))
@@ -42,14 +42,14 @@ def format_json_of_batch(batch: Sequence[Detections], class_names: Sequence[str]
     end = 0
     for (height, width), count in zip(sizes_hw, counts, strict=True):
         start, end = end, end + count * rows.shape[1]
-        # Each row ends in a comma; the last one's goes.
+        # Each row ends in a comma; the last one is dropped.
         detections = text[start:end].translate(None, _GAP)[:-1]
         texts.append(b'{"width":%d,"height":%d,"detections":[%b]}' % (width, height, detections))
     return texts
 
 
 def prepare_tables(class_names: Sequence[str]) -> None:
-    """Build what the first batch would have to build: the texts of numbers, and of these classes."""
+    """Build the tables that the first batch would otherwise build."""
     _class_texts(tuple(class_names))
     _number_texts()
 
@@ -62,7 +62,7 @@ def _detection_rows(
 ) -> Bytes:
     """(N, row length): the text of each detection and a comma, with gaps.
 
-    A float32 times 100 or a million is exact in float64, so rounding it is rounding the number itself.
+    A float32 times 100 or a million is exact in float64, so the rounding is that of the number itself.
     """
     hundredths = np.rint(boxes_xyxy.astype(np.float64) * 100).astype(np.uint32)  # N,4
     pixels = hundredths // np.uint32(100)
@@ -102,7 +102,7 @@ def _detection_rows(
 
 @functools.lru_cache(maxsize=8)
 def _class_texts(class_names: tuple[str, ...]) -> Bytes:
-    """(K, length): the beginning of a detection of each class, up to its score."""
+    """(K, length): the start of a detection of each class, up to its score."""
     return _table(
         [
             f'{{"class_id":{class_id},"label":{json.dumps(name)},"score":'
@@ -113,15 +113,15 @@ def _class_texts(class_names: tuple[str, ...]) -> Bytes:
 
 @functools.cache
 def _digit_texts(count: int) -> Bytes:
-    """(count, digits): the numbers below a power of ten with all their leading zeros."""
+    """(count, digits): the numbers below `count`, a power of ten, with leading zeros."""
     digits = len(str(count - 1))
     return _table([f"{number:0{digits}d}" for number in range(count)])
 
 
 @functools.cache
 def _number_texts() -> Bytes:
-    """(65536, 5): the numbers of a coordinate's whole pixels."""
-    return _table([str(number) for number in range(_LARGEST_PIXEL + 1)])
+    """(65536, 5): the whole part of a coordinate."""
+    return _table([str(number) for number in range(_MAX_PIXEL + 1)])
 
 
 def _table(texts: Sequence[str]) -> Bytes:

@@ -1,4 +1,4 @@
-"""Requests in, answers out: one answer a request, whatever happens to its neighbours in the batch."""
+"""Answer batches of requests: one answer each, whatever happens to the others of the batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,25 @@ from damoyolo.errors import (
     RequestError,
 )
 from damoyolo.request import ImageRequest, RequestParser
-from damoyolo.response import CONTENT_TYPES, draw_detections, format_error, format_json, format_json_batch
-from damoyolo.response_batch import format_json_of_batch, prepare_tables
+from damoyolo.response import (
+    CONTENT_TYPES,
+    draw_detections,
+    format_error,
+    format_json,
+    format_json_predictions,
+)
+from damoyolo.response_batch import format_json_each, prepare_tables
 from damoyolo.stage_timing import PARSE, RESPOND, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)
 
+Outcome = Detections | RequestError
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back for one request; `error` is None when it succeeded."""
+    """What is sent back for one request; `error` is None if it succeeded."""
 
     body: bytes
     content_type: str
@@ -55,13 +63,13 @@ class DetectionService:
         headers: Sequence[Mapping[str, Any]],
         time_stage: StageTimer = no_timing,
     ) -> list[Answer]:
-        """One answer a row, in the order of the rows.
+        """One answer per row, in the order of the rows.
 
         rows: fields of each request. headers: its HTTP headers.
-        observe: called with the name of each stage; what it returns is entered around that stage.
+        time_stage: called with the name of each stage; what it returns is entered around that stage.
 
         Raises:
-            DeviceLostError: no batch can be answered any more by this process.
+            DeviceLostError: this process cannot answer any further batch.
         """
         with time_stage(PARSE):
             requests = [self._parse(row, head) for row, head in zip(rows, headers, strict=True)]
@@ -78,13 +86,13 @@ class DetectionService:
         except RequestError as error:
             return error
         except Exception:
-            logger.exception("unforeseen failure while reading a request")
+            logger.exception("unexpected failure while reading a request")
             return InternalError("the server failed to read this request; its log has the cause")
 
     def _detect(
         self, images: list[EncodedImage], options: list[DetectionOptions], time_stage: StageTimer
-    ) -> list[Detections | RequestError]:
-        """Outcome of each image; a batch that fails as a whole is halved until the culprit stands alone."""
+    ) -> list[Outcome]:
+        """Outcome of each image; a batch that fails as a whole is halved until the failing image is alone."""
         if not images:
             return []
         try:
@@ -94,10 +102,10 @@ class DetectionService:
                 raise DeviceLostError(str(error)) from error
             out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if len(images) == 1:
-                logger.exception("failure at a single image")
+                logger.exception("failure on a single image")
                 if out_of_memory:
                     return [DeviceMemoryError("too little free memory on the device for this image")]
-                return [InternalError("the server failed at this image; its log has the cause")]
+                return [InternalError("the server failed on this image; its log has the cause")]
             logger.warning("a batch of %d failed (%s); halving it", len(images), type(error).__name__)
             if out_of_memory and self.detector.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -106,22 +114,22 @@ class DetectionService:
         return first + self._detect(images[half:], options[half:], time_stage)
 
     def _respond_to_all(
-        self, requests: list[ImageRequest | RequestError], outcomes: Iterator[Detections | RequestError]
+        self, requests: list[ImageRequest | RequestError], outcomes: Iterator[Outcome]
     ) -> list[Answer]:
-        jobs: list[tuple[ImageRequest | RequestError, list[Detections | RequestError]]] = [
+        jobs: list[tuple[ImageRequest | RequestError, list[Outcome]]] = [
             (request, [] if isinstance(request, RequestError) else [next(outcomes) for _ in request.images])
             for request in requests
         ]
-        # Formatting JSON holds the interpreter lock, so threads gain nothing; drawing decodes and encodes.
+        # Formatting JSON holds the interpreter lock, so threads only help where images are drawn.
         if any(isinstance(request, ImageRequest) and request.output_format != "json" for request in requests):
             return list(self._drawing_pool.map(lambda job: self._respond(*job), jobs))
         texts = self._format_together(jobs)
         return [self._respond(*job, text=texts.get(index)) for index, job in enumerate(jobs)]
 
     def _format_together(
-        self, jobs: Sequence[tuple[ImageRequest | RequestError, list[Detections | RequestError]]]
+        self, jobs: Sequence[tuple[ImageRequest | RequestError, list[Outcome]]]
     ) -> dict[int, bytes]:
-        """The JSON bodies of the requests of one image that succeeded, by index of the job."""
+        """The JSON bodies of successful requests of one image, by index of the job."""
         images = {
             index: outcomes[0]
             for index, (request, outcomes) in enumerate(jobs)
@@ -130,20 +138,17 @@ class DetectionService:
             and isinstance(outcomes[0], Detections)
         }
         try:
-            texts = format_json_of_batch(list(images.values()), self.detector.config.class_names)
+            texts = format_json_each(list(images.values()), self.detector.config.class_names)
         except Exception:
-            # Each is written by itself then, so that the cause costs only its own request.
-            logger.exception("unforeseen failure while writing the answers of a batch")
+            # Each is then written by itself, so that only the request that causes the failure has it.
+            logger.exception("unexpected failure while writing the answers of a batch")
             return {}
         return dict(zip(images, texts, strict=True))
 
     def _respond(
-        self,
-        request: ImageRequest | RequestError,
-        outcomes: list[Detections | RequestError],
-        text: bytes | None = None,
+        self, request: ImageRequest | RequestError, outcomes: list[Outcome], text: bytes | None = None
     ) -> Answer:
-        """text: the body, where it is written already."""
+        """text: the body, if it is already written."""
         try:
             if isinstance(request, RequestError):
                 raise request
@@ -151,13 +156,11 @@ class DetectionService:
         except RequestError as error:
             return Answer(format_error(error), CONTENT_TYPES["json"], error)
         except Exception:
-            logger.exception("unforeseen failure while writing an answer")
+            logger.exception("unexpected failure while writing an answer")
             internal = InternalError("the server failed to write this answer; its log has the cause")
             return Answer(format_error(internal), CONTENT_TYPES["json"], internal)
 
-    def _format(
-        self, request: ImageRequest, outcomes: list[Detections | RequestError], text: bytes | None
-    ) -> Answer:
+    def _format(self, request: ImageRequest, outcomes: list[Outcome], text: bytes | None) -> Answer:
         config = self.detector.config
         detections: list[Detections] = []
         for index, outcome in enumerate(outcomes):
@@ -165,7 +168,7 @@ class DetectionService:
                 raise type(outcome)(f"instances[{index}]: {outcome}") if request.batched else outcome
             detections.append(outcome)
         if request.output_format != "json":
-            # Decoded once more: few requests ask for it, and the others need not keep their pixels.
+            # Decoded a second time: few requests need it, and the others need not keep their pixels.
             image = decode_image(request.images[0], config)
             body = draw_detections(
                 image, detections[0], config.class_names, request.output_format, config.jpeg_quality
@@ -173,7 +176,7 @@ class DetectionService:
         elif text is not None:
             body = text
         elif request.batched:
-            body = format_json_batch(detections, config.class_names)
+            body = format_json_predictions(detections, config.class_names)
         else:
             body = format_json(detections[0], config.class_names)
         if len(body) > config.max_response_bytes:

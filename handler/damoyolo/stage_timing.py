@@ -1,4 +1,4 @@
-"""Names of the stages and a clock over them, so that measuring never edits what is measured."""
+"""Time the stages of a request from outside, so that measuring never edits what is measured."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ StageTimer = Callable[[str], AbstractContextManager[Any]]
 
 
 def no_timing(_stage: str) -> AbstractContextManager[None]:
-    """The observer that measures nothing."""
+    """A `StageTimer` that measures nothing."""
     return nullcontext()
 
 
 class StageClock:
     """Sums the time of each stage; an instance is a `StageTimer`.
 
-    On CUDA the bounds of a stage are events on the current stream: what the device computes counts where
-    it runs, not where the host happens to wait for it, and taking the time does not synchronise. Reading
-    does. On a CPU the bounds are readings of the host's clock.
+    On CUDA a stage is bounded by events on the current stream: work counts in the stage that queued it, not
+    where the host happens to wait for it, and timing does not synchronise. Reading does. On a CPU it is
+    bounded by readings of the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class StageClock:
         return event
 
     def read_seconds(self) -> dict[str, float]:
-        """Seconds per stage since the last reading, which starts anew; waits for the device on CUDA."""
+        """Seconds per stage since the last reading; waits for the device on CUDA."""
         totals: dict[str, float] = {}
         if self._on_cuda and self._bounds:
             self._bounds[-1][2].synchronize()

@@ -1,4 +1,4 @@
-"""The values that pass from stage to stage."""
+"""The values passed from stage to stage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """What one request asks of the postprocessing.
+    """What one request wants from the postprocessing.
 
     score_threshold: candidates need a score strictly above it, 0..1.
     iou_threshold: a box is dropped if its IoU with a better kept one is strictly above it, 0..1.
-    max_detections: the best so many are returned.
+    max_detections: at most this many are returned, the best ones.
     class_ids: only these classes take part; None for all.
     class_agnostic: boxes of different classes suppress each other too.
     """
@@ -31,7 +31,7 @@ class DetectionOptions:
 
 
 class RawPredictions(NamedTuple):
-    """What the network says, one tensor a level (strides 8, 16, 32), before sigmoid and softmax.
+    """The output of the network, one tensor per level (strides 8, 16, 32), before sigmoid and softmax.
 
     class_logits: (B, K, h, w) each.
     distance_logits: (B, 4 * (R + 1), h, w) each; channel = side * (R + 1) + bin, sides left, top, right,
@@ -43,15 +43,15 @@ class RawPredictions(NamedTuple):
 
     @classmethod
     def joined(cls, batches: Sequence[RawPredictions]) -> RawPredictions:
-        """One batch of several, at least one, in their order."""
-        import torch  # here, so that reading settings and building parsers does without it
+        """Concatenate at least one batch, in order."""
+        import torch  # here, so that code which only needs the settings does not load it
 
         classes = zip(*(batch.class_logits for batch in batches), strict=True)
         distances = zip(*(batch.distance_logits for batch in batches), strict=True)
         return cls(tuple(map(torch.cat, classes)), tuple(map(torch.cat, distances)))
 
     def clone(self) -> RawPredictions:
-        """A copy in memory of its own."""
+        """A copy in its own memory."""
         return RawPredictions(*(tuple(level.clone() for level in levels) for levels in self))
 
 

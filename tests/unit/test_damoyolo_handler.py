@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(
-    ("cuda_sync", "workers", "sleeps"),
+    ("cuda_sync", "workers", "blocking"),
     [
         ("auto", 8, False),
         ("auto", 9, True),
@@ -58,35 +59,49 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
         ("spin", 16, False),
     ],
 )
-def test_workers_wait_asleep_where_they_need_the_cores(
-    monkeypatch: pytest.MonkeyPatch, cuda_sync: str, workers: int, sleeps: bool
+def test_workers_sleep_while_waiting_if_others_need_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cuda_sync: str, workers: int, blocking: bool
 ) -> None:
     calls: list[str] = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr("damoyolo_handler.enable_blocking_sync", lambda _: calls.append("sleep"))
+    monkeypatch.setattr("damoyolo_handler.enable_blocking_sync", lambda _: calls.append("blocking sync"))
     monkeypatch.setattr("torch.cuda.set_device", lambda _: calls.append("set device"))
     _share_machine(torch.device("cuda", 0), ServingConfig(cuda_sync=cuda_sync), workers)
-    # Ahead of the context, which takes its flags when it is made.
-    assert calls == (["sleep", "set device"] if sleeps else ["set device"])
+    # Before the context exists, which takes its flags when it is created.
+    assert calls == (["blocking sync", "set device"] if blocking else ["set device"])
 
 
-def test_the_log_names_the_backend(
+def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class StubDetector:
-        """Ready at once."""
+    events: list[object] = []
+    handler = DamoYoloHandler()
 
-        config = ServingConfig(class_names=("cell",))
+    class StubDetector:
+        config = ServingConfig(class_names=("cell",), warmup_batch_sizes=(1, 3))
         pipeline = SimpleNamespace(name="openvino", precision="bf16")
 
         def warm_up(self, batch_sizes: object) -> None:
-            """Nothing to run."""
+            events.append(("warm up", batch_sizes, "ready" if handler.initialized else "not ready"))
 
-    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", lambda *_: StubDetector())
+    def load(*_: object) -> StubDetector:
+        events.append("load")
+        return StubDetector()
+
+    @contextlib.contextmanager
+    def lock(device: torch.device) -> Iterator[None]:
+        events.append(("lock", device))
+        yield
+        events.append("unlock")
+
+    monkeypatch.setattr("damoyolo_handler.exclusive_device_lock", lock)
+    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", load)
     monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
-    handler = DamoYoloHandler()
     handler.initialize(service.context)
     handler.service._drawing_pool.shutdown()
+    cpu = torch.device("cpu")
+    assert events == [("lock", cpu), "load", ("warm up", (1, 3), "not ready"), "unlock"]
+    assert handler.initialized
     assert "the network runs in openvino, bf16, on cpu" in caplog.text
 
 

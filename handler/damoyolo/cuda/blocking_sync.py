@@ -1,7 +1,7 @@
-"""How a thread waits for a CUDA device: asleep, so that the other workers have the core meanwhile.
+"""Let threads sleep while they wait for a CUDA device, so that other workers can use the core.
 
-By default CUDA keeps asking while there are cores enough, which answers some 0.2 ms sooner (H200, batch 1)
-and takes a whole core a worker.
+By default CUDA polls as long as there are enough cores, which returns about 0.2 ms sooner (H200, batch 1) and
+keeps a whole core busy per worker.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _SCHEDULE_BLOCKING_SYNC = 0x04  # CU_CTX_SCHED_BLOCKING_SYNC in cuda.h
 
 
 def enable_blocking_sync(device: torch.device) -> bool:
-    """Have all waits of this process for the device be asleep; whether that succeeded.
+    """Make this process sleep whenever it waits for the device; returns whether that succeeded.
 
-    It is a gain, no need: where the driver refuses, the process goes on as it is.
+    This is an optimisation only: if the driver refuses, the process goes on polling.
     """
     try:
         driver = ctypes.CDLL(_DRIVER_LIBRARY)
@@ -31,9 +31,9 @@ def enable_blocking_sync(device: torch.device) -> bool:
             driver.cuDevicePrimaryCtxSetFlags_v2(handle, _SCHEDULE_BLOCKING_SYNC),
         )
     except (OSError, AttributeError) as error:
-        logger.warning("the CUDA driver cannot be asked to wait asleep: %s", error)
+        logger.warning("blocking synchronisation is not available in the CUDA driver: %s", error)
         return False
     if any(results):
-        logger.warning("the CUDA driver refused to wait asleep: results %s", results)
+        logger.warning("the CUDA driver refused blocking synchronisation: results %s", results)
         return False
     return True

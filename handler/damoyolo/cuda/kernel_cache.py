@@ -1,7 +1,7 @@
-"""The folder of an archive in which it carries its Triton kernels, compiled for a kind of GPU.
+"""Use the Triton kernels that an archive carries, compiled for one kind of GPU.
 
-Triton looks kernels up by the hash of all that goes into them, so what was compiled for another GPU, or by
-another version, is not found and compiled as if nothing were there.
+Triton looks up kernels by a hash of everything that goes into them, so those compiled for another GPU or by
+another version are not found, and are compiled as if the folder were empty.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 COMPILED_KERNELS_DIR = "compiled_kernels"
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
-# Names the files of a kernel by absolute paths, which are those of the machine that compiled it.
+# These files name the others of a kernel by absolute paths of the machine that compiled it.
 _GROUP_PATTERN = "__grp__*"
 
 
 def use_compiled_kernels(model_dir: Path) -> bool:
-    """Have Triton look into the archive's folder first; whether there is one, and nobody set another cache.
+    """Make the archive's folder Triton's cache, unless the environment names another; whether it is used.
 
-    Call before the first kernel is asked for. What is missing there is compiled into it. A folder that is
-    damaged or cannot be written is left out of account.
+    Call before the first kernel runs. Missing kernels are compiled into the folder. A folder that is damaged
+    or cannot be written is ignored.
     """
     folder = model_dir / COMPILED_KERNELS_DIR
     if not folder.is_dir() or CACHE_VARIABLE in os.environ:
@@ -41,11 +41,11 @@ def use_compiled_kernels(model_dir: Path) -> bool:
 
 
 def _relocate(group: Path) -> None:
-    """Let a group name the files beside it."""
+    """Make a group name the files in its own folder."""
     names = json.loads(group.read_text())["child_paths"]
     here = {name: str(group.with_name(Path(path).name)) for name, path in names.items()}
     if here != names:
-        # In one step: other workers read the same folder.
-        beside = group.with_name(f".{os.getpid()}-{group.name}")
-        beside.write_text(json.dumps({"child_paths": here}))
-        beside.replace(group)
+        # Replaced atomically, because other workers read the same folder.
+        temporary = group.with_name(f".{os.getpid()}-{group.name}")
+        temporary.write_text(json.dumps({"child_paths": here}))
+        temporary.replace(group)

@@ -1,7 +1,7 @@
-"""Workers that start at the same time take turns on a device.
+"""Let one worker at a time prepare its network on a device.
 
-A network that is made ready has cuDNN time its kernels, and Triton compile its own into a cache on disk.
-Side by side, workers would time each other's load, choose worse kernels, and all compile the same.
+At start, cuDNN times its kernels and Triton compiles its own into a cache on disk. Workers doing that at the
+same time would measure each other's load, choose worse kernels, and all compile the same ones.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
 def exclusive_device_lock(device: torch.device) -> Iterator[None]:
-    """Wait until no other process of this user and temporary folder is inside with the same CUDA device.
+    """Wait until no other process of the same user and temporary folder holds the lock of this CUDA device.
 
-    On a CPU nobody waits. The system ends the turn of a process that dies.
+    On a CPU there is no lock. The system releases the lock of a process that dies.
     """
     if device.type != "cuda":
         yield

@@ -1,10 +1,10 @@
-"""Serving settings: defaults, refusals, round trip."""
+"""Serving settings: refusals, round trip, and the batch sizes that are captured."""
 
 from __future__ import annotations
 
 import pytest
 
-from damoyolo.config import ServingConfig
+from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
 from damoyolo.errors import ConfigError
 
 
@@ -21,6 +21,8 @@ def test_the_mapping_of_a_config_gives_the_same_config_back() -> None:
     ("settings", "mentions"),
     [
         ({"treshold": 0.5}, "score_threshold"),
+        ({"device_wait": "sleep"}, "cuda_sync (and its value sleep is now blocking)"),
+        ({"cuda_sync": "sleep"}, "auto, blocking, spin"),
         ({"score_threshold": "0.5"}, "float"),
         ({"score_threshold": 1.5}, "0.0 to 1.0"),
         ({"score_threshold": float("nan")}, "0.0 to 1.0"),
@@ -48,3 +50,16 @@ def test_a_request_without_options_gets_the_settings() -> None:
     assert (options.score_threshold, options.iou_threshold, options.max_detections) == (0.3, 0.6, 7)
     assert options.class_ids is None
     assert not options.class_agnostic
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (32, [1, 2, 4, 8, 12, 16, 20, 24, 32]),
+        (100, [1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 100]),
+    ],
+)
+def test_the_captured_batch_sizes_end_with_the_largest(largest: int, sizes: list[int]) -> None:
+    assert graph_batch_sizes_up_to(largest) == sizes

@@ -16,7 +16,7 @@ from damoyolo.response import (
     draw_detections,
     format_error,
     format_json,
-    format_json_batch,
+    format_json_predictions,
 )
 from damoyolo.structures import Detections
 
@@ -96,7 +96,7 @@ def test_nothing_found_is_an_empty_list() -> None:
 
 def test_a_batch_holds_each_image_as_it_is_alone() -> None:
     batch = [make_detections([[1, 2, 3, 4]]), make_detections([], image_size_hw=(7, 9))]
-    answer = json.loads(format_json_batch(batch, CLASS_NAMES))
+    answer = json.loads(format_json_predictions(batch, CLASS_NAMES))
     assert answer == {"predictions": [json.loads(format_json(single, CLASS_NAMES)) for single in batch]}
 
 

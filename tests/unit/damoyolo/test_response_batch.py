@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from damoyolo.response import format_json
-from damoyolo.response_batch import format_json_of_batch
+from damoyolo.response_batch import format_json_each
 from damoyolo.structures import Detections
 
 CLASS_NAMES = ("cell", 'a "quoted", name', "Zelle größer 細胞", "")
@@ -34,7 +34,7 @@ def one_by_one(batch: list[Detections]) -> list[bytes]:
 def test_a_batch_is_written_as_its_images_are(images: int) -> None:
     generator = np.random.default_rng(images)
     batch = [random_detections(generator, int(generator.integers(0, 60))) for _ in range(images)]
-    texts = format_json_of_batch(batch, CLASS_NAMES)
+    texts = format_json_each(batch, CLASS_NAMES)
     assert texts == one_by_one(batch)
     assert all(json.loads(text)["width"] == 640 for text in texts)
 
@@ -42,16 +42,16 @@ def test_a_batch_is_written_as_its_images_are(images: int) -> None:
 def test_images_without_detections_stand_between_others() -> None:
     generator = np.random.default_rng(1)
     batch = [random_detections(generator, count) for count in (0, 3, 0, 0, 1, 0)]
-    assert format_json_of_batch(batch, CLASS_NAMES) == one_by_one(batch)
+    assert format_json_each(batch, CLASS_NAMES) == one_by_one(batch)
     empty = [random_detections(generator, 0) for _ in range(4)]
-    assert format_json_of_batch(empty, CLASS_NAMES) == one_by_one(empty)
+    assert format_json_each(empty, CLASS_NAMES) == one_by_one(empty)
 
 
 @pytest.mark.parametrize("side", [1, 32, 65_535, 65_536, 1_000_000])
 def test_sides_of_any_length_are_written(side: int) -> None:
     generator = np.random.default_rng(side)
     batch = [random_detections(generator, 20, size) for size in ((side, 50), (50, side), (7, 7))]
-    assert format_json_of_batch(batch, CLASS_NAMES) == one_by_one(batch)
+    assert format_json_each(batch, CLASS_NAMES) == one_by_one(batch)
 
 
 def edge_values() -> NDArray[np.float32]:
@@ -69,7 +69,7 @@ def test_numbers_between_two_decimals_are_rounded_the_same_way() -> None:
         class_ids=np.arange(count) % len(CLASS_NAMES),
         image_size_hw=(640, 640),
     )
-    assert format_json_of_batch([image] * 3, CLASS_NAMES) == one_by_one([image] * 3)
+    assert format_json_each([image] * 3, CLASS_NAMES) == one_by_one([image] * 3)
 
 
 def test_numbers_that_are_not_finite_become_json() -> None:
@@ -77,6 +77,6 @@ def test_numbers_that_are_not_finite_become_json() -> None:
     image = Detections(
         np.tile(odd, (2, 1)), np.array([np.nan, 0.5], np.float32), np.zeros(2, int), (480, 640)
     )
-    texts = format_json_of_batch([image] * 3, CLASS_NAMES)
+    texts = format_json_each([image] * 3, CLASS_NAMES)
     assert texts == one_by_one([image] * 3)
     json.loads(texts[0])

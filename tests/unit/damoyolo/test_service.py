@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +25,7 @@ CORRUPT = IMAGE + b"corrupt"
 
 
 class ScriptedDetector:
-    """A detector that finds one object an image and fails as it is told to."""
+    """A detector that finds one object per image and fails on request."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.config = ServingConfig(class_names=("cat", "dog"))
@@ -69,6 +71,10 @@ def services() -> Iterator[Any]:
         service.close()
 
 
+def fail(*_: Any) -> Any:
+    raise RuntimeError("surprise")
+
+
 def answer(service: DetectionService, *bodies: bytes, **headers: str) -> list[Answer]:
     heads = {name.replace("_", "-"): value for name, value in headers.items()}
     return service.answer([{"body": bytearray(body)} for body in bodies], [heads] * len(bodies))
@@ -108,7 +114,7 @@ def test_only_bad_requests_do_not_reach_the_detector(services: Any) -> None:
         (MemoryError(), 507),
     ],
 )
-def test_a_batch_that_fails_as_a_whole_is_halved_until_the_culprit_stands_alone(
+def test_a_batch_that_fails_as_a_whole_is_halved_until_the_failing_image_is_alone(
     services: Any, failure: Exception, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = services(failure)
@@ -119,14 +125,12 @@ def test_a_batch_that_fails_as_a_whole_is_halved_until_the_culprit_stands_alone(
     assert caplog.records
 
 
-def test_a_lost_device_is_no_single_request_s_failure(services: Any) -> None:
+def test_a_lost_device_is_not_the_failure_of_one_request(services: Any) -> None:
     with pytest.raises(DeviceLostError):
         answer(services(torch.AcceleratorError("CUDA error: illegal address")), IMAGE, POISON)
 
 
 def test_instances_share_the_batch_and_come_back_together(services: Any) -> None:
-    import base64
-
     encoded = [{"b64": base64.b64encode(image).decode()} for image in (IMAGE, CORRUPT)]
     service = services()
     row: dict[str, Any] = {"body": {"instances": [encoded[0], encoded[0]]}}
@@ -154,37 +158,25 @@ def test_drawn_and_plain_answers_share_a_batch(services: Any) -> None:
     assert answers[2].body[:4] == b"\x89PNG"
 
 
-def test_a_fault_in_writing_one_answer_costs_that_answer(
+def test_a_failure_to_write_one_answer_costs_only_that_answer(
     services: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import damoyolo.service
-
-    def fail(*_: Any) -> bytes:
-        raise RuntimeError("surprise")
-
-    monkeypatch.setattr(damoyolo.service, "draw_detections", fail)
+    monkeypatch.setattr("damoyolo.service.draw_detections", fail)
     drawn, plain = services().answer([{"body": bytearray(IMAGE)}] * 2, [{"Accept": "image/png"}, {}])
     assert drawn.error is not None
     assert drawn.error.status == 500
     assert plain.error is None
 
 
-def test_a_fault_in_writing_a_batch_costs_nobody_an_answer(
+def test_a_failure_to_write_a_batch_costs_no_request_its_answer(
     services: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import damoyolo.service
-
-    def fail(*_: Any) -> list[bytes]:
-        raise RuntimeError("surprise")
-
     together = answer(services(), IMAGE, IMAGE, IMAGE)
-    monkeypatch.setattr(damoyolo.service, "format_json_of_batch", fail)
+    monkeypatch.setattr("damoyolo.service.format_json_each", fail)
     assert answer(services(), IMAGE, IMAGE, IMAGE) == together
 
 
-def test_every_stage_is_observed(services: Any) -> None:
-    import contextlib
-
+def test_every_stage_is_timed(services: Any) -> None:
     seen: list[str] = []
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ class FakeDriver:
         return self.answer
 
 
-def test_the_driver_is_asked_for_the_worker_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocking_sync_is_set_for_the_worker_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert enable_blocking_sync(torch.device("cuda", 3))
@@ -46,7 +46,7 @@ def test_a_driver_that_refuses_costs_a_warning(
     assert "refused" in caplog.text
 
 
-def test_a_machine_without_driver_costs_a_warning(
+def test_a_missing_driver_costs_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def missing(name: str) -> Any:

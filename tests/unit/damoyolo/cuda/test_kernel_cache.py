@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -26,9 +27,7 @@ def make_group(model_dir: Path) -> Path:
     return group
 
 
-def test_kernels_of_another_machine_are_found_where_they_lie_now(tmp_path: Path) -> None:
-    import os
-
+def test_kernels_of_another_machine_are_found_in_their_new_folder(tmp_path: Path) -> None:
     group = make_group(tmp_path)
     assert use_compiled_kernels(tmp_path)
     (path,) = json.loads(group.read_text())["child_paths"].values()
@@ -56,20 +55,14 @@ def test_what_triton_wrote_elsewhere_is_what_it_reads_here(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"child_paths": 3}'])
-def test_a_damaged_folder_is_left_out_of_account(
-    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    import os
-
+def test_a_damaged_folder_is_ignored(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     make_group(tmp_path).write_text(text)
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ
     assert "not used" in caplog.text
 
 
-def test_a_cache_that_the_operator_names_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_set_by_the_operator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = make_group(tmp_path)
     before = group.read_text()
     monkeypatch.setenv(CACHE_VARIABLE, "/theirs")
@@ -78,8 +71,6 @@ def test_a_cache_that_the_operator_names_is_left_alone(
 
 
 def test_an_archive_without_kernels_changes_nothing(tmp_path: Path) -> None:
-    import os
-
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ
 

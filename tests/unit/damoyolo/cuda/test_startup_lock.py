@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import select
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import torch
 from damoyolo.cuda.startup_lock import exclusive_device_lock
 
 CUDA = torch.device("cuda", 1)
-# Says "in", waits for a line, and leaves; the other process is inside in the meantime or it is not.
+# Prints "in" when it has the lock, and releases it at the end of its input. Importing torch takes seconds.
 OTHER = """
-import sys, torch
+import sys, types
 from damoyolo.cuda.startup_lock import exclusive_device_lock
 print("waiting", flush=True)
-with exclusive_device_lock(torch.device("cuda", int(sys.argv[1]))):
+with exclusive_device_lock(types.SimpleNamespace(type="cuda", index=int(sys.argv[1]))):
     print("in", flush=True)
     sys.stdin.readline()
 """
@@ -31,9 +32,9 @@ def temporary_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_other(index: int) -> subprocess.Popen[str]:
-    handler_dir = str(Path(__file__).parents[4] / "handler")
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {handler_dir!r})\n{OTHER}", str(index)],
+        [sys.executable, "-c", OTHER, str(index)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "handler")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -43,8 +44,8 @@ def start_other(index: int) -> subprocess.Popen[str]:
     return process
 
 
-def let_leave(process: subprocess.Popen[str]) -> None:
-    """Return when the process has been inside and has ended."""
+def finish(process: subprocess.Popen[str]) -> None:
+    """Return when the process has had the lock and has ended."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
@@ -57,18 +58,18 @@ def test_a_second_worker_waits_for_the_first(temporary_dir: Path) -> None:
     with exclusive_device_lock(CUDA):
         other = start_other(1)
         assert other.stdout is not None
-        assert select.select([other.stdout], [], [], 1.0)[0] == []  # it has not said "in"
+        assert select.select([other.stdout], [], [], 0.5)[0] == []  # it has not printed "in"
         (lock,) = temporary_dir.glob("damoyolo-*-cuda1.lock")
         assert lock.is_file()
-    let_leave(other)
+    finish(other)
 
 
 def test_workers_of_another_device_do_not_wait(temporary_dir: Path) -> None:
     with exclusive_device_lock(CUDA):
-        let_leave(start_other(0))
+        finish(start_other(0))
 
 
-def test_a_turn_ends_with_the_process_that_has_it(temporary_dir: Path) -> None:
+def test_the_lock_is_released_by_the_end_of_its_process(temporary_dir: Path) -> None:
     other = start_other(1)
     assert other.stdout is not None
     assert other.stdout.readline() == "in\n"
@@ -78,6 +79,6 @@ def test_a_turn_ends_with_the_process_that_has_it(temporary_dir: Path) -> None:
         pass
 
 
-def test_nobody_waits_on_a_cpu(temporary_dir: Path) -> None:
+def test_there_is_no_lock_on_a_cpu(temporary_dir: Path) -> None:
     with exclusive_device_lock(torch.device("cpu")):
         assert list(temporary_dir.iterdir()) == []
