@@ -1,4 +1,4 @@
-"""The renderer: a seed is an image, and the boxes are the truth about it."""
+"""The renderer of smears: one image per seed, with exact boxes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_every_box_lies_in_the_image_and_has_an_area(size_wh: tuple[int, int]) -
 def test_there_is_a_cell_where_a_box_says_so() -> None:
     image, boxes = smear(2, counts=CellCounts(red=0, white=1, platelets=0))
     (box,) = boxes
-    levels = np.asarray(image, dtype=np.float32)
-    inside = np.zeros(levels.shape[:2], bool)
+    values = np.asarray(image, dtype=np.float32)
+    inside = np.zeros(values.shape[:2], bool)
     inside[box.y1 : box.y2, box.x1 : box.x2] = True
     assert box.label == "WBC"
-    assert levels[inside].mean() < levels[~inside].mean() - 20
+    assert values[inside].mean() < values[~inside].mean() - 20
 
 
 def test_an_image_too_small_for_a_cell_is_refused() -> None:
@@ -54,13 +54,13 @@ def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int
     image, boxes = smear(seed, counts=varied_counts(seed))
     expected = json.loads((samples / f"smear_{seed}.json").read_text())
     assert [box.label for box in boxes] == [entry[0] for entry in expected]
-    # Other processors round a pixel of an outline the other way.
+    # On other processors a pixel of an outline may be rounded to the other side.
     assert (
         np.abs(np.array([box[1:] for box in boxes]) - np.array([entry[1:] for entry in expected])).max() <= 1
     )
     with Image.open(samples / f"smear_{seed}.jpg") as sample:
         difference = np.asarray(image, dtype=np.float32) - np.asarray(sample, dtype=np.float32)
-    assert np.abs(difference).mean() < 2  # levels; JPEG itself costs about 1
+    assert np.abs(difference).mean() < 2  # JPEG alone makes about 1
 
 
 def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ formats, progressive or CMYK JPEG, unusual or broken headers, sizes above the li
 the threads of `preprocess`, which decode it or report its error. One kernel then resizes both kinds into the
 network's input.
 
-nvJPEG repeats the chroma of 4:2:0 images where Pillow interpolates it, so pixels differ by a few levels.
+nvJPEG repeats the chroma of 4:2:0 images where Pillow interpolates it, so pixel values differ a little.
 A damaged image whose header is intact can differ more: each decoder fills gaps in its own way.
 """
 

@@ -2,8 +2,8 @@
 
     python tests/data/smears/render.py output/smears --count 8 --size 1920 1080
 
-A seed always gives the same image. Cells have the size that they have in 640x480 micrographs, whatever the
-size of the image.
+A seed always gives the same image. Cells are as large as in 640x480 micrographs, whatever the size of the
+image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CellBox(NamedTuple):
 
 
 class CellCounts(NamedTuple):
-    """How many cells to try to place; fewer fit into a crowded image."""
+    """How many cells to try to place; a crowded image has room for fewer."""
 
     red: int = 14
     white: int = 1
@@ -50,21 +50,21 @@ USUAL_COUNTS = CellCounts()
 
 
 class Window(NamedTuple):
-    """The part of the canvas that a cell can reach; all that a cell computes is as large as this."""
+    """The part of the canvas that a cell can reach; everything computed for a cell has this size."""
 
     rows: slice
     columns: slice
 
 
 class Canvas:
-    """An image in the making: float32 levels 0..255, the cells' centres and radii, and their boxes."""
+    """An image in the making: float32 values 0..255, the cells' centres and radii, and their boxes."""
 
     def __init__(self, seed: int, size_wh: tuple[int, int]) -> None:
         self.rng = np.random.default_rng(seed)
         self.width, self.height = size_wh
         ground = np.array([226, 217, 222], np.float32) + self.rng.normal(0, 3, 3)
-        self.levels = np.broadcast_to(ground, (self.height, self.width, 3)).astype(np.float32)  # H, W, 3
-        self.levels += self.noise(160)[..., None] * 3 + self.noise(40)[..., None] * 1.2
+        self.values = np.broadcast_to(ground, (self.height, self.width, 3)).astype(np.float32)  # H, W, 3
+        self.values += self.noise(160)[..., None] * 3 + self.noise(40)[..., None] * 1.2
         self.taken: list[tuple[float, float, float]] = []
         self.boxes: list[CellBox] = []
 
@@ -113,14 +113,14 @@ class Canvas:
         return np.asarray(np.hypot(u, v) / ripple, dtype=np.float32)
 
     def paint(self, window: Window, opacity: Field, colour: NDArray[Any]) -> None:
-        """Blend a colour, or one colour a pixel, over the window."""
-        part = self.levels[window]
+        """Blend one colour, or one per pixel, over the window."""
+        part = self.values[window]
         part += (colour.astype(np.float32) - part) * opacity[..., None]
 
     def speckle(self, window: Window, opacity: Field, grain_px: int, strength: NDArray[Any]) -> None:
         """Add texture to the window, in proportion to `opacity`."""
         texture = self.noise(grain_px)[window] * opacity
-        self.levels[window] += texture[..., None] * strength.astype(np.float32)
+        self.values[window] += texture[..., None] * strength.astype(np.float32)
 
     def label(self, name: str, window: Window, body: Field) -> None:
         """Note the box of a cell."""
@@ -221,7 +221,7 @@ def smear(
     for draw, count in kinds:
         for _ in range(count):
             draw(canvas)
-    grain = canvas.levels + canvas.rng.normal(0, 2.2, canvas.levels.shape)
+    grain = canvas.values + canvas.rng.normal(0, 2.2, canvas.values.shape)
     image = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(0.9)), canvas.boxes
 

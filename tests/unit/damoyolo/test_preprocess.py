@@ -1,4 +1,4 @@
-"""Whole batches on the way of a CPU and on that of a device, and the way back of boxes."""
+"""Batches for a CPU and for a device, and the scale factors that undo the resizing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INPUT_SIZE_HW = (96, 128)
 
 
 class UploadingPreprocessor(ImagePreprocessor):
-    """Takes the way of a GPU without nvJPEG, on the CPU."""
+    """Prepares batches as for a GPU without nvJPEG, on the CPU."""
 
     def prepare(self, encoded_images: list[bytes], out: Tensor | None = None) -> PreparedBatch:  # type: ignore[override]
         return self._prepare_on_device(encoded_images, out)
@@ -38,7 +38,7 @@ def on_cpu() -> Iterator[ImagePreprocessor]:
 
 @pytest.fixture(params=[ImagePreprocessor, UploadingPreprocessor])
 def preprocessor(request: pytest.FixtureRequest) -> Iterator[ImagePreprocessor]:
-    """Each of both ways."""
+    """Both ways to prepare a batch."""
     made = request.param(CONFIG, INPUT_SIZE_HW, CPU)
     yield made
     made.close()
@@ -89,7 +89,7 @@ def test_an_error_that_is_not_about_the_image_is_not_hidden(
     preprocessor: ImagePreprocessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise ZeroDivisionError("a fault of the code")
+        raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("damoyolo.preprocess.decode_image", fail)
     with pytest.raises(ZeroDivisionError):
@@ -128,11 +128,14 @@ def test_a_gpu_resizes_as_the_cpu_does(on_cpu: ImagePreprocessor) -> None:
 
 
 @pytest.mark.parametrize("input_size_hw", [(640, 640), (416, 416)])
-@pytest.mark.parametrize("way", [ImagePreprocessor, UploadingPreprocessor])
+@pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
 def test_resizing_agrees_with_the_golden_file_within_one(
-    golden: ModuleType, model_dir: Path, input_size_hw: tuple[int, int], way: type[ImagePreprocessor]
+    golden: ModuleType,
+    model_dir: Path,
+    input_size_hw: tuple[int, int],
+    kind: type[ImagePreprocessor],
 ) -> None:
-    preprocessor = way(CONFIG, input_size_hw, CPU)
+    preprocessor = kind(CONFIG, input_size_hw, CPU)
     encoded = [encode(image, compress_level=1) for image in golden.preprocess_images()]
     pixels = preprocessor.prepare(encoded).pixels
     preprocessor.close()

@@ -150,7 +150,7 @@ def test_anything_but_base64_is_refused(text: Any) -> None:
         {"body": {"instances": None}},
     ],
 )
-def test_a_request_without_an_image_is_told_every_accepted_form(row: dict[str, Any]) -> None:
+def test_a_request_without_an_image_is_refused_with_every_accepted_form(row: dict[str, Any]) -> None:
     error = refusal(row)
     assert type(error) is MissingImageError
     assert error.status == 400
@@ -165,7 +165,7 @@ def test_an_empty_text_is_a_missing_image(document: dict[str, str]) -> None:
     assert "image is empty" in str(error)
 
 
-def test_an_image_sent_as_a_form_is_told_how_to_send_it() -> None:
+def test_an_image_sent_as_a_form_is_refused_with_the_curl_option() -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     assert "-T" in str(refusal({"\xff\xd8garbage": bytearray()}, headers))
     assert "curl" not in str(refusal({}, {}))

@@ -17,9 +17,9 @@ from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, DeviceLostError, RequestError
 from damoyolo.service import Answer, DetectionService
 from damoyolo.structures import DetectionOptions, Detections
-from doubles.answers import encode
+from doubles.images import encode_jpeg
 
-IMAGE = encode(Image.new("RGB", (64, 48), (10, 20, 30)))
+IMAGE = encode_jpeg(Image.new("RGB", (64, 48), (10, 20, 30)))
 POISON = IMAGE + b"poison"
 CORRUPT = IMAGE + b"corrupt"
 
