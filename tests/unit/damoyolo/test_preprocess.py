@@ -44,6 +44,11 @@ def preprocessor(request: pytest.FixtureRequest) -> Iterator[ImagePreprocessor]:
     made.close()
 
 
+@pytest.mark.parametrize("module", ["decode", "orientation", "preprocess", "request", "response", "service"])
+def test_the_plain_path_does_not_import_the_one_of_cuda(project_dir: Path, module: str) -> None:
+    assert "damoyolo.cuda" not in (project_dir / f"handler/damoyolo/{module}.py").read_text()
+
+
 def test_the_batch_keeps_order_and_sizes(preprocessor: ImagePreprocessor) -> None:
     sizes_hw = [(20, 30), (300, 200), (96, 128), (1, 1), (7, 400)]
     colours = [(10 * i, 255 - 10 * i, 7 * i) for i in range(len(sizes_hw))]
