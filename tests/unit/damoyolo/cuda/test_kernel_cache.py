@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -27,7 +26,9 @@ def make_group(model_dir: Path) -> Path:
     return group
 
 
-def test_kernels_of_another_machine_are_found_in_their_new_folder(tmp_path: Path) -> None:
+def test_kernels_of_another_machine_are_found_where_they_lie_now(tmp_path: Path) -> None:
+    import os
+
     group = make_group(tmp_path)
     assert use_compiled_kernels(tmp_path)
     (path,) = json.loads(group.read_text())["child_paths"].values()
@@ -55,14 +56,20 @@ def test_what_triton_wrote_elsewhere_is_what_it_reads_here(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"child_paths": 3}'])
-def test_a_damaged_folder_is_ignored(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_folder_is_left_out_of_account(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
     make_group(tmp_path).write_text(text)
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ
     assert "not used" in caplog.text
 
 
-def test_a_cache_set_by_the_operator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_the_operator_names_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = make_group(tmp_path)
     before = group.read_text()
     monkeypatch.setenv(CACHE_VARIABLE, "/theirs")
@@ -71,6 +78,8 @@ def test_a_cache_set_by_the_operator_is_left_alone(tmp_path: Path, monkeypatch: 
 
 
 def test_an_archive_without_kernels_changes_nothing(tmp_path: Path) -> None:
+    import os
+
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ
 
