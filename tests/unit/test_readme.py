@@ -1,4 +1,4 @@
-"""Every command and file that the documents name exists."""
+"""The documents name commands, options, links and files that exist."""
 
 from __future__ import annotations
 
@@ -12,26 +12,57 @@ from pathlib import Path
 import pytest
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
-DOCUMENTS = [PROJECT_DIR / "README.md", *sorted((PROJECT_DIR / "docs").glob("*.md"))]
+CHANGELOG = PROJECT_DIR / "CHANGELOG.md"  # names commands and files of former versions
+ARCHITECTURE = PROJECT_DIR / "docs/architecture.md"
+DOCUMENTS = [
+    *(PROJECT_DIR / name for name in ("README.md", "CONTRIBUTING.md", "model_store/weights/README.md")),
+    *sorted((PROJECT_DIR / "docs").glob("*.md")),
+]
+CREATED = (".venv/", "output/", "logs/", "model_store/damoyolo.mar")
+CODE_SUFFIXES = ("md", "properties", "py", "sh", "toml", "txt", "xml", "yaml")
 
 
-def shell_commands(document: Path) -> list[str]:
-    """The commands in the shell blocks of a document, continued lines joined."""
-    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", document.read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def relative(path: Path) -> str:
+    """The path from the project's root."""
+    return path.relative_to(PROJECT_DIR).as_posix()
+
+
+def fenced_blocks(document: Path, languages: str) -> list[str]:
+    """The contents of a document's fenced code blocks in one of the languages, joined by |."""
+    return re.findall(rf"^```(?:{languages})\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shell_commands(document: Path) -> list[list[str]]:
+    """The words of each command in the shell blocks of a document, continued lines joined."""
+    text = "\n".join(fenced_blocks(document, "bash|sh|console")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def script_calls() -> list[tuple[str, str, list[str]]]:
+    """Document, script and options of each documented call of a script."""
     calls = []
     for document in DOCUMENTS:
-        for command in shell_commands(document):
-            words = shlex.split(command, comments=True)
+        for words in shell_commands(document):
             for index, word in enumerate(words):
                 if re.fullmatch(r"(\./)?scripts/\w+\.(py|sh)", word):
                     options = [each.split("=")[0] for each in words[index + 1 :] if each.startswith("--")]
-                    calls.append((document.name, word.removeprefix("./"), options))
+                    calls.append((relative(document), word.removeprefix("./"), options))
     return calls
+
+
+def named_files(document: Path) -> set[str]:
+    """Files of the repository that a document names: in backticks, or as an argument in a shell block."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    quoted = [span for span in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(r"[\w./-]+", span)]
+    arguments = [word for words in shell_commands(document) for word in words]
+    folders = [path.name for path in PROJECT_DIR.iterdir() if path.is_dir()]
+    paths = {
+        word
+        for word in (*quoted, *arguments)
+        if word.removeprefix("./").split("/")[0] in folders and "/" in word.removeprefix("./")
+    }
+    bare_names = {span for span in quoted if re.fullmatch(rf"[\w.-]+\.({'|'.join(CODE_SUFFIXES)})", span)}
+    return {name for name in paths | bare_names if not name.startswith(CREATED)}
 
 
 @cache
@@ -43,15 +74,20 @@ def help_text(script: str) -> str:
     return result.stdout
 
 
+@cache
+def file_names() -> set[str]:
+    """Names of all files in the folders that hold code, and at the top."""
+    folders = ("handler", "scripts", "tests", "deploy", "docs")
+    nested = (path for folder in folders for path in (PROJECT_DIR / folder).rglob("*"))
+    return {path.name for path in (*PROJECT_DIR.iterdir(), *nested)}
+
+
 @pytest.mark.parametrize(("document", "script", "options"), script_calls())
 def test_a_documented_command_exists_with_its_options(document: str, script: str, options: list[str]) -> None:
     assert (PROJECT_DIR / script).is_file(), f"{document} names {script}"
-    if script.endswith(".sh"):
-        text = (PROJECT_DIR / script).read_text()
-        assert all(option in text for option in options)
-    else:
-        for option in options:
-            assert option in help_text(script), f"{document}: {script} has no {option}"
+    text = (PROJECT_DIR / script).read_text() if script.endswith(".sh") else help_text(script)
+    for option in options:
+        assert re.search(rf"{option}\b(?!-)", text), f"{document}: {script} has no {option}"
 
 
 def test_the_documents_hold_commands_at_all() -> None:
@@ -59,7 +95,43 @@ def test_the_documents_hold_commands_at_all() -> None:
     assert {"scripts/demo.sh", "scripts/test.sh", "scripts/build_archive.py", "scripts/serve.py"} <= scripts
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, CHANGELOG], ids=relative)
 def test_a_link_to_a_file_of_the_project_leads_there(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        assert (document.parent / target).exists(), f"{relative(document)} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_a_file_that_a_document_names_exists(document: Path) -> None:
+    for name in sorted(named_files(document)):
+        found = (PROJECT_DIR / name).exists() if "/" in name else name in file_names()
+        assert found, f"{relative(document)} names {name}"
+
+
+def listed_files(tree: str) -> set[str]:
+    """Paths of a tree that is drawn by two spaces per level; a line may name several files, by commas."""
+    paths = set()
+    folders: list[str] = []
+    for line in tree.splitlines():
+        indent, names = re.fullmatch(r"( *)([^\s,]+(?:, [^\s,]+)*).*", line).groups()  # type: ignore[union-attr]
+        folders = folders[: len(indent) // 2]
+        for name in names.split(", "):
+            paths.add("".join(folders) + name)
+        if names.endswith("/"):
+            folders.append(names)
+    return paths
+
+
+def test_the_architecture_lists_every_module_of_the_handler_and_every_folder_of_lib() -> None:
+    (tree,) = (block for block in fenced_blocks(ARCHITECTURE, "") if block.startswith("handler/\n"))
+    modules = (PROJECT_DIR / "handler").rglob("*.py")
+    shared = (PROJECT_DIR / "scripts/lib").glob("*")
+    expected = {relative(path) for path in modules if path.name != "__init__.py"}
+    for path in shared:
+        if (path / "__init__.py").is_file():
+            expected.add(f"{relative(path)}/")
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            expected.add(relative(path))
+    listed = listed_files(tree)
+    assert expected - listed == set(), "not listed"
+    assert {path for path in listed if not (PROJECT_DIR / path).exists()} == set(), "listed, but not there"
