@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import requests
 
+from lib.cli import ScriptError
 from lib.packaging import weights as weights_source
-from lib.packaging.weights import WeightsError, fetch_weights
+from lib.packaging.weights import fetch_weights
 
 CONTENT = b"weights " * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -58,7 +59,7 @@ def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path: Path) -
     path.write_bytes(CONTENT)
     assert fetch_weights(str(path)) == path
     assert fetch_weights(str(path), SHA256.upper()) == path
-    with pytest.raises(WeightsError, match=SHA256):
+    with pytest.raises(ScriptError, match=SHA256):
         fetch_weights(str(path), "0" * 64)
 
 
@@ -92,26 +93,26 @@ def test_a_download_that_went_wrong_leaves_nothing_behind(
     web: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     web.update(change)
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(ScriptError, match=message):
         fetch_weights("https://example.org/model.pth", SHA256, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web: dict[str, Any], tmp_path: Path) -> None:
     path = fetch_weights("https://example.org/model.pth", cache_dir=tmp_path)
-    with pytest.raises(WeightsError, match=f"delete {path}"):
+    with pytest.raises(ScriptError, match=f"delete {path}"):
         fetch_weights("https://example.org/model.pth", "0" * 64, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["http://example.org/model.pth", "ftp://example.org/model.pth"])
 def test_only_https_is_downloaded(web: dict[str, Any], tmp_path: Path, source: str) -> None:
-    with pytest.raises(WeightsError, match="only https"):
+    with pytest.raises(ScriptError, match="only https"):
         fetch_weights(source, cache_dir=tmp_path)
     assert web["asked"] == []
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="damoyolo_tinynasL25_S_477"):
+    with pytest.raises(ScriptError, match="damoyolo_tinynasL25_S_477"):
         fetch_weights("damoyolo_s", cache_dir=tmp_path)
 
 
