@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.accuracy.parity import (
     Evidence,
@@ -30,14 +30,6 @@ from lib.paths import MODEL_STORE
 if TYPE_CHECKING:
     from lib.packaging.builder import ArchiveReport, ArchiveRequest
     from lib.tensorrt.builder import OnnxNetwork
-
-DEFAULT_RANGES = ((1, 1), (2, 8), (9, 32))
-
-
-def batch_range(text: str) -> tuple[int, int]:
-    """SMALLEST-LARGEST, or one batch size."""
-    smallest, _, largest = text.partition("-")
-    return positive_int(smallest), positive_int(largest or smallest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,30 +82,23 @@ def build_compared_archive(
     from lib.packaging.builder import build_archive
     from lib.tensorrt.builder import build_engine
 
-    from damoyolo.backends.tensorrt import ENGINE_FILE, METADATA_FILE, BatchRange, Gpu
+    from damoyolo.backends.tensorrt import ENGINE_FILE, METADATA_FILE, Gpu
     from damoyolo.model.variants import get_variant
 
     device = torch.device(arguments.device)
-    ranges = [BatchRange(*each) for each in arguments.batch_ranges]
-    size_hw = _pair(arguments.input_size or get_variant(network.metadata.variant).input_size_hw)
+    height, width = arguments.input_size or get_variant(network.metadata.variant).input_size_hw
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=arguments.output_dir) as name:
         folder = Path(name)
-        plan, metadata = build_engine(
-            network,
-            Gpu(device),
-            batch_ranges=ranges,
-            input_size_hw=size_hw,
-            min_size_hw=_pair(arguments.min_input_size or size_hw),
-            max_size_hw=_pair(arguments.max_input_size or size_hw),
-        )
+        plan, metadata = build_engine(network, Gpu(device), (height, width), arguments.profiles)
         (folder / ENGINE_FILE).write_bytes(plan)
         (folder / METADATA_FILE).write_text(metadata.to_json() + "\n", encoding="utf-8")
-        request = _archive_request(network, arguments, folder, size_hw)
+        request = _archive_request(network, arguments, folder, (height, width))
         built = build_archive(
             dataclasses.replace(request, backend_files=(folder / ENGINE_FILE, folder / METADATA_FILE))
         )
-        bounds = sorted({size for each in ranges for size in each})
+        smallest = [before + 1 for before in (0, *arguments.profiles[:-1])]
+        bounds = sorted({*smallest, *arguments.profiles})
         check_parity(built.path, device, bounds, arguments, evidence)
         path = arguments.output_dir / built.path.name
         built.path.replace(path)
@@ -135,7 +120,7 @@ def _archive_request(
         output_dir=folder / "archive",
         model_settings={
             # A smaller batch would never use the largest profile.
-            "batchSize": arguments.batch_size or arguments.batch_ranges[-1][1],
+            "batchSize": arguments.batch_size or arguments.profiles[-1],
             "minWorkers": arguments.workers,
             "maxWorkers": arguments.workers,
         },
@@ -143,14 +128,8 @@ def _archive_request(
     )
 
 
-def _pair(size_hw: Sequence[int]) -> tuple[int, int]:
-    height, width = size_hw
-    return height, width
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, renamed_options={"--pictures": "--images"})
-    size: dict[str, Any] = {"type": positive_int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+    parser = command_parser(__doc__, {"--pictures": "--images", "--batch-ranges": "--profiles"})
     parser.add_argument(
         "--onnx", type=Path, required=True, help="raw predictions, in float32 or quantised to int8"
     )
@@ -158,20 +137,24 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=("fp32", "fp16"), help="for a float32 file (default: that of the file)"
     )
     parser.add_argument(
-        "--batch-ranges",
-        type=batch_range,
+        "--profiles",
+        type=positive_int,
         nargs="+",
-        default=DEFAULT_RANGES,
-        metavar="FIRST-LAST",
-        help="batch sizes of each optimisation profile (1 2-8 9-32)",
+        default=[1, 8, 32],
+        metavar="LARGEST",
+        help="largest batch size of each optimisation profile, ascending (1 8 32)",
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, help="most requests that share a batch (end of the last range)"
+        "--batch-size", type=positive_int, help="most requests that share a batch (the last of --profiles)"
     )
     parser.add_argument("--workers", type=positive_int, default=1, help="(%(default)s)")
-    parser.add_argument("--input-size", **size, help="network input in pixels (the variant's)")
-    parser.add_argument("--min-input-size", **size, help="smallest accepted input (the same)")
-    parser.add_argument("--max-input-size", **size, help="largest accepted input (the same)")
+    parser.add_argument(
+        "--input-size",
+        type=positive_int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="network input in pixels, multiples of 32 (the variant's)",
+    )
     parser.add_argument("--device", default="cuda", help="cuda[:index] (%(default)s)")
     add_weights_arguments(parser)
     parser.add_argument("--model-name", default="damoyolo")

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import enum
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,8 +81,17 @@ class IHostMemory:
         return memoryview(content)
 
 
-class Dims(tuple):  # type: ignore[type-arg]
-    """Sizes."""
+class Dims:
+    """Sizes; a sequence, but no tuple."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self._shape)
+
+    def __getitem__(self, index: int) -> int:
+        return self._shape[index]
 
 
 class IOptimizationProfile:
@@ -93,7 +103,7 @@ class IOptimizationProfile:
 
 
 class INetworkDefinition:
-    def __init__(self, flags: int) -> None:
+    def __init__(self, flags: int = 0) -> None:
         self._strongly_typed = bool(flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self._content: bytes | None = None
 
@@ -115,23 +125,18 @@ class ParserError:
 class OnnxParser:
     def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
         self._network = network
-        self._errors: list[ParserError] = []
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
+        self.num_errors = 0
 
     def get_error(self, index: int) -> ParserError:
-        return self._errors[index]
+        return ParserError()
 
     def parse(self, model: bytes) -> bool:
         if not isinstance(model, bytes):
             raise TypeError("incompatible function arguments")
-        if not _call("parse"):
-            self._errors.append(ParserError())
-            return False
         self._network._content = model
-        return True
+        done = _call("parse")
+        self.num_errors = int(not done)
+        return done
 
 
 class IBuilderConfig:
@@ -150,18 +155,13 @@ class IBuilderConfig:
 
 
 class Builder:
+    create_network = INetworkDefinition
+    create_builder_config = IBuilderConfig
+    create_optimization_profile = IOptimizationProfile
+
     def __init__(self, logger: Logger) -> None:
         if not isinstance(logger, Logger):
             raise TypeError("incompatible function arguments")
-
-    def create_network(self, flags: int = 0) -> INetworkDefinition:
-        return INetworkDefinition(flags)
-
-    def create_builder_config(self) -> IBuilderConfig:
-        return IBuilderConfig()
-
-    def create_optimization_profile(self) -> IOptimizationProfile:
-        return IOptimizationProfile()
 
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Any:
         """A plan that describes the engine."""
@@ -278,10 +278,7 @@ class IExecutionContext:
 
 
 def _memory(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for side in shape:
-        count *= side
-    size = count * torch.empty((), dtype=dtype).element_size()
+    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     buffer = (ctypes.c_char * size).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
 

@@ -5,11 +5,12 @@ Never run on TensorRT: written against its documented interface and tested with 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,8 @@ from damoyolo.structures import RawPredictions
 
 ENGINE_FILE = "damoyolo.plan"
 METADATA_FILE = "damoyolo.plan.json"
-METADATA_FORMAT = "damoyolo-tensorrt-1"
+METADATA_FORMAT = "damoyolo-tensorrt-2"
 REBUILD_COMMAND = "python scripts/build_tensorrt.py --onnx FILE"
-
-
-class BatchRange(NamedTuple):
-    """Batch sizes, both included, that share an optimisation profile tuned for the largest."""
-
-    smallest: int
-    largest: int
 
 
 class Machine(NamedTuple):
@@ -58,21 +52,17 @@ class EngineMetadata:
     """The JSON file beside an engine, which itself tells at most its TensorRT version.
 
     machine: where it was built. network: of the ONNX file; precision is fp32, fp16 or int8.
-    min_size_hw, max_size_hw: accepted heights and widths, in pixels.
-    batch_ranges: one for each optimisation profile, ascending from batch size 1 without a gap.
+    input_size_hw: height and width of the network input, in pixels.
+    batch_sizes: the largest of each optimisation profile, ascending.
     onnx_sha256, plan_sha256: digests of the ONNX file and of the engine, in hexadecimal.
     """
 
     machine: Machine
     network: OnnxMetadata
-    min_size_hw: tuple[int, int]
-    max_size_hw: tuple[int, int]
-    batch_ranges: tuple[BatchRange, ...]
+    input_size_hw: tuple[int, int]
+    batch_sizes: tuple[int, ...]
     onnx_sha256: str
     plan_sha256: str
-
-    def __post_init__(self) -> None:
-        require_contiguous(self.batch_ranges)
 
     def to_json(self) -> str:
         """The text that `read_metadata` reads."""
@@ -137,39 +127,12 @@ class EngineMetadata:
                 f"precision to auto, or build another engine (fp32, fp16; int8 from a quantised file): "
                 f"{REBUILD_COMMAND}"
             )
-        self.require_size(input_size_hw)
-
-    def require_size(self, size_hw: tuple[int, int]) -> None:
-        """Refuse a height or width, in pixels, that no optimisation profile covers.
-
-        Raises:
-            ConfigError: with what is accepted.
-        """
-        heights, widths = zip(self.min_size_hw, self.max_size_hw, strict=True)
-        if not (heights[0] <= size_hw[0] <= heights[1] and widths[0] <= size_hw[1] <= widths[1]):
+        if input_size_hw != self.input_size_hw:
             raise ConfigError(
-                f"the network input is {list(size_hw)} (height, width); the TensorRT engine takes heights "
-                f"{heights[0]} to {heights[1]} and widths {widths[0]} to {widths[1]}. Change input_size_hw, "
-                f"or build the engine for this size: {REBUILD_COMMAND} --input-size HEIGHT WIDTH"
+                f"the network input is {list(input_size_hw)} (height, width), the TensorRT engine takes "
+                f"{list(self.input_size_hw)}; change input_size_hw, or build the engine for this size: "
+                f"{REBUILD_COMMAND} --input-size HEIGHT WIDTH"
             )
-
-
-def require_contiguous(ranges: Sequence[BatchRange]) -> None:
-    """Refuse ranges that leave out a batch size, or contain one twice.
-
-    Raises:
-        ConfigError: with the ranges.
-    """
-    starts = [1, *(largest + 1 for _, largest in ranges)]
-    if not ranges or any(
-        smallest != start or largest < smallest
-        for start, (smallest, largest) in zip(starts, ranges, strict=False)
-    ):
-        found = ", ".join(f"{smallest}-{largest}" for smallest, largest in ranges) or "none"
-        raise ConfigError(
-            f"the batch ranges are {found}; accepted are ranges that ascend from 1 without a gap, say 1-1, "
-            "2-8, 9-32"
-        )
 
 
 def read_metadata(path: Path) -> EngineMetadata:
@@ -182,14 +145,12 @@ def read_metadata(path: Path) -> EngineMetadata:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (found := content.pop("format")) != METADATA_FORMAT:
             raise ValueError(f"format {found!r}, accepted is {METADATA_FORMAT!r}")
-        min_height, min_width = content.pop("min_size_hw")
-        max_height, max_width = content.pop("max_size_hw")
+        height, width = content.pop("input_size_hw")
         return EngineMetadata(
             machine=Machine(**content.pop("machine")),
             network=OnnxMetadata.from_metadata(content.pop("network"), path),
-            min_size_hw=(min_height, min_width),
-            max_size_hw=(max_height, max_width),
-            batch_ranges=tuple(BatchRange(*each) for each in content.pop("batch_ranges")),
+            input_size_hw=(height, width),
+            batch_sizes=tuple(content.pop("batch_sizes")),
             **content,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -305,13 +266,11 @@ class TensorRTBackend:
         """Predict for a batch; one larger than the largest profile is split.
 
         Raises:
-            ConfigError: no profile covers the height and width.
-            RuntimeError: a call of TensorRT failed.
+            RuntimeError: a call of TensorRT failed, for instance because the height or width is another.
         """
-        largest = self.metadata.batch_ranges[-1].largest
+        largest = self.metadata.batch_sizes[-1]
         if len(pixels) > largest:
             return RawPredictions.joined([self(part) for part in torch.split(pixels, largest)])
-        self.metadata.require_size((pixels.shape[2], pixels.shape[3]))
         # An engine reads contiguous rows from an address; batches come with channels last.
         pixels = pixels.contiguous()
         with self._gpu.selected(), self._gpu.stream() as stream:
@@ -320,8 +279,7 @@ class TensorRTBackend:
 
     def _enqueue(self, pixels: Tensor, stream: int) -> dict[str, Tensor]:
         context = self._context
-        ranges = self.metadata.batch_ranges
-        profile = next(index for index, each in enumerate(ranges) if len(pixels) <= each.largest)
+        profile = bisect.bisect_left(self.metadata.batch_sizes, len(pixels))
         if context.active_optimization_profile != profile:
             # On the same stream as the execution, which orders the two. Resets the input shape.
             _require(context.set_optimization_profile_async(profile, stream), f"take profile {profile}")
@@ -346,7 +304,7 @@ class TensorRTBackend:
         wanted |= {
             name: (trt.DataType.FLOAT, count) for name, count in zip(OUTPUT_NAMES, channels, strict=True)
         }
-        profiles = engine.num_optimization_profiles, len(self.metadata.batch_ranges)
+        profiles = engine.num_optimization_profiles, len(self.metadata.batch_sizes)
         if found != wanted or profiles[0] != profiles[1]:
             raise ConfigError(
                 f"the TensorRT engine has the inputs and outputs (type, channels) {found} and {profiles[0]} "

@@ -27,17 +27,10 @@ SCORE_TOLERANCE, BOX_TOLERANCE_PX = 2e-5, 1e-2  # those of the golden outputs
 CHECK_OPTIONS = DetectionOptions(score_threshold=0.25, iou_threshold=0.45, max_detections=100_000)
 
 
-def check_onnx(
-    path: Path,
-    model: DamoYolo,
-    images: Sequence[Tensor],
-    *,
-    score_tolerance: float = SCORE_TOLERANCE,
-    box_tolerance_px: float = BOX_TOLERANCE_PX,
-) -> Agreement:
+def check_onnx(path: Path, model: DamoYolo, batches: Sequence[Tensor]) -> Agreement:
     """Run a file in onnxruntime on the CPU and compare it with the network in PyTorch.
 
-    images: batches, (B, 3, H, W) uint8 RGB each, of any sizes that are multiples of 32.
+    batches: (B, 3, H, W) uint8 RGB each, of any size, H and W multiples of 32.
 
     Raises:
         ScriptError: a score, or a likely box, differs by more than the tolerance; says by how much.
@@ -54,7 +47,7 @@ def check_onnx(
     if compare is None:
         raise ScriptError(f"{path} has other outputs than those that scripts/export_onnx.py writes")
     agreements = []
-    for pixels in images:
+    for pixels in batches:
         with torch.inference_mode():
             raw = model(pixels.float())
         agreements.append(compare(session, pixels, raw))
@@ -63,12 +56,12 @@ def check_onnx(
     )
     # Negated, so that NaN is refused too.
     if not (
-        agreement.score_difference <= score_tolerance and agreement.box_difference_px <= box_tolerance_px
+        agreement.score_difference <= SCORE_TOLERANCE and agreement.box_difference_px <= BOX_TOLERANCE_PX
     ):
         raise ScriptError(
             f"{path} differs from PyTorch by {agreement.score_difference:.2g} in a score and "
-            f"{agreement.box_difference_px:.2g} px in a box; accepted are {score_tolerance:g} and "
-            f"{box_tolerance_px:g} px"
+            f"{agreement.box_difference_px:.2g} px in a box; accepted are {SCORE_TOLERANCE:g} and "
+            f"{BOX_TOLERANCE_PX:g} px"
         )
     return agreement
 

@@ -108,16 +108,14 @@ class QuantizationEvaluator:
         predictions: list[CocoPrediction] = []
         for image in self._truth.images:
             found = detections[image.image_id % len(detections)]
-            for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
-                x1, y1, x2, y2 = map(float, box)
-                predictions.append(
-                    {
-                        "image_id": image.image_id,
-                        "category_id": int(class_id),
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": float(score),
-                    }
+            boxes = found.boxes_xyxy.astype(np.float64)
+            boxes[:, 2:] -= boxes[:, :2]  # x, y, width, height
+            predictions += [
+                {"image_id": image.image_id, "category_id": class_id, "bbox": box, "score": score}
+                for box, score, class_id in zip(
+                    boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True
                 )
+            ]
         return compute_metrics(self._truth, predictions).overall.ap
 
 
@@ -206,15 +204,16 @@ def _jittered_truth(detections: Sequence[Detections]) -> DetectionDataset:
     images = []
     for image_id in range(JITTER_REPEATS * len(detections)):
         found = detections[image_id % len(detections)]
-        objects = []
-        for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
-            width, height = float(box[2] - box[0]), float(box[3] - box[1])
-            x1, y1, x2, y2 = (
-                float(side) + BOX_JITTER * extent * random.standard_normal()
-                for side, extent in zip(box, (width, height, width, height), strict=True)
+        sides = found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2]
+        jitter = BOX_JITTER * random.standard_normal(found.boxes_xyxy.shape)
+        boxes_xyxy = found.boxes_xyxy + jitter * np.tile(sides, 2)  # width, height, width, height
+        objects = [
+            AnnotatedObject(class_id, (x1, y1, x2, y2))
+            for (x1, y1, x2, y2), score, class_id in zip(
+                boxes_xyxy.tolist(), found.scores, found.class_ids.tolist(), strict=True
             )
-            if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2)):
-                objects.append(AnnotatedObject(int(class_id), (x1, y1, x2, y2)))
+            if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2))
+        ]
         images.append(AnnotatedImage(image_id, Path(), tuple(objects)))
     class_ids = {int(class_id) for found in detections for class_id in found.class_ids}
     names = {class_id: str(class_id) for class_id in sorted(class_ids)}

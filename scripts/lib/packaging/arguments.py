@@ -30,7 +30,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names",
         type=Path,
-        help="text (a name a line) or JSON file (default: the demo's for its weights, else COCO's 80)",
+        help="text (one name per line) or JSON file (default: the demo's for its weights, else COCO's 80)",
     )
 
 

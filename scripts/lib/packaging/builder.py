@@ -39,7 +39,7 @@ class ArchiveRequest:
 
     weights: file, https address or name of an official checkpoint. sha256: expected digest of that file.
     variant: name of the variant; None takes the one that the weights fit.
-    class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
+    class_names: one for each class; None takes the demo's for the demo weights, else COCO's 80.
     onnx: file of scripts/export_onnx.py or scripts/quantize.py to pack beside the weights, for the backends
         that run such files. None exports one where the backend needs it.
     model_settings: keys of model-config.yaml outside `handler:`; they take precedence over the project's.

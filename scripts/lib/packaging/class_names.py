@@ -32,7 +32,7 @@ def default_class_names(weights: Path) -> tuple[str, ...]:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Class names of a text file (one a line) or a JSON file (a list, or an object of index to name).
+    """Class names of a text file (one per line) or a JSON file (a list, or an object of index to name).
 
     Raises:
         ScriptError: the file cannot be read, or has another form.
@@ -48,7 +48,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             raise TypeError(f"found a {type(content).__name__}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScriptError(
-            f"{path} gives no class names ({type(error).__name__}: {error}); accepted is a text file with a "
-            'name a line, or JSON: a list of names, or an object {"0": name, "1": name, ...}'
+            f"{path} gives no class names ({type(error).__name__}: {error}); accepted is a text file "
+            'with one name per line, or JSON: a list of names, or an object {"0": name, "1": name, ...}'
         ) from error
     return tuple(map(str, content))

@@ -21,14 +21,7 @@ from lib.cli import ScriptError
 from lib.onnx.export import read_onnx_metadata
 
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OnnxMetadata
-from damoyolo.backends.tensorrt import (
-    BatchRange,
-    EngineMetadata,
-    Gpu,
-    import_tensorrt,
-    machine_of,
-    require_contiguous,
-)
+from damoyolo.backends.tensorrt import EngineMetadata, Gpu, import_tensorrt, machine_of
 
 
 @dataclass(frozen=True)
@@ -82,26 +75,21 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def build_engine(
-    network: OnnxNetwork,
-    gpu: Gpu,
-    *,
-    batch_ranges: Sequence[BatchRange],
-    input_size_hw: tuple[int, int],
-    min_size_hw: tuple[int, int],
-    max_size_hw: tuple[int, int],
+    network: OnnxNetwork, gpu: Gpu, input_size_hw: tuple[int, int], batch_sizes: Sequence[int]
 ) -> tuple[bytes, EngineMetadata]:
     """The engine and its metadata. Takes minutes, in which the GPU has to be idle for kernels to be timed.
 
-    batch_ranges: one for each optimisation profile, tuned for the largest batch of each.
-    input_size_hw: size to tune for, in pixels. min_size_hw, max_size_hw: accepted sizes.
+    input_size_hw: height and width of the network input, in pixels.
+    batch_sizes: the largest of each optimisation profile, for which it is tuned; ascending.
 
     Raises:
-        ConfigError: TensorRT is missing, or the ranges have a gap.
+        ConfigError: TensorRT is missing.
         ScriptError: the sizes do not fit, or TensorRT fails.
     """
-    require_contiguous(batch_ranges)
-    sizes_hw = min_size_hw, input_size_hw, max_size_hw
-    _require_profile_sizes(sizes_hw)
+    if sorted(set(batch_sizes)) != list(batch_sizes):
+        raise ScriptError(f"the largest batch sizes are {list(batch_sizes)}; accepted are ascending ones")
+    if any(side % 32 for side in input_size_hw):
+        raise ScriptError(f"the input size is {list(input_size_hw)}; accepted are multiples of 32, in pixels")
     trt = import_tensorrt()
     logger = trt.Logger(trt.Logger.WARNING)
     with gpu.selected():
@@ -118,8 +106,15 @@ def build_engine(
         config = builder.create_builder_config()
         if network.metadata.precision == "fp32":
             config.clear_flag(trt.BuilderFlag.TF32)  # on by default
-        for batch_range in batch_ranges:
-            _add_profile(builder, config, batch_range, sizes_hw)
+        for before, largest in zip((0, *batch_sizes), batch_sizes, strict=False):
+            profile = builder.create_optimization_profile()
+            counts = before + 1, largest, largest
+            profile.set_shape(INPUT_NAME, *((count, 3, *input_size_hw) for count in counts))
+            if config.add_optimization_profile(profile) < 0:
+                raise ScriptError(
+                    f"TensorRT refused the profile of batch sizes {before + 1} to {largest}; its own log "
+                    "lines above say why"
+                )
         built = builder.build_serialized_network(definition, config)
         if built is None:
             raise ScriptError(
@@ -130,38 +125,11 @@ def build_engine(
     return plan, EngineMetadata(
         machine=machine_of(gpu, trt),
         network=network.metadata,
-        min_size_hw=min_size_hw,
-        max_size_hw=max_size_hw,
-        batch_ranges=tuple(batch_ranges),
+        input_size_hw=input_size_hw,
+        batch_sizes=tuple(batch_sizes),
         onnx_sha256=network.sha256,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
     )
-
-
-def _require_profile_sizes(sizes_hw: Sequence[tuple[int, int]]) -> None:
-    sides = [side for size_hw in sizes_hw for side in size_hw]
-    ascending = all(list(each) == sorted(each) for each in zip(*sizes_hw, strict=True))
-    if not ascending or any(side % 32 for side in sides):
-        raise ScriptError(
-            f"the smallest, usual and largest input sizes are {', '.join(map(str, map(list, sizes_hw)))}; "
-            "accepted are ascending multiples of 32"
-        )
-
-
-def _add_profile(
-    builder: Any, config: Any, batch_range: BatchRange, sizes_hw: Sequence[tuple[int, int]]
-) -> None:
-    """sizes_hw: the smallest, the one to tune for, and the largest."""
-    smallest, largest = batch_range
-    profile = builder.create_optimization_profile()
-    counts = smallest, largest, largest
-    shapes = ((count, 3, *size_hw) for count, size_hw in zip(counts, sizes_hw, strict=True))
-    profile.set_shape(INPUT_NAME, *shapes)
-    if config.add_optimization_profile(profile) < 0:
-        raise ScriptError(
-            f"TensorRT refused the profile of batch sizes {smallest} to {largest}; its own log lines above "
-            "say why"
-        )
 
 
 def _text_of(error: Any) -> str:

@@ -49,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: PyTorchBackend) -> None:
 def command(onnx_file: Path, store: Path, *options: str) -> list[str]:
     return [
         *("--onnx", str(onnx_file), "--output-dir", str(store), "--device", "cpu"),
-        *("--batch-ranges", "1", "2-3", *SIZE, *options),
+        *("--profiles", "1", "3", *SIZE, *options),
     ]
 
 
@@ -136,11 +136,6 @@ def test_int8_without_a_data_set_is_refused_before_anything_is_built(
     assert build_tensorrt.main(command(path, tmp_path / "store")) == 1
     assert "give a data set to compare AP on" in capsys.readouterr().err
     assert fake_tensorrt.calls == []
-
-
-def test_batch_ranges_are_read() -> None:
-    assert build_tensorrt.batch_range("4") == (4, 4)
-    assert build_tensorrt.batch_range("9-32") == (9, 32)
 
 
 def test_without_tensorrt_the_command_says_what_to_install(

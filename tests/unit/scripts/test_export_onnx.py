@@ -10,10 +10,14 @@ from lib.accuracy.parity import Agreement
 from lib.cli import ScriptError
 
 import export_onnx
+from damoyolo.model.damoyolo import DamoYolo
 
 
 def test_the_command_writes_a_checked_file_or_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    demo_model: DamoYolo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "made" / "damoyolo.onnx"
     assert export_onnx.main(["--output", str(output), "--weights", "nowhere.pth"]) == 1
@@ -22,6 +26,7 @@ def test_the_command_writes_a_checked_file_or_none(
     def refuse(*_: object) -> None:
         raise ScriptError("it differs")
 
+    monkeypatch.setattr(export_onnx, "load_network", lambda _: (demo_model, ("a", "b", "c")))
     monkeypatch.setattr("lib.onnx.export.export_onnx", lambda model, path, **_: path.write_bytes(b"nothing"))
     monkeypatch.setattr("lib.onnx.check.sample_batches", lambda *_: [])
     monkeypatch.setattr("lib.onnx.check.check_onnx", refuse)

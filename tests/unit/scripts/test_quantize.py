@@ -12,18 +12,23 @@ from PIL import Image
 from lib.onnx.export import read_onnx_metadata
 
 import quantize
+from damoyolo.model.damoyolo import DamoYolo
 from doubles.fragile_network import ALL_BUT_ONE_STAGE
+
+
+@pytest.fixture(autouse=True)
+def loaded_network(
+    monkeypatch: pytest.MonkeyPatch, demo_model: DamoYolo, demo_network: onnx.ModelProto
+) -> None:
+    """Neither load nor export the demo network again."""
+    monkeypatch.setattr(quantize, "load_network", lambda _: (demo_model, ()))
+    monkeypatch.setattr("lib.onnx.export.to_onnx", lambda *_, **__: demo_network)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and what it imports
 def test_the_command_writes_file_report_and_plot(
-    project_dir: Path,
-    tmp_path: Path,
-    demo_network: onnx.ModelProto,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    project_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lib.onnx.export.to_onnx", lambda *_, **__: demo_network)
     output, report, plot = tmp_path / "new" / "int8.onnx", tmp_path / "a" / "b.json", tmp_path / "c" / "d.png"
     command = ["--calibration", str(project_dir / "tests/data/smears"), "--input-size", "256", "320"]
     command += ["--keep-float", ",".join(ALL_BUT_ONE_STAGE), "--max-loss", "0.5", "--no-progress"]
@@ -53,7 +58,6 @@ def test_the_command_writes_file_report_and_plot(
     ("options", "message"),
     [
         (["--input-size", "100", "96"], "--input-size is 100 96; accepted are multiples of 32"),
-        (["--weights", "absent.pth"], "absent.pth is neither a file"),
         (["--calibration", "absent"], "absent is no folder; --calibration takes a folder of images"),
     ],
 )

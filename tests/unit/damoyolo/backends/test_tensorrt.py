@@ -17,14 +17,12 @@ from damoyolo.backends.onnx_metadata import metadata_of
 from damoyolo.backends.tensorrt import (
     ENGINE_FILE,
     METADATA_FILE,
-    BatchRange,
     EngineMetadata,
     Gpu,
     Machine,
     TensorRTBackend,
     import_tensorrt,
     read_metadata,
-    require_contiguous,
 )
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -52,14 +50,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, model: DamoYolo) -> None:
 @pytest.fixture
 def built(tmp_path: Path, model: DamoYolo) -> Built:
     path = fake_tensorrt.write_onnx(tmp_path / "network.onnx", metadata_of(model, NAMES))
-    return build_engine(
-        read_network(path),
-        fake_tensorrt.Gpu(CPU),
-        batch_ranges=(BatchRange(1, 1), BatchRange(2, 4)),
-        input_size_hw=(64, 96),
-        min_size_hw=(64, 96),
-        max_size_hw=(96, 128),
-    )
+    return build_engine(read_network(path), fake_tensorrt.Gpu(CPU), (64, 96), (1, 4))
 
 
 @pytest.fixture
@@ -91,13 +82,9 @@ def test_every_batch_size_gives_what_the_network_gives(
         torch.testing.assert_close(level, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_other_sizes_of_its_range_are_taken_and_others_refused(
-    backend: TensorRTBackend, model: DamoYolo
-) -> None:
-    batch = pixels(2, 96, 128)
-    torch.testing.assert_close(backend(batch)[0][2], model(batch.float())[0][2], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="heights 64 to 96 and widths 96 to 128"):
-        backend(pixels(1, 128, 128))
+def test_another_size_is_refused(backend: TensorRTBackend) -> None:
+    with pytest.raises(RuntimeError, match=r"take an input of \(2, 3, 96, 96\)"):
+        backend(pixels(2, 96, 96))
 
 
 def test_later_calls_leave_earlier_predictions_alone(backend: TensorRTBackend) -> None:
@@ -147,14 +134,14 @@ def test_a_foreign_machine_or_a_damaged_plan_is_refused_before_anything_is_loade
     assert fake_tensorrt.calls == []
 
 
-@pytest.mark.parametrize("change", ["num_classes", "batch_ranges"])
+@pytest.mark.parametrize("change", ["num_classes", "batch_sizes"])
 def test_an_engine_of_another_form_is_refused_with_what_it_has(built: Built, change: str) -> None:
     plan, metadata = built
     if change == "num_classes":
         network = dataclasses.replace(metadata.network, num_classes=3)
         metadata = dataclasses.replace(metadata, network=network)
     else:
-        metadata = dataclasses.replace(metadata, batch_ranges=(BatchRange(1, 4),))
+        metadata = dataclasses.replace(metadata, batch_sizes=(4,))
     with pytest.raises(ConfigError, match=r"'class_logits_8': \(.*FLOAT.*, 2\).* 2 profiles; accepted are"):
         TensorRTBackend(plan, metadata, CPU)
 
@@ -175,11 +162,11 @@ def test_the_engine_of_an_archive_is_found_and_a_missing_one_named(
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "damoyolo-tensorrt-0"},
+        {"format": "damoyolo-tensorrt-1"},
         {"machine": {"gpu_name": "x"}},
         {"network": {}},
-        {"min_size_hw": [320]},
-        {"batch_ranges": [[2, 8]]},
+        {"input_size_hw": [320]},
+        {"batch_sizes": 3},
         {"unknown": 1},
         None,
     ],
@@ -189,7 +176,7 @@ def test_metadata_of_another_form_are_refused(
 ) -> None:
     path = tmp_path / METADATA_FILE
     path.write_text("[]" if change is None else json.dumps({**json.loads(metadata.to_json()), **change}))
-    with pytest.raises(ConfigError, match=r"build_tensorrt|batch ranges|export_onnx"):
+    with pytest.raises(ConfigError, match=r"build_tensorrt|export_onnx"):
         read_metadata(path)
     with pytest.raises(ConfigError, match=r"none\.json does not describe .*build_tensorrt"):
         read_metadata(tmp_path / "none.json")
@@ -218,8 +205,7 @@ def test_another_machine_is_refused_with_both_and_the_command(
 @pytest.mark.parametrize(
     ("settings", "size_hw", "message"),
     [
-        ({}, (64, 160), "heights 64 to 96 and widths 96 to 128"),
-        ({}, (32, 96), r"\[32, 96\]"),
+        ({}, (32, 96), r"is \[32, 96\] \(height, width\), the TensorRT engine takes \[64, 96\]"),
         ({"class_names": ("a", "b")}, (64, 96), "class_names"),
         ({"precision": "bf16"}, (64, 96), "engine is fp32; set precision to auto"),
     ],
@@ -243,13 +229,6 @@ def test_an_engine_of_other_weights_is_refused(model: DamoYolo, metadata: Engine
     foreign = dataclasses.replace(metadata, network=network)
     with pytest.raises(ConfigError, match="weights_digest 0000"):
         foreign.require_network(model, ServingConfig(variant="Ns", class_names=NAMES), (64, 96))
-
-
-@pytest.mark.parametrize("ranges", [[], [(2, 8)], [(1, 1), (3, 8)], [(1, 4), (4, 8)], [(1, 0)]])
-def test_ranges_that_leave_a_batch_size_out_are_refused(ranges: list[tuple[int, int]]) -> None:
-    require_contiguous([BatchRange(1, 1), BatchRange(2, 8)])
-    with pytest.raises(ConfigError, match="without a gap"):
-        require_contiguous([BatchRange(*each) for each in ranges])
 
 
 def test_without_the_module_or_a_gpu_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_fragile_block_stays_float32_and_the_loss_within_what_is_allowed(
     }
 
 
-def test_what_cannot_be_reached_is_said(
+def test_a_loss_out_of_reach_and_unknown_blocks_are_refused(
     demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
 ) -> None:
     one_block = (*ALL_BUT_ONE_STAGE, *(f"backbone.block_list.2.block_list.{index}" for index in (0, 2, 3, 4)))

@@ -60,21 +60,21 @@ def test_a_fragile_block_is_ranked_first(
 
 
 def test_images_without_anything_to_find_are_refused(demo_network: onnx.ModelProto) -> None:
-    grey = np.full((2, 3, 64, 96), 128, np.uint8)
+    blank = np.full((2, 3, 64, 96), 128, np.uint8)
     with pytest.raises(ScriptError, match=r"finds nothing above a score of 0\.5 in the 2 images"):
-        QuantizationEvaluator(demo_network, grey)
+        QuantizationEvaluator(demo_network, blank)
     with pytest.raises(ScriptError, match="no images to compare on; accepted is at least one"):
-        QuantizationEvaluator(demo_network, grey[:0])
+        QuantizationEvaluator(demo_network, blank[:0])
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 7, 19, 20])
 def test_as_few_blocks_are_kept_as_the_loss_allows(needed: int) -> None:
-    asked: list[int] = []
+    called: list[int] = []
 
     def loss_of(kept: int) -> float:
-        asked.append(kept)
+        called.append(kept)
         return 0.005 if kept >= needed else 0.006
 
     assert fewest_kept(20, loss_of, 0.005) == needed
-    assert len(asked) == len(set(asked)) <= 6
-    assert 20 not in asked
+    assert len(called) == len(set(called)) <= 6
+    assert 20 not in called

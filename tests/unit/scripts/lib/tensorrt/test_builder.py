@@ -20,7 +20,7 @@ from lib.cli import ScriptError
 from lib.tensorrt.builder import build_engine, read_network, to_float16
 
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata, as_predictions
-from damoyolo.backends.tensorrt import BatchRange, EngineMetadata
+from damoyolo.backends.tensorrt import EngineMetadata
 from damoyolo.boxes import decode_predictions
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
@@ -39,24 +39,22 @@ def path(tmp_path: Path) -> Path:
     return fake_tensorrt.write_onnx(tmp_path / "network.onnx", METADATA)
 
 
-def build(path: Path, precision: str | None = None, **changes: Any) -> tuple[bytes, EngineMetadata]:
-    arguments: dict[str, Any] = {
-        "batch_ranges": (BatchRange(1, 1), BatchRange(2, 8)),
-        "input_size_hw": (640, 640),
-        "min_size_hw": (320, 320),
-        "max_size_hw": (640, 960),
-        **changes,
-    }
+def build(
+    path: Path,
+    precision: str | None = None,
+    size_hw: tuple[int, int] = (640, 960),
+    batch_sizes: tuple[int, ...] = (1, 8),
+) -> tuple[bytes, EngineMetadata]:
     gpu: Any = fake_tensorrt.Gpu(torch.device("cpu"))
-    return build_engine(read_network(path, precision), gpu, **arguments)
+    return build_engine(read_network(path, precision), gpu, size_hw, batch_sizes)
 
 
-def test_the_plan_has_a_profile_for_each_range_and_no_tf32_in_float32(path: Path) -> None:
+def test_the_plan_has_profiles_without_a_gap_and_no_tf32_in_float32(path: Path) -> None:
     plan, metadata = build(path)
     content = json.loads(plan)
     assert content["profiles"] == [
-        {"images": [[1, 3, 320, 320], [1, 3, 640, 640], [1, 3, 640, 960]]},
-        {"images": [[2, 3, 320, 320], [8, 3, 640, 640], [8, 3, 640, 960]]},
+        {"images": [[1, 3, 640, 960], [1, 3, 640, 960], [1, 3, 640, 960]]},
+        {"images": [[2, 3, 640, 960], [8, 3, 640, 960], [8, 3, 640, 960]]},
     ]
     assert content["tf32"] is False
     assert content["weight_types"] == [TensorProto.FLOAT]
@@ -124,12 +122,12 @@ def test_a_build_that_fails_says_so(path: Path, call: str) -> None:
         build(path)
 
 
-def test_sizes_and_ranges_that_make_no_profile_are_refused(path: Path) -> None:
-    for change in ({"min_size_hw": (672, 320)}, {"max_size_hw": (640, 970)}):
-        with pytest.raises(ScriptError, match="ascending multiples of 32"):
-            build(path, **change)
-    with pytest.raises(ConfigError, match="without a gap"):
-        build(path, batch_ranges=(BatchRange(2, 8),))
+def test_sizes_that_make_no_profile_are_refused(path: Path) -> None:
+    with pytest.raises(ScriptError, match=r"input size is \[640, 970\]; accepted are multiples of 32"):
+        build(path, size_hw=(640, 970))
+    for batch_sizes in ((8, 1), (1, 1)):
+        with pytest.raises(ScriptError, match="accepted are ascending ones"):
+            build(path, batch_sizes=batch_sizes)
 
 
 def test_other_files_and_other_outputs_are_refused(path: Path, tmp_path: Path) -> None:
