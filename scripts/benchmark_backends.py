@@ -28,16 +28,16 @@ import torch
 
 from lib.accuracy.datasets import DatasetError, read_voc
 from lib.archive.reader import unpacked
-from lib.cli import positive_int, positive_seconds
+from lib.cli import ScriptError, positive_int, positive_seconds
 from lib.images import read_images
 from lib.measure.backend_document import DocumentError, has_figures, section_text, write_section
 from lib.measure.backend_process import Method, measure_in_turn, write_reference
 from lib.measure.backend_rows import LIBRARIES, BackendRow, Machine, reason_not_run, rows_of
 from lib.measure.environment import environment, installed_versions
 from lib.measure.timing import append_json_rows
-from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive, content_digest
+from lib.packaging.builder import ArchiveRequest, build_archive, content_digest
 from lib.packaging.class_names import DEMO_CLASS_NAMES, read_class_names
-from lib.packaging.weights import WeightsError, fetch_weights
+from lib.packaging.weights import fetch_weights
 from lib.paths import DEMO_WEIGHTS, PROJECT_DIR, SAMPLE_IMAGES
 
 from damoyolo.errors import DamoYoloError
@@ -81,7 +81,7 @@ def read_models(
 
     Raises:
         TableError: two of a variant, or a file that belongs to none of them.
-        WeightsError, DamoYoloError: something cannot be read.
+        ScriptError, DamoYoloError: something cannot be read.
     """
     models: dict[str, Model] = {}
     for source in weights:
@@ -130,7 +130,7 @@ def build_row_archive(model: Model, row: BackendRow, method: Method, folder: Pat
     )
     try:
         report = build_archive(request)
-    except (ArchiveError, DamoYoloError, WeightsError) as error:
+    except (ScriptError, DamoYoloError) as error:
         say(f"{row.name}: {error}")
         return Archive(None, reason="archive not built")
     return Archive(report.path, report.digest)
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         _run(arguments)
-    except (TableError, DocumentError, DatasetError, WeightsError, DamoYoloError, OSError) as error:
+    except (TableError, DocumentError, DatasetError, ScriptError, DamoYoloError, OSError) as error:
         print(f"benchmark_backends: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.document} written, rows in {arguments.json}")

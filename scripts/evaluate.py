@@ -46,15 +46,15 @@ def package_weights(
     Raises:
         EvaluationError: the weights cannot be had, or do not fit.
     """
-    from lib.packaging.builder import ArchiveError, ArchiveRequest, build_archive
-    from lib.packaging.weights import WeightsError
+    from lib.cli import ScriptError
+    from lib.packaging.builder import ArchiveRequest, build_archive
 
     from damoyolo.errors import DamoYoloError
 
     request = ArchiveRequest(weights=weights, variant=variant, class_names=class_names, output_dir=output_dir)
     try:
         return build_archive(request).path
-    except (ArchiveError, WeightsError, DamoYoloError) as error:
+    except (ScriptError, DamoYoloError) as error:
         raise EvaluationError(str(error)) from error
 
 

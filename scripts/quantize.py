@@ -1,11 +1,12 @@
-"""Writes the network in INT8 as a QDQ ONNX file, calibrated on your images; sensitive blocks stay float32.
+"""Write the network in INT8 as a QDQ ONNX file, calibrated on your images; sensitive blocks stay float32.
 
 python scripts/quantize.py --calibration images/ --output damoyolo_int8.onnx
 python scripts/quantize.py --weights mine.pth --class-names mine.txt --calibration images/ \\
     --output mine.onnx --max-loss 0.005 --report mine.json --plot mine.png
 
-Each block of the network is quantised alone and compared with float32 on images set aside; then the worst
-are kept in float32, as few as the loss allowed demands. What is measured: scripts/lib/onnx/sensitivity.py.
+Each block of the network is quantised alone and compared with float32 on images set aside. Then the most
+sensitive blocks are kept in float32, as few as the allowed loss demands. The measures are described in
+scripts/lib/onnx/sensitivity.py.
 """
 
 from __future__ import annotations
@@ -15,34 +16,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import onnx
+from lib.cli import ScriptError, command_parser, fraction, name_list, positive_int, run_command
+from lib.onnx.options import ALWAYS_FLOAT, NO_BLOCK, RANGE_METHODS, TARGETS, QuantizationRequest
+from lib.packaging.arguments import add_network_arguments, load_network
 
-from lib.cli import fraction, name_list, positive_int
-from lib.measure.environment import environment
-from lib.measure.plots import BlockBar, plot_sensitivity
-from lib.measure.timing import format_table
-from lib.onnx.qdq import (
-    RANGE_METHODS,
-    TARGETS,
-    QuantizationError,
-)
-from lib.onnx.quantization import (
-    ALWAYS_FLOAT,
-    NO_BLOCK,
-    QuantizationRequest,
-    QuantizedNetwork,
-    export_network,
-    image_paths,
-    quantize,
-    read_pixels,
-    sensitivity_rows,
-)
-from lib.packaging.class_names import default_class_names, read_class_names
-from lib.packaging.weights import WeightsError, fetch_weights, folded_network
-from lib.paths import DEMO_WEIGHTS
-
-from damoyolo.errors import DamoYoloError
+if TYPE_CHECKING:
+    from lib.onnx.quantization import QuantizedNetwork
 
 SENSITIVITY_COLUMNS = {
     "block": ("block", ""),
@@ -55,16 +36,15 @@ SENSITIVITY_COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantise as the options say; nothing is left where that fails."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except (QuantizationError, WeightsError, DamoYoloError, OSError, ValueError, KeyError) as error:
-        print(f"quantize: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_run, _parser(), argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import onnx
+
+    from lib.onnx.export import to_onnx
+    from lib.onnx.quantization import image_paths, quantize, read_pixels
+
     request = QuantizationRequest(
         arguments.max_loss,
         arguments.target,
@@ -75,15 +55,12 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.progress,
     )
     paths = image_paths(arguments.calibration, request.calibration_images + request.check_images)
-    weights = fetch_weights(arguments.weights, arguments.sha256)
-    given = arguments.class_names
-    class_names = read_class_names(given) if given else default_class_names(weights)
-    model = folded_network(weights, arguments.variant, len(class_names))
+    model, class_names = load_network(arguments)
     height, width = arguments.input_size or model.variant.input_size_hw
     if height % 32 or width % 32:
-        raise QuantizationError(f"--input-size is {height} {width}; accepted are multiples of 32, in pixels")
+        raise ScriptError(f"--input-size is {height} {width}; accepted are multiples of 32, in pixels")
     pixels = read_pixels(paths, model.variant.name, (height, width))
-    result = quantize(export_network(model, class_names), pixels, request)
+    result = quantize(to_onnx(model, class_names=class_names), pixels, request)
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     partial = arguments.output.with_name(f".{arguments.output.name}.part")
@@ -98,93 +75,83 @@ def _run(arguments: argparse.Namespace) -> None:
 def _report(
     arguments: argparse.Namespace, request: QuantizationRequest, variant: str, result: QuantizedNetwork
 ) -> None:
-    rows = sensitivity_rows(result)
+    from lib.measure.timing import format_table
+
+    rows: list[dict[str, Any]] = [
+        {
+            "block": each.block.name,
+            "weights": each.block.weights,
+            "drift": each.deviation.drift,
+            "loss": each.deviation.loss,
+            "stays": "float32" if each.block.name in result.kept else "INT8",
+        }
+        for each in result.ranked
+    ]
     print(format_table(rows, SENSITIVITY_COLUMNS))
     print(
         f"always float32: {', '.join(request.float_blocks) or 'nothing'}\n"
-        f"nothing else kept: drift {result.all_int8.drift:.4f}, AP loss {result.all_int8.loss:.4f}\n"
+        f"no other block kept: drift {result.all_int8.drift:.4f}, AP loss {result.all_int8.loss:.4f}\n"
         f"{len(result.kept)} of {len(rows)} blocks kept: drift {result.deviation.drift:.4f}, "
         f"AP loss {result.deviation.loss:.4f} of {request.max_loss:g} allowed"
     )
     size_mb = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: DAMO-YOLO-{variant} in INT8 for {request.target}, {size_mb:.1f} MB")
     if arguments.report is not None:
-        content = {
-            "variant": variant,
-            "weights": arguments.weights,
-            "max_loss": request.max_loss,
-            "target": request.target,
-            "ranges": request.ranges,
-            "calibration_images": result.calibration_count,
-            "check_images": result.check_count,
-            "always_float32": request.float_blocks,
-            "kept_float32": result.kept,
-            "all_int8": vars(result.all_int8),
-            "result": vars(result.deviation),
-            "blocks": rows,
-            **environment(),
-        }
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        _write_report(arguments, request, variant, result, rows)
         print(f"report: {arguments.report}")
     if arguments.plot is not None:
+        from lib.measure.plots import BlockBar, plot_sensitivity
+
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         bars = [BlockBar(row["block"], row["drift"], row["stays"] == "float32") for row in rows]
         plot_sensitivity(arguments.plot, bars, f"DAMO-YOLO-{variant}: sensitivity of its blocks to INT8")
         print(f"plot: {arguments.plot}")
 
 
+def _write_report(
+    arguments: argparse.Namespace,
+    request: QuantizationRequest,
+    variant: str,
+    result: QuantizedNetwork,
+    rows: list[dict[str, Any]],
+) -> None:
+    from lib.measure.environment import environment
+
+    content = {
+        "variant": variant,
+        "weights": arguments.weights,
+        "max_loss": request.max_loss,
+        "target": request.target,
+        "ranges": request.ranges,
+        "calibration_images": result.calibration_count,
+        "check_images": result.check_count,
+        "always_float32": request.float_blocks,
+        "kept_float32": result.kept,
+        "all_int8": vars(result.all_int8),
+        "result": vars(result.deviation),
+        "blocks": rows,
+        **environment(),
+    }
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    arguments.report.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    renamed = {
+        "--calibration-pictures": "--calibration-images",
+        "--check-pictures": "--check-images",
+    }
+    parser = command_parser(__doc__, renamed_options=renamed)
     parser.add_argument(
         "--calibration",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="images like those to be served, folders below included; not those of the evaluation",
+        help="images like those to be served, in it or its sub-folders; not those of the evaluation",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="ONNX", help="file to write")
-    parser.add_argument(
-        "--weights",
-        default=str(DEMO_WEIGHTS),
-        help="file, https address or official name (default: the demo weights)",
-    )
-    parser.add_argument("--sha256", help="what the weights have to have, in hexadecimal")
-    parser.add_argument("--variant", help="default: the one that the weights fit")
-    parser.add_argument(
-        "--class-names",
-        type=Path,
-        help="text (a name a line) or JSON file (default: the demo's for its weights, else COCO's 80)",
-    )
-    parser.add_argument(
-        "--max-loss", type=fraction, default=0.005, metavar="AP", help="that may be lost (%(default)s)"
-    )
-    parser.add_argument(
-        "--for",
-        dest="target",
-        choices=TARGETS,
-        default="cpu",
-        help="cpu: onnxruntime and OpenVINO; tensorrt: no zero points, inputs of convolutions alone "
-        "(%(default)s)",
-    )
-    parser.add_argument(
-        "--ranges",
-        choices=RANGE_METHODS,
-        default="minmax",
-        help="of a value: extremes over all images, or the mean of each image's (%(default)s)",
-    )
-    parser.add_argument("--calibration-images", type=positive_int, default=32, help="(%(default)s)")
-    parser.add_argument("--check-images", type=positive_int, default=16, help="(%(default)s)")
-    parser.add_argument(
-        "--keep-float",
-        type=name_list,
-        default=ALWAYS_FLOAT,
-        metavar="A,B",
-        help="blocks that stay float32 whatever the sweep says, or how their names begin; "
-        f"{NO_BLOCK} leaves all to the sweep ({','.join(ALWAYS_FLOAT)})",
-    )
+    add_network_arguments(parser)
+    _add_quantization_arguments(parser)
     parser.add_argument(
         "--input-size",
         type=positive_int,
@@ -200,6 +167,36 @@ def _parser() -> argparse.ArgumentParser:
         help="progress bar on stderr (when that is a terminal)",
     )
     return parser
+
+
+def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-loss", type=fraction, default=0.005, metavar="AP", help="that may be lost (%(default)s)"
+    )
+    parser.add_argument(
+        "--for",
+        dest="target",
+        choices=TARGETS,
+        default="cpu",
+        help="cpu: onnxruntime and OpenVINO; tensorrt: no zero points, only inputs of convolutions "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--ranges",
+        choices=RANGE_METHODS,
+        default="minmax",
+        help="of activations: extremes over all images, or the mean of each image's (%(default)s)",
+    )
+    parser.add_argument("--calibration-images", type=positive_int, default=32, help="(%(default)s)")
+    parser.add_argument("--check-images", type=positive_int, default=16, help="(%(default)s)")
+    parser.add_argument(
+        "--keep-float",
+        type=name_list,
+        default=ALWAYS_FLOAT,
+        metavar="A,B",
+        help="blocks that always stay float32, or prefixes of their names; "
+        f"{NO_BLOCK} leaves all to the sweep ({','.join(ALWAYS_FLOAT)})",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the tests find their material."""
+"""Material that many tests share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
     from numpy.typing import NDArray
+
+    from damoyolo.model.damoyolo import DamoYolo
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
@@ -32,14 +34,32 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_network() -> onnx.ModelProto:
-    """The demo network as scripts/export_onnx.py writes it, in float32; not to be changed."""
-    from lib.onnx.quantization import export_network
+def demo_model() -> DamoYolo:
+    """The demo network, folded, on the CPU, in float32; not to be changed."""
     from lib.packaging.class_names import DEMO_CLASS_NAMES
     from lib.packaging.weights import folded_network
     from lib.paths import DEMO_WEIGHTS
 
-    return export_network(folded_network(DEMO_WEIGHTS, None, len(DEMO_CLASS_NAMES)), DEMO_CLASS_NAMES)
+    return folded_network(DEMO_WEIGHTS, None, len(DEMO_CLASS_NAMES))
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_model: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX file of the demo network with raw predictions, in float32; not to be changed."""
+    from lib.onnx.export import export_onnx
+    from lib.packaging.class_names import DEMO_CLASS_NAMES
+
+    path = tmp_path_factory.mktemp("onnx") / "demo.onnx"
+    export_onnx(demo_model, path, class_names=DEMO_CLASS_NAMES)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_network(demo_onnx: Path) -> onnx.ModelProto:
+    """The content of `demo_onnx`; not to be changed."""
+    import onnx
+
+    return onnx.load(demo_onnx)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from damoyolo.errors import ConfigError
 from damoyolo.structures import DetectionOptions
 
+SETTINGS_FILE = "model-config.yaml"
 BACKENDS = ("auto", "pytorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
 CUDA_SYNCS = ("auto", "blocking", "spin")

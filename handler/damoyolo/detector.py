@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from damoyolo.backends import ONNX_FILE as ONNX_FILE
-from damoyolo.config import ServingConfig
+from damoyolo.config import SETTINGS_FILE, ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.decode import EncodedImage
 from damoyolo.errors import ConfigError, RequestError
@@ -25,7 +25,6 @@ from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 WEIGHTS_FILE = "damoyolo.pth"
-SETTINGS_FILE = "model-config.yaml"
 
 
 class Detector:
@@ -55,18 +54,19 @@ class Detector:
         device: torch.device | str = "cpu",
         precision: str | None = None,
         backend: str | None = None,
+        **serving: Any,
     ) -> Detector:
         """The detector of an unpacked archive.
 
         model_dir: folder with the packaged weights and model-config.yaml.
-        precision, backend: in place of those in the settings.
+        precision, backend, serving: settings that take precedence over those of the archive.
 
         Raises:
             ConfigError, CheckpointError: what the archive holds does not fit together.
         """
         settings = yaml.safe_load((model_dir / SETTINGS_FILE).read_text())["handler"]
         changes = {"precision": precision, "backend": backend}
-        settings |= {name: value for name, value in changes.items() if value is not None}
+        settings |= serving | {name: value for name, value in changes.items() if value is not None}
         return cls.from_settings(settings, model_dir / WEIGHTS_FILE, torch.device(device))
 
     @classmethod

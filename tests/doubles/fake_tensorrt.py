@@ -1,8 +1,8 @@
-"""A stand-in for the module `tensorrt`, strict about what the real one has and about the order of calls.
+"""A stand-in for the module `tensorrt`, strict about names, argument types and the order of calls.
 
 Its engine runs a PyTorch network on the CPU, reads and writes memory by address as the real one does, and
-knows what it knows from the plan alone. `test_tensorrt_interface` compares it with the real module where
-there is one. Names and signatures are those of the bindings of TensorRT 10.16.1 and 11.4.0.
+is described by the plan alone. `test_the_stand_in_has_nothing_that_the_real_module_lacks` compares it with
+the real module where that is installed. Names and signatures are those of TensorRT 10.16.1 and 11.4.0.
 """
 
 from __future__ import annotations
@@ -11,59 +11,60 @@ import contextlib
 import ctypes
 import enum
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
+
+from damoyolo.backends import tensorrt as tensorrt_backend
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata
+from damoyolo.structures import RawPredictions
 
 __version__ = "11.4.0.106"
 
-Network = Callable[[Tensor], Sequence[Tensor]]
+Network = Callable[[Tensor], RawPredictions]
 
-# What a test may set: the network that engines run, by the name of its outputs, and what fails.
+# What a test may set: the network that engines run, and the calls that fail.
 network: Network | None = None
 failing: set[str] = set()
 calls: list[str] = []
 
 
-def reset(engine_network: Network | None = None) -> None:
-    """Forget what other tests did."""
+def install(monkeypatch: pytest.MonkeyPatch, engine_network: Network | None = None) -> None:
+    """Let `import tensorrt` give this module, as if new, and let the CPU pass for a GPU."""
     global network
     network = engine_network
     failing.clear()
     calls.clear()
+    monkeypatch.setitem(sys.modules, "tensorrt", sys.modules[__name__])
+    monkeypatch.setattr(tensorrt_backend, "Gpu", Gpu)
 
 
 def _call(name: str) -> bool:
-    """Note a call; whether it succeeds."""
+    """Record a call; whether it succeeds."""
     calls.append(name)
     return name not in failing
 
 
 class DataType(enum.Enum):
     FLOAT = 0
-    HALF = 1
     UINT8 = 5
 
 
-class TensorIOMode(enum.Enum):
-    NONE = 0
-    INPUT = 1
-    OUTPUT = 2
-
-
 class NetworkDefinitionCreationFlag(enum.IntEnum):
-    STRONGLY_TYPED = 0  # in 10.16 it is 1, which code has to leave open
+    STRONGLY_TYPED = 0  # it is 1 in 10.16
 
 
 class BuilderFlag(enum.Enum):
     TF32 = 7
-
-
-class MemoryPoolType(enum.Enum):
-    WORKSPACE = 0
 
 
 class Logger:
@@ -81,6 +82,8 @@ class IHostMemory:
 
 
 class Dims:
+    """Sizes; a sequence, but no tuple."""
+
     def __init__(self, shape: Sequence[int]) -> None:
         self._shape = tuple(shape)
 
@@ -99,18 +102,10 @@ class IOptimizationProfile:
         self._shapes[input] = (tuple(min), tuple(opt), tuple(max))
 
 
-class ITimingCache:
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def serialize(self) -> Any:
-        return IHostMemory(self._content + b"+measured")
-
-
 class INetworkDefinition:
-    def __init__(self, flags: int) -> None:
+    def __init__(self, flags: int = 0) -> None:
         self._strongly_typed = bool(flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self._path: str | None = None
+        self._content: bytes | None = None
 
 
 class ParserError:
@@ -130,37 +125,27 @@ class ParserError:
 class OnnxParser:
     def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
         self._network = network
-        self._errors: list[ParserError] = []
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
+        self.num_errors = 0
 
     def get_error(self, index: int) -> ParserError:
-        return self._errors[index]
+        return ParserError()
 
-    def parse_from_file(self, model: str) -> bool:
-        if not isinstance(model, str):
+    def parse(self, model: bytes) -> bool:
+        if not isinstance(model, bytes):
             raise TypeError("incompatible function arguments")
-        if not _call("parse_from_file"):
-            self._errors.append(ParserError())
-            return False
-        self._network._path = model
-        return True
+        self._network._content = model
+        done = _call("parse")
+        self.num_errors = int(not done)
+        return done
 
 
 class IBuilderConfig:
     def __init__(self) -> None:
         self._flags = {BuilderFlag.TF32}
         self._profiles: list[IOptimizationProfile] = []
-        self._cache: ITimingCache | None = None
-        self._pools: dict[MemoryPoolType, int] = {}
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self._flags.discard(flag)
-
-    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
-        self._pools[pool] = pool_size
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         if not _call("add_optimization_profile"):
@@ -168,37 +153,23 @@ class IBuilderConfig:
         self._profiles.append(profile)
         return len(self._profiles) - 1
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
-        return ITimingCache(bytes(serialized_timing_cache))
-
-    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        if cache._content.startswith(b"foreign") and not ignore_mismatch:
-            return False
-        self._cache = cache
-        return True
-
 
 class Builder:
+    create_network = INetworkDefinition
+    create_builder_config = IBuilderConfig
+    create_optimization_profile = IOptimizationProfile
+
     def __init__(self, logger: Logger) -> None:
         if not isinstance(logger, Logger):
             raise TypeError("incompatible function arguments")
 
-    def create_network(self, flags: int = 0) -> INetworkDefinition:
-        return INetworkDefinition(flags)
-
-    def create_builder_config(self) -> IBuilderConfig:
-        return IBuilderConfig()
-
-    def create_optimization_profile(self) -> IOptimizationProfile:
-        return IOptimizationProfile()
-
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Any:
-        """A plan that holds all that the engine will know."""
+        """A plan that describes the engine."""
         if not _call("build_serialized_network"):
             return None
-        assert network._path is not None, "nothing was parsed"
+        assert network._content is not None, "nothing was parsed"
         assert network._strongly_typed, "TensorRT 10 would choose types by itself"
-        model = onnx.load(network._path)
+        model = onnx.load_model_from_string(network._content)
         sides = {
             each.name: [dim.dim_value or -1 for dim in each.type.tensor_type.shape.dim]
             for each in (*model.graph.input, *model.graph.output)
@@ -208,7 +179,6 @@ class Builder:
             "inputs": [each.name for each in model.graph.input],
             "profiles": [profile._shapes for profile in config._profiles],
             "tf32": BuilderFlag.TF32 in config._flags,
-            "workspace": config._pools.get(MemoryPoolType.WORKSPACE),
             "weight_types": sorted({each.data_type for each in model.graph.initializer}),
         }
         return IHostMemory(json.dumps(content).encode())
@@ -238,9 +208,6 @@ class ICudaEngine:
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
-
-    def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name in self._content["inputs"] else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType.UINT8 if name in self._content["inputs"] else DataType.FLOAT
@@ -303,17 +270,15 @@ class IExecutionContext:
         # An engine sees plain rows at an address, whatever strides the tensor had.
         pixels = _memory(self._addresses[input_name], self._shapes[input_name], torch.uint8).clone()
         names = [name for name in self._engine._names if name != input_name]
-        for name, values in zip(names, network(pixels), strict=True):
+        raw = network(pixels)
+        for name, values in zip(names, (*raw.class_logits, *raw.distance_logits), strict=True):
             shape = tuple(self.get_tensor_shape(name))
             _memory(self._addresses[name], shape, torch.float32).copy_(values.reshape(shape))
         return True
 
 
 def _memory(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for side in shape:
-        count *= side
-    size = count * torch.empty((), dtype=dtype).element_size()
+    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     buffer = (ctypes.c_char * size).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
 
@@ -337,7 +302,7 @@ class Gpu:
 
 
 def public_names() -> Iterator[tuple[str, str | None]]:
-    """Each class of this stand-in, and each with each of its public attributes."""
+    """Each class of this stand-in, alone and with each of its public attributes."""
     for name, value in list(globals().items()):
         if isinstance(value, type) and value.__module__ == __name__ and value is not Gpu:
             yield name, None
@@ -345,3 +310,25 @@ def public_names() -> Iterator[tuple[str, str | None]]:
             for attribute in members:
                 if not attribute.startswith("_"):
                     yield name, attribute
+
+
+def write_onnx(path: Path, metadata: OnnxMetadata) -> Path:
+    """A file with the inputs, outputs and metadata of the network, but one convolution for each output."""
+    generator = np.random.default_rng(1)
+    channels = [metadata.num_classes] * 3 + [4 * (metadata.reg_max + 1)] * 3
+    nodes = [helper.make_node("Cast", [INPUT_NAME], ["pixels"], name="cast", to=TensorProto.FLOAT)]
+    weights, outputs = [], []
+    for name, count in zip(OUTPUT_NAMES, channels, strict=True):
+        stride = int(name.rpartition("_")[2])
+        values = (generator.standard_normal((count, 3, stride, stride)) / 50 / stride).astype(np.float32)
+        weights.append(numpy_helper.from_array(values, f"{name}.weight"))
+        inputs = ["pixels", f"{name}.weight"]
+        nodes.append(helper.make_node("Conv", inputs, [name], name=f"{name}.conv", strides=[stride, stride]))
+        shape = ["batch", count, None, None]
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    images = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["batch", 3, "height", "width"])
+    graph = helper.make_graph(nodes, "network", [images], outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, metadata.to_metadata())
+    onnx.save(model, path)
+    return path

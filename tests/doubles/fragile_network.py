@@ -1,4 +1,4 @@
-"""A network that computes the same as the demo network, and of which INT8 harms one block."""
+"""A network equivalent to the demo network, with one block that is sensitive to INT8."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import onnx
 from onnx import numpy_helper
 
 FRAGILE = "backbone.block_list.2.block_list.1"
+# Kept float32, so that a sweep takes seconds.
+ALL_BUT_ONE_STAGE = ("head", "neck", *(f"backbone.block_list.{index}" for index in (0, 1, 3, 4, 5)))
 
 
 def with_fragile_block(
     network: onnx.ModelProto, name: str = FRAGILE, factor: float = 2.0**12
 ) -> onnx.ModelProto:
-    """The same function, but one channel inside a residual block is far larger than its neighbours.
+    """The same function, with one channel inside a residual block much larger than its neighbours.
 
-    ReLU lets a positive factor pass, so that the next convolution can undo it exactly (a power of two).
+    ReLU commutes with a positive factor, so the next convolution undoes it, exactly for a power of two.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(network)
     tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
-    # The channel that has most to say, so that its neighbours' loss is not its own.
+    # The channel with the largest weights, so that the loss is not that of its neighbours.
     inner = f"model.{name}.conv1.conv1"
     weight = numpy_helper.to_array(tensors[f"model.{name}.conv2.weight"]).copy()
     channel = int(np.abs(weight).sum(axis=(0, 2, 3)).argmax())

@@ -1,4 +1,4 @@
-"""Ways in which a backend can be wrong without an error; each takes right predictions of a batch."""
+"""Ways in which a backend can be wrong without an error; each changes correct predictions of a batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _first_nan(logits: Tensor) -> Tensor:
 
 
 def _in_batches_only(raw: RawPredictions) -> RawPredictions:
-    """Wrong in one profile: the last image of a batch of more than one gets the first one's boxes."""
+    """Wrong in one profile: the last image of a batch of two or more gets the boxes of the first."""
     if len(raw.class_logits[0]) == 1:
         return raw
     return _with_distances(raw, lambda logits: torch.cat((logits[:-1], logits[:1])))

@@ -1,42 +1,163 @@
-"""The network as a TensorRT engine (10.x or 11.x): checked before it is loaded, run on torch's memory.
+"""Run the network as a TensorRT engine (10.x or 11.x), which is checked before it is loaded.
 
-Not run on TensorRT: written against its documented interface and tested with a stand-in for it (README).
+Never run on TensorRT: written against its documented interface and tested with a stand-in for it (README).
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from damoyolo.backends.onnx_metadata import (
-    CLASS_OUTPUTS,
-    DISTANCE_OUTPUTS,
     INPUT_NAME,
     OUTPUT_NAMES,
+    OnnxMetadata,
     as_predictions,
+    metadata_of,
 )
-from damoyolo.backends.tensorrt_metadata import (
-    ENGINE_FILE,
-    METADATA_FILE,
-    REBUILD_COMMAND,
-    EngineMetadata,
-    Machine,
-    read_metadata,
-)
+from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
 
-# By the names of tensorrt.DataType. Of pixels TensorRT takes uint8; what it computes in is in the engine.
-DTYPES = {"UINT8": torch.uint8, "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+ENGINE_FILE = "damoyolo.plan"
+METADATA_FILE = "damoyolo.plan.json"
+METADATA_FORMAT = "damoyolo-tensorrt-2"
+REBUILD_COMMAND = "python scripts/build_tensorrt.py --onnx FILE"
+
+
+class Machine(NamedTuple):
+    """What an engine is bound to: it runs only on this GPU with this version of TensorRT."""
+
+    tensorrt_version: str
+    gpu_name: str
+    compute_capability: str  # major.minor
+
+
+@dataclass(frozen=True)
+class EngineMetadata:
+    """The JSON file beside an engine, which itself tells at most its TensorRT version.
+
+    machine: where it was built. network: of the ONNX file; precision is fp32, fp16 or int8.
+    input_size_hw: height and width of the network input, in pixels.
+    batch_sizes: the largest of each optimisation profile, ascending.
+    onnx_sha256, plan_sha256: digests of the ONNX file and of the engine, in hexadecimal.
+    """
+
+    machine: Machine
+    network: OnnxMetadata
+    input_size_hw: tuple[int, int]
+    batch_sizes: tuple[int, ...]
+    onnx_sha256: str
+    plan_sha256: str
+
+    def to_json(self) -> str:
+        """The text that `read_metadata` reads."""
+        content = {
+            "format": METADATA_FORMAT,
+            **dataclasses.asdict(self),
+            "machine": self.machine._asdict(),
+            "network": self.network.to_metadata(),
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False)
+
+    def require_plan(self, plan: bytes) -> None:
+        """Refuse an engine other than the one described.
+
+        Raises:
+            ConfigError: with both digests.
+        """
+        found = hashlib.sha256(plan).hexdigest()
+        if found != self.plan_sha256:
+            raise ConfigError(
+                f"{ENGINE_FILE} has SHA-256 {found}, {METADATA_FILE} says {self.plan_sha256}: it is damaged "
+                f"or was replaced; build the engine again: {REBUILD_COMMAND}"
+            )
+
+    def require_machine(self, here: Machine) -> None:
+        """Refuse any machine unlike the one that the engine was built on.
+
+        Raises:
+            ConfigError: with the differences.
+        """
+        differences = [
+            f"{name.replace('_', ' ')} {built}, here it is {found}"
+            for name, built, found in zip(Machine._fields, self.machine, here, strict=True)
+            if built != found
+        ]
+        if differences:
+            raise ConfigError(
+                f"the TensorRT engine was built for {'; '.join(differences)}. Build it again on this "
+                f"machine: {REBUILD_COMMAND} (from the ONNX file with SHA-256 {self.onnx_sha256}), or set "
+                "backend to another"
+            )
+
+    def require_network(self, model: DamoYolo, config: ServingConfig, input_size_hw: tuple[int, int]) -> None:
+        """Refuse an engine of another network, precision or input size.
+
+        model: of the archive, folded, on the CPU, in float32.
+
+        Raises:
+            ConfigError: with the difference.
+        """
+        expected = metadata_of(model, config.class_names)
+        for name in ("variant", "class_names", "reg_max", "weights_digest"):
+            found, wanted = getattr(self.network, name), getattr(expected, name)
+            if found != wanted:
+                raise ConfigError(
+                    f"the TensorRT engine is of {name} {found}, settings and weights of the archive of "
+                    f"{wanted}; build the engine again: {REBUILD_COMMAND}"
+                )
+        if config.precision not in ("auto", self.network.precision):
+            raise ConfigError(
+                f"precision is {config.precision!r}, the TensorRT engine is {self.network.precision}; set "
+                f"precision to auto, or build another engine (fp32, fp16; int8 from a quantised file): "
+                f"{REBUILD_COMMAND}"
+            )
+        if input_size_hw != self.input_size_hw:
+            raise ConfigError(
+                f"the network input is {list(input_size_hw)} (height, width), the TensorRT engine takes "
+                f"{list(self.input_size_hw)}; change input_size_hw, or build the engine for this size: "
+                f"{REBUILD_COMMAND} --input-size HEIGHT WIDTH"
+            )
+
+
+def read_metadata(path: Path) -> EngineMetadata:
+    """Read the JSON file beside an engine.
+
+    Raises:
+        ConfigError: the file is missing or has another form.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (found := content.pop("format")) != METADATA_FORMAT:
+            raise ValueError(f"format {found!r}, accepted is {METADATA_FORMAT!r}")
+        height, width = content.pop("input_size_hw")
+        return EngineMetadata(
+            machine=Machine(**content.pop("machine")),
+            network=OnnxMetadata.from_metadata(content.pop("network"), path),
+            input_size_hw=(height, width),
+            batch_sizes=tuple(content.pop("batch_sizes")),
+            **content,
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path.name} does not describe a TensorRT engine ({type(error).__name__}: {error}); build the "
+            f"engine again: {REBUILD_COMMAND}"
+        ) from error
 
 
 def import_tensorrt() -> ModuleType:
@@ -56,7 +177,7 @@ def import_tensorrt() -> ModuleType:
 
 
 class Gpu:
-    """What TensorRT needs of a CUDA device beside memory: its name, to be selected, and a stream."""
+    """A CUDA device with its own stream, for TensorRT."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -88,10 +209,9 @@ class Gpu:
 
 
 class TensorRTBackend:
-    """A TensorRT engine on one GPU: grey levels in, raw predictions out.
+    """A TensorRT engine on one GPU.
 
-    Call with (B, 3, H, W) uint8 RGB on the device; returns RawPredictions in the dtype of the engine's
-    outputs. Not for several threads at once.
+    Call with (B, 3, H, W) uint8 RGB on the device; returns float32. Not for several threads at once.
     """
 
     name = "tensorrt"
@@ -99,17 +219,17 @@ class TensorRTBackend:
     def __init__(self, plan: bytes, metadata: EngineMetadata, device: torch.device) -> None:
         """Load an engine.
 
-        plan: the engine. It holds machine code that loading can run: take it from a trusted source only.
+        plan: the engine. It contains machine code that loading can run: take it only from a trusted source.
 
         Raises:
-            ConfigError: TensorRT or the GPU is missing, or the engine belongs to other ones.
+            ConfigError: TensorRT or the GPU is missing, or the engine belongs to others.
         """
         trt = import_tensorrt()
         self.device = device
         self.precision = metadata.network.precision
         self.metadata = metadata
         self._gpu = Gpu(device)
-        # Before loading: what TensorRT says of a foreign engine names neither machine.
+        # Before loading, because TensorRT's own message names neither machine.
         metadata.require_plan(plan)
         metadata.require_machine(machine_of(self._gpu, trt))
         # Each must outlive what it made.
@@ -117,8 +237,8 @@ class TensorRTBackend:
         self._runtime = trt.Runtime(self._logger)
         with self._gpu.selected():
             self._engine = _made(self._runtime.deserialize_cuda_engine(plan), "load the engine")
-            self._output_dtypes = self._require_interface(trt)
-            # One for all profiles: a context each would hold the memory of the largest profile each.
+            self._require_interface(trt)
+            # One context for all profiles: each would reserve the memory of the largest profile.
             self._context = _made(self._engine.create_execution_context(), "make an execution context")
 
     @classmethod
@@ -134,8 +254,8 @@ class TensorRTBackend:
         """
         if model_dir is None or not (model_dir / ENGINE_FILE).is_file():
             raise ConfigError(
-                f"backend is tensorrt, but the archive has no {ENGINE_FILE}; {REBUILD_COMMAND} builds one "
-                "with it, or set backend to another"
+                f"backend is tensorrt, but the archive has no {ENGINE_FILE}; {REBUILD_COMMAND} builds an "
+                "archive with one, or set backend to another"
             )
         metadata = read_metadata(model_dir / METADATA_FILE)
         metadata.require_network(model, config, config.input_size_hw or model.variant.input_size_hw)
@@ -143,17 +263,15 @@ class TensorRTBackend:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> RawPredictions:
-        """Predict for a batch; one beyond the largest profile is cut up.
+        """Predict for a batch; one larger than the largest profile is split.
 
         Raises:
-            ConfigError: no profile covers the height and width.
-            RuntimeError: TensorRT refused.
+            RuntimeError: a call of TensorRT failed, for instance because the height or width is another.
         """
-        largest = self.metadata.batch_ranges[-1].largest
+        largest = self.metadata.batch_sizes[-1]
         if len(pixels) > largest:
             return RawPredictions.joined([self(part) for part in torch.split(pixels, largest)])
-        self.metadata.require_size((pixels.shape[2], pixels.shape[3]))
-        # Images come with the channels innermost; an engine reads plain rows from an address.
+        # An engine reads contiguous rows from an address; batches come with channels last.
         pixels = pixels.contiguous()
         with self._gpu.selected(), self._gpu.stream() as stream:
             outputs = self._enqueue(pixels, stream)
@@ -161,70 +279,54 @@ class TensorRTBackend:
 
     def _enqueue(self, pixels: Tensor, stream: int) -> dict[str, Tensor]:
         context = self._context
-        profile = self._profile_of(len(pixels))
+        profile = bisect.bisect_left(self.metadata.batch_sizes, len(pixels))
         if context.active_optimization_profile != profile:
-            # On the stream of the execution, which orders the two. Forgets the input shape.
+            # On the same stream as the execution, which orders the two. Resets the input shape.
             _require(context.set_optimization_profile_async(profile, stream), f"take profile {profile}")
         shape = tuple(pixels.shape)
         _require(context.set_input_shape(INPUT_NAME, shape), f"take an input of {shape}")
         outputs = {
-            name: torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self.device)
-            for name, dtype in self._output_dtypes.items()
+            name: torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=self.device)
+            for name in OUTPUT_NAMES
         }
         for name, tensor in {INPUT_NAME: pixels, **outputs}.items():
             _require(context.set_tensor_address(name, tensor.data_ptr()), f"take the memory of {name}")
         _require(context.execute_async_v3(stream), f"run a batch of {len(pixels)}")
         return outputs
 
-    def _profile_of(self, batch_size: int) -> int:
-        ranges = self.metadata.batch_ranges
-        return next(index for index, each in enumerate(ranges) if batch_size <= each.largest)
-
-    def _require_interface(self, trt: ModuleType) -> dict[str, torch.dtype]:
-        """The dtype of each output, once the engine has the inputs and outputs that it has to have."""
-        engine = self._engine
+    def _require_interface(self, trt: ModuleType) -> None:
+        """Refuse inputs, outputs and profiles other than the metadata says."""
+        engine, network = self._engine, self.metadata.network
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        dtypes = {name: DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
-        inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-        channels = dict.fromkeys(CLASS_OUTPUTS, self.metadata.network.num_classes)
-        channels |= dict.fromkeys(DISTANCE_OUTPUTS, 4 * (self.metadata.network.reg_max + 1))
-        fits = (
-            inputs == {INPUT_NAME}
-            and dtypes[INPUT_NAME] == torch.uint8
-            and set(names) - inputs == set(channels)
-            and all(dtypes[name] not in (None, torch.uint8) for name in channels)
-            and all(engine.get_tensor_shape(name)[1] == count for name, count in channels.items())
-            and engine.num_optimization_profiles == len(self.metadata.batch_ranges)
-        )
-        if not fits:
-            found = ", ".join(
-                f"{name} {engine.get_tensor_dtype(name).name} {list(engine.get_tensor_shape(name))}"
-                for name in names
-            )
-            wanted = ", ".join(f"{name} of {count} channels" for name, count in channels.items())
+        found = {name: (engine.get_tensor_dtype(name), engine.get_tensor_shape(name)[1]) for name in names}
+        channels = [network.num_classes] * len(STRIDES) + [4 * (network.reg_max + 1)] * len(STRIDES)
+        wanted = {INPUT_NAME: (trt.DataType.UINT8, 3)}
+        wanted |= {
+            name: (trt.DataType.FLOAT, count) for name, count in zip(OUTPUT_NAMES, channels, strict=True)
+        }
+        profiles = engine.num_optimization_profiles, len(self.metadata.batch_sizes)
+        if found != wanted or profiles[0] != profiles[1]:
             raise ConfigError(
-                f"the TensorRT engine has {found} and {engine.num_optimization_profiles} profiles; accepted "
-                f"is {INPUT_NAME} UINT8, outputs {wanted} "
-                f"and {len(self.metadata.batch_ranges)} profiles. Build it anew: {REBUILD_COMMAND}"
+                f"the TensorRT engine has the inputs and outputs (type, channels) {found} and {profiles[0]} "
+                f"profiles; accepted are {wanted} and {profiles[1]}. Build it again: {REBUILD_COMMAND}"
             )
-        return {name: dtype for name in channels if (dtype := dtypes[name]) is not None}
 
 
 def machine_of(gpu: Gpu, trt: ModuleType) -> Machine:
-    """What an engine built here, now, is bound to."""
+    """What an engine built here and now is bound to."""
     return Machine(str(trt.__version__), gpu.name, gpu.compute_capability)
 
 
 def _made(value: Any, what: str) -> Any:
-    """TensorRT answers None where it failed."""
+    """Refuse None, which TensorRT returns where it failed."""
     if value is None:
         raise ConfigError(
-            f"TensorRT could not {what}; it says why in its own lines above. Build it anew: {REBUILD_COMMAND}"
+            f"TensorRT could not {what}; its own log lines above say why. Build it again: {REBUILD_COMMAND}"
         )
     return value
 
 
 def _require(done: bool, what: str) -> None:
-    """TensorRT answers False where it failed."""
+    """Refuse False, which TensorRT returns where it failed."""
     if not done:
-        raise RuntimeError(f"TensorRT could not {what}; it says why in its own lines above")
+        raise RuntimeError(f"TensorRT could not {what}; its own log lines above say why")

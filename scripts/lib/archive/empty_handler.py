@@ -1,6 +1,6 @@
-"""A TorchServe handler that does nothing: what it answers a second is what the server itself can do.
+"""A TorchServe handler that does nothing, to measure the requests per second of the server itself.
 
-Packed by `members.empty_archive` in place of the real handler; it never runs beside it.
+`members.empty_archive` packs it in place of the real handler.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 
 class EmptyHandler:
-    """Answers every request with the same bytes, as many as model-config.yaml says under `answer_bytes`."""
+    """Answers every request with the same N bytes; N is `answer_bytes` of model-config.yaml."""
 
     def initialize(self, context: Any) -> None:
         """Make the answer."""
         self.answer = b" " * int(context.model_yaml_config["answer_bytes"])
 
     def handle(self, data: Sequence[Any], _context: Any) -> list[bytes]:
-        """The answer, once a request."""
+        """The answer, once for each request."""
         return [self.answer] * len(data)

@@ -1,4 +1,4 @@
-"""Copies of an archive with other settings or another handler."""
+"""Copy an archive with members replaced: other settings, or another handler."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from typing import Any
 
 import yaml
 
-from damoyolo.config import graph_batch_sizes_up_to
+from damoyolo.config import SETTINGS_FILE, graph_batch_sizes_up_to
 
-SETTINGS_FILE = "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 EMPTY_HANDLER = Path(__file__).with_name("empty_handler.py")
 SMALLEST_QUEUE = 256
 
 
 def queue_size(batch_size: int, workers: int) -> int:
-    """Requests that may wait: four rounds of what all workers take at once."""
+    """Requests that may wait: four times what all workers take at once."""
     return max(SMALLEST_QUEUE, 4 * batch_size * workers)
 
 
 @dataclass(frozen=True, order=True)
 class BatchingSetting:
-    """How the server batches: most requests of a batch, longest wait for it to fill in ms, workers."""
+    """How the server batches: requests per batch at most, longest wait for one to fill in ms, workers."""
 
     batch_size: int
     delay_ms: int
@@ -44,7 +43,7 @@ class BatchingSetting:
         }
 
     def serving_settings(self) -> dict[str, Any]:
-        """As keys of its section `handler:`, so that batches need not be cut up or padded far."""
+        """As keys of its section `handler:`; avoids splitting batches or padding them far."""
         return {"graph_batch_sizes": graph_batch_sizes_up_to(self.batch_size)}
 
     def __str__(self) -> str:
@@ -63,36 +62,50 @@ def batching_of(settings: Mapping[str, Any]) -> BatchingSetting:
     return BatchingSetting(settings["batchSize"], settings["maxBatchDelay"], settings["minWorkers"])
 
 
+def copy_archive(source: Path, target: Path, replaced: Mapping[str, bytes | None]) -> Path:
+    """Write a copy of an archive with members replaced, added, or left out where None; returns `target`."""
+    added = dict(replaced)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            content = added.pop(item.filename) if item.filename in added else old.read(item)
+            if content is not None:
+                new.writestr(item, content)
+        for name, content in added.items():
+            if content is not None:
+                new.writestr(name, content)
+    return target
+
+
 def archive_with_setting(archive: Path, folder: Path, setting: BatchingSetting) -> Path:
     """A copy of the archive in `folder` that batches as the setting says."""
     settings = {**read_settings(archive), **setting.model_settings()}
     settings["handler"] = {**settings["handler"], **setting.serving_settings()}
-    copy = folder / archive.name
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(copy, "w") as target:
-        for item in source.infolist():
-            if item.filename != SETTINGS_FILE:
-                target.writestr(item, source.read(item))
-        target.writestr(SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False))
-    return copy
+    return copy_archive(archive, folder / archive.name, {SETTINGS_FILE: _as_yaml(settings)})
 
 
 def empty_archive(archive: Path, folder: Path, setting: BatchingSetting, answer_bytes: int) -> Path:
-    """An archive in `folder` of the same name and model, whose handler answers at once with so many bytes."""
+    """An archive in `folder` of the same name and model whose handler answers at once with N bytes."""
     with zipfile.ZipFile(archive) as source:
+        names = source.namelist()
         manifest = json.loads(source.read(MANIFEST))
     manifest["model"].pop("serializedFile", None)
     settings = {**read_settings(archive), **setting.model_settings(), "answer_bytes": answer_bytes}
     settings.pop("handler", None)
-    copy = folder / archive.name
-    with zipfile.ZipFile(copy, "w") as target:
-        target.writestr(MANIFEST, json.dumps(manifest))
-        target.writestr(manifest["model"]["handler"], EMPTY_HANDLER.read_bytes())
-        target.writestr(SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False))
-    return copy
+    replaced: dict[str, bytes | None] = {
+        **dict.fromkeys(names),
+        MANIFEST: json.dumps(manifest).encode(),
+        manifest["model"]["handler"]: EMPTY_HANDLER.read_bytes(),
+        SETTINGS_FILE: _as_yaml(settings),
+    }
+    return copy_archive(archive, folder / archive.name, replaced)
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(dict(settings), sort_keys=False).encode()
 
 
 def settings_text_with(text: str, setting: BatchingSetting) -> str:
-    """The text of a model-config.yaml with this setting in it; comments stay, but for those in `handler:`."""
+    """The text of a model-config.yaml with this setting; comments stay, except for those in `handler:`."""
     serving = {**(yaml.safe_load(text)["handler"] or {}), **setting.serving_settings()}
     text = re.sub(r"^handler:.*\Z", "", text, flags=re.MULTILINE | re.DOTALL)
     for key, value in setting.model_settings().items():

@@ -1,4 +1,4 @@
-"""The detector of an archive in this process: the limit that a server can come close to."""
+"""Unpack an archive, and open its detector in this process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
+from damoyolo.detector import Detector
 
 
 @contextlib.contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
-    """The folder of an unpacked archive: a temporary one for a .mar file; a folder is one already."""
+    """The folder of an unpacked archive: a temporary one for a .mar file, or the folder given."""
     if archive.is_dir():
         yield archive
         return
@@ -31,14 +30,13 @@ def unpacked(archive: Path) -> Iterator[Path]:
 def load_detector(archive: Path, device: torch.device, **serving: Any) -> Detector:
     """The detector of an archive. serving: settings in place of the archive's own (ServingConfig)."""
     with unpacked(archive) as folder:
-        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text())["handler"]
-        return Detector.from_settings({**settings, **serving}, folder / WEIGHTS_FILE, device)
+        return Detector.from_archive_dir(folder, device, **serving)
 
 
 def archive_environment(folder: Path | str, **variables: str) -> dict[str, str]:
-    """Environment variables of a process that runs the modules of an unpacked archive, as a worker would.
+    """Environment of a process that runs the modules of an unpacked archive, as a worker does.
 
-    variables: further ones, in place of those of this process.
+    variables: take precedence over those of this process.
     """
     search_path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": search_path, **variables}

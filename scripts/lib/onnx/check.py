@@ -1,4 +1,4 @@
-"""Compare an ONNX file, run in ONNX Runtime, with the network in PyTorch."""
+"""Compare an ONNX file, run by ONNX Runtime, with the network in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib.accuracy.parity import Agreement, compare_decoded
+from lib.cli import ScriptError
+from lib.images import read_images
 
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
 from damoyolo.boxes import decode_predictions
@@ -25,24 +27,13 @@ SCORE_TOLERANCE, BOX_TOLERANCE_PX = 2e-5, 1e-2  # those of the golden outputs
 CHECK_OPTIONS = DetectionOptions(score_threshold=0.25, iou_threshold=0.45, max_detections=100_000)
 
 
-class ExportError(Exception):
-    """The file that was written does not give what the network gives."""
+def check_onnx(path: Path, model: DamoYolo, batches: Sequence[Tensor]) -> Agreement:
+    """Run a file in onnxruntime on the CPU and compare it with the network in PyTorch.
 
-
-def check_onnx(
-    path: Path,
-    model: DamoYolo,
-    images: Sequence[Tensor],
-    *,
-    score_tolerance: float = SCORE_TOLERANCE,
-    box_tolerance_px: float = BOX_TOLERANCE_PX,
-) -> Agreement:
-    """Run a file with onnxruntime on the CPU and compare it with the network in PyTorch.
-
-    images: batches, (B, 3, H, W) uint8 RGB each, of any sizes that are multiples of 32.
+    batches: (B, 3, H, W) uint8 RGB each, of any size, H and W multiples of 32.
 
     Raises:
-        ExportError: a score, or a likely box, differs by more than the tolerance; says how far.
+        ScriptError: a score, or a likely box, differs by more than the tolerance; says by how much.
     """
     import onnxruntime
 
@@ -54,23 +45,23 @@ def check_onnx(
         ("boxes_xyxy", "scores", "class_ids", "batch_indices"): _compare_detections,
     }.get(tuple(output.name for output in session.get_outputs()))
     if compare is None:
-        raise ExportError(f"{path} has the outputs of no form that this script writes")
+        raise ScriptError(f"{path} has other outputs than those that scripts/export_onnx.py writes")
     agreements = []
-    for pixels in images:
+    for pixels in batches:
         with torch.inference_mode():
             raw = model(pixels.float())
         agreements.append(compare(session, pixels, raw))
     agreement = Agreement(
         max(each.score_difference for each in agreements), max(each.box_difference_px for each in agreements)
     )
-    # So written that a NaN is refused too.
+    # Negated, so that NaN is refused too.
     if not (
-        agreement.score_difference <= score_tolerance and agreement.box_difference_px <= box_tolerance_px
+        agreement.score_difference <= SCORE_TOLERANCE and agreement.box_difference_px <= BOX_TOLERANCE_PX
     ):
-        raise ExportError(
+        raise ScriptError(
             f"{path} differs from PyTorch by {agreement.score_difference:.2g} in a score and "
-            f"{agreement.box_difference_px:.2g} px in a box; accepted are {score_tolerance:g} and "
-            f"{box_tolerance_px:g} px"
+            f"{agreement.box_difference_px:.2g} px in a box; accepted are {SCORE_TOLERANCE:g} and "
+            f"{BOX_TOLERANCE_PX:g} px"
         )
     return agreement
 
@@ -90,7 +81,7 @@ def _compare_boxes(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreeme
 
 
 def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
-    """Against the server's own postprocessing; a box that one side lacks counts as infinitely far off."""
+    """Compare with the server's postprocessing; a box that one side lacks is an infinite difference."""
     options = CHECK_OPTIONS
     boxes_xyxy, scores, class_ids, batch_indices = _run(
         session,
@@ -108,7 +99,7 @@ def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Ag
     for index, wanted in enumerate(expected):
         mine = batch_indices == index
         boxes, ids = boxes_xyxy[mine].numpy(), class_ids[mine].numpy()
-        # By class and place: nearly equal scores may change their order.
+        # Sorted by class and position, because nearly equal scores may change their order.
         order = np.lexsort((boxes[:, 0], ids))
         wanted_order = np.lexsort((wanted.boxes_xyxy[:, 0], wanted.class_ids))
         if not np.array_equal(ids[order], wanted.class_ids[wanted_order]):
@@ -122,14 +113,12 @@ def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Ag
 
 
 def sample_batches(model: DamoYolo, folder: Path) -> list[Tensor]:
-    """The JPEG files of a folder as the server would feed them: together, and the first alone and smaller.
+    """The JPEG files of a folder as the server would feed them: as one batch, and the first alone, smaller.
 
     Raises:
         FileNotFoundError: the folder has none.
     """
-    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
-    if not images:
-        raise FileNotFoundError(f"no *.jpg in {folder}; tests/data/smears/render.py draws some")
+    images = read_images(folder)
     config = ServingConfig(variant=model.variant.name)
     height, width = model.variant.input_size_hw
     batches = []

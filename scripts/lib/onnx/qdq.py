@@ -1,7 +1,7 @@
-"""The QDQ form of an ONNX network: what its blocks are, calibrated ranges, and chosen blocks in INT8.
+"""Quantise chosen blocks of an ONNX network to INT8 in QDQ format, with calibrated ranges.
 
-QDQ is plain ONNX: a pair of QuantizeLinear and DequantizeLinear says at each tensor that a backend may
-compute on 8-bit integers there. Weights are int8, symmetric, with a scale for each output channel.
+QDQ is plain ONNX: a pair of QuantizeLinear and DequantizeLinear nodes marks each tensor that a backend may
+compute in 8-bit integers. Weights are int8, symmetric, with a scale for each output channel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,17 +26,15 @@ from onnxruntime.quantization import (
     create_calibrator,
 )
 
-Target = Literal["cpu", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("cpu", "tensorrt")
-RangeMethod = Literal["minmax", "mean"]
-RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
-Ranges = Any  # of the values between two nodes, as onnxruntime's calibration returns them
+from lib.cli import ScriptError
+from lib.onnx.options import RangeMethod, Target
 
-# All that lies between two convolutions, so that nothing has to become float32 and back in between.
+Ranges = Any  # of the activations, as onnxruntime's calibration returns them
+
+# Everything between two convolutions, so that no value has to become float32 and back in between.
 CPU_OPERATORS = ("Add", "Concat", "Conv", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
-LARGEST_GREY_LEVEL = 255.0
 
-# The part of a weight's name that says in which block it is; `model/` has the names.
+# The part of a weight's name that names its block; `model/` has the names.
 _BLOCK_NAME = re.compile(
     r"(backbone\.block_list\.0(?=\.conv)"  # the stem
     r"|backbone\.block_list\.\d+\.block_list\.\d+"
@@ -44,19 +42,15 @@ _BLOCK_NAME = re.compile(
     r"|neck\.\w+(?:\.convs\.\d+)?"
     r"|head\.\w+)"
 )
-# These only bring values together for the convolution that they lead to; others belong to what they follow.
+# These only gather the inputs of the convolution that they lead to; other nodes belong to what they follow.
 _LEADING_OPERATORS = ("Cast", "Slice", "Concat", "Resize")
-
-
-class QuantizationError(Exception):
-    """A network cannot be quantised as asked."""
 
 
 @dataclass(frozen=True)
 class Block:
     """Nodes that are quantised together or not at all.
 
-    name: as in the checkpoint's keys. nodes: names in the ONNX file. weights: how many numbers they hold.
+    name: as in the checkpoint's keys. nodes: names in the ONNX file. weights: number of values they hold.
     """
 
     name: str
@@ -65,12 +59,12 @@ class Block:
 
 
 def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
-    """The blocks of a network that scripts/export_onnx.py wrote, in the order of computation.
+    """The blocks of a network that scripts/export_onnx.py wrote, in execution order.
 
-    Every node from the first convolution on is in one of them.
+    Every node from the first convolution on is in exactly one of them.
 
     Raises:
-        QuantizationError: there are none, or weights have another name than scripts/export_onnx.py gives.
+        ScriptError: there are none, or weights have other names than scripts/export_onnx.py gives.
     """
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in network.graph.initializer}
     block_of_value: dict[str, str] = {}
@@ -82,29 +76,27 @@ def find_blocks(network: onnx.ModelProto) -> tuple[Block, ...]:
         if node.op_type == "Conv":
             found = _BLOCK_NAME.search(node.input[1])
             if found is None:
-                raise QuantizationError(
-                    f"the weights {node.input[1]} lie in no known block; accepted are files that "
+                raise ScriptError(
+                    f"the weights {node.input[1]} are in no known block; accepted are files that "
                     "scripts/export_onnx.py wrote"
                 )
             block = found[1]
             order.setdefault(block, len(order))
             weights[block] = weights.get(block, 0) + sizes[node.input[1]]
         elif node.op_type not in _LEADING_OPERATORS:
-            # A shortcut comes from an earlier block than the sum that it enters.
+            # The shortcut of a sum comes from an earlier block.
             before = [block_of_value[name] for name in node.input if name in block_of_value]
             block = max(before, key=order.__getitem__, default=None)
         if block is not None:
             block_of_node[node.name] = block
             block_of_value.update(dict.fromkeys(node.output, block))
     block_of_use: dict[str, str] = {}
-    # What comes before the first convolution only sorts grey levels.
+    # Nodes before the first convolution only rearrange pixels.
     for node in reversed(network.graph.node[_first_convolution(network) :]):
-        block = block_of_node.get(node.name)
-        if block is None:
-            block = next((block_of_use[name] for name in node.output if name in block_of_use), None)
-            if block is not None:
-                block_of_node[node.name] = block
+        users = (block_of_use[name] for name in node.output if name in block_of_use)
+        block = block_of_node.get(node.name) or next(users, None)
         if block is not None:
+            block_of_node[node.name] = block
             block_of_use.update(dict.fromkeys(node.input, block))
     return tuple(
         Block(
@@ -120,13 +112,11 @@ def _first_convolution(network: onnx.ModelProto) -> int:
     for index, node in enumerate(network.graph.node):
         if node.op_type == "Conv":
             return index
-    raise QuantizationError(
-        "the network has no convolutions; accepted are files that scripts/export_onnx.py wrote"
-    )
+    raise ScriptError("the network has no convolutions; accepted are files that scripts/export_onnx.py wrote")
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
-    """Images, (N, 3, H, W), one after the other."""
+    """Feeds images, (N, 3, H, W), one by one."""
 
     def __init__(self, input_name: str, pixels: NDArray[np.uint8]) -> None:
         self._feeds = iter({input_name: image[None]} for image in pixels)
@@ -136,16 +126,16 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
 
 def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: RangeMethod = "minmax") -> Ranges:
-    """The range of every value between two nodes, over these images, for `quantize_blocks`.
+    """The range of every activation over these images, for `quantize_blocks`.
 
     pixels: (N, 3, H, W) uint8 RGB. method: "minmax" takes the extremes over all images; "mean" the mean of
-        each image's extremes, which cuts off what few images have.
+        each image's extremes, which clips values that occur in few images.
 
     Raises:
-        QuantizationError: there are no images.
+        ScriptError: there are no images.
     """
     if not len(pixels):
-        raise QuantizationError("there are no images to calibrate with; accepted is one at least")
+        raise ScriptError("there are no images to calibrate with; accepted is at least one")
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder, _quiet():
         path = Path(folder) / "network.onnx"
         onnx.save(onnx.shape_inference.infer_shapes(network), path)
@@ -156,7 +146,7 @@ def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: Range
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"moving_average": method == "mean"},
         )
-        # One image at a time: the memory of the largest layers, and means over images.
+        # One image at a time, for memory and for means over images.
         calibrator.collect_data(_Images(network.graph.input[0].name, pixels))
         return calibrator.compute_data()
 
@@ -167,9 +157,9 @@ def quantize_blocks(
     """A copy of the network in which the chosen blocks are INT8.
 
     ranges: what `calibrate` returned for this network.
-    target: "cpu" quantises to uint8 with zero points, and whatever lies between the convolutions too, which
-        onnxruntime and OpenVINO need to be fast; "tensorrt" to int8 without zero points, the inputs of
-        convolutions alone and no biases, which is all that TensorRT takes.
+    target: "cpu" quantises to uint8 with zero points, including the operators between convolutions, which
+        onnxruntime and OpenVINO need to be fast; "tensorrt" to int8 without zero points, only the inputs of
+        convolutions and no biases, which is all that TensorRT supports.
     """
     quantized = onnx.shape_inference.infer_shapes(network)
     if chosen:
@@ -184,7 +174,7 @@ def quantize_blocks(
                 "OpTypesToExcludeOutputQuantization": list(operators),
             }
         else:
-            # Grey levels are whole numbers: with a scale of 1 they pass exactly.
+            # Pixels are whole numbers from 0 to 255: a scale of 1 keeps them exact.
             entry = network.graph.node[_first_convolution(network)].input[0]
             exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
             options["TensorQuantOverrides"] = {entry: [exact]}
@@ -202,14 +192,14 @@ def quantize_blocks(
                 extra_options=options,
             )
             quantizer.quantize_model()
-            quantizer.model.topological_sort()  # it appends what it inserts
+            quantizer.model.topological_sort()  # new nodes were appended
         quantized = quantizer.model.model
     return quantized
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice on models in general from the log."""
+    """Keep the quantiser's general advice out of the log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,17 +1,18 @@
-"""How far INT8 takes a network from float32, block by block, and how many blocks have to stay float32.
+"""Measure how INT8 changes the results of a network, block by block.
 
-Two measures, on images that were not calibrated with and need no annotations:
+Two measures, on images that were not used for calibration and need no annotations:
 
 drift   Over all anchor points and classes that either network scores above 0.05: the change of the score,
-        plus the score times the part of the box that moved away (1 - IoU), relative to the sum of scores.
-        Without matching and steps of IoU it tells blocks apart whose effect is tiny.
-loss    AP lost, with the float32 network's confident detections as truth, their sides scattered as annotators
-        scatter. Without the scatter the float32 network would be perfect, and a shift of a pixel, which no
-        annotation would show, a loss.
+        plus the score times the fraction of the box that moved away (1 - IoU), relative to the sum of scores.
+        Having no matching and no IoU steps, it separates blocks with tiny effects.
+loss    AP lost, with the confident detections of the float32 network as ground truth, their sides jittered
+        as much as annotators differ. Without the jitter float32 would be perfect, and a shift by one pixel,
+        which no annotation would show, would count as a loss.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib.accuracy.coco_metrics import CocoPrediction, MetricsError, compute_metrics
+from lib.accuracy.coco_metrics import CocoPrediction, compute_metrics
 from lib.accuracy.datasets import AnnotatedImage, AnnotatedObject, DetectionDataset, is_large_enough
 from lib.accuracy.predictors import EVALUATION_OPTIONS
-from lib.onnx.qdq import Block, QuantizationError, Ranges, Target, quantize_blocks
+from lib.cli import ScriptError
+from lib.onnx.options import Target
+from lib.onnx.qdq import Block, Ranges, quantize_blocks
 
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
 from damoyolo.boxes import decode_predictions
@@ -35,20 +38,18 @@ from damoyolo.config import ServingConfig
 from damoyolo.postprocess import postprocess
 from damoyolo.structures import Detections
 
-# Below it, a candidate is no detection in any evaluation here.
-LIKELY_SCORE = EVALUATION_OPTIONS.score_threshold
+LIKELY_SCORE = EVALUATION_OPTIONS.score_threshold  # lower scores count nowhere in the evaluation
 CONFIDENT_SCORE = 0.5
-# Deviation of a side, relative to the box's width or height. The demo network's AP is 0.71 by this truth, and
-# 0.63 by annotators.
+# Standard deviation of a side, relative to the box's width or height. The demo network's AP is 0.71 with this
+# ground truth, and 0.63 with annotations.
 BOX_JITTER = 0.05
-JITTER_REPEATS = 4  # of each image, so that no single throw decides
+JITTER_REPEATS = 4  # jittered copies of each image, to average over the jitter
 BATCH_SIZE = 4
-ERRORS_ONLY = 3  # of onnxruntime's log levels
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a network is from its float32 form; both are explained at the top of the file."""
+    """How far a network is from its float32 original; see the top of the file."""
 
     drift: float
     loss: float
@@ -56,7 +57,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What it costs to quantise one block alone."""
+    """The effect of quantising one block alone."""
 
     block: Block
     deviation: Deviation
@@ -64,7 +65,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Of all images: decoded, (N, A, K) and (N, A, 4), and what is left after NMS."""
+    """Of all images: decoded, (N, A, K) and (N, A, 4), and after NMS."""
 
     scores: Tensor
     boxes_xyxy: Tensor
@@ -72,29 +73,29 @@ class _Predictions:
 
 
 class QuantizationEvaluator:
-    """Compares networks with one float32 network on the same images.
+    """Measures the deviation of quantised networks from one float32 network, on the same images.
 
-    network: as scripts/export_onnx.py writes it. pixels: (N, 3, H, W) uint8 RGB.
+    network: in float32, as scripts/export_onnx.py writes it. pixels: (N, 3, H, W) uint8 RGB.
 
     Raises:
-        QuantizationError: there are no images, or the network finds nothing in them with confidence.
+        ScriptError: there are no images, or the network detects nothing in them with confidence.
     """
 
     def __init__(self, network: onnx.ModelProto, pixels: NDArray[np.uint8]) -> None:
         if not len(pixels):
-            raise QuantizationError("there are no images to compare on; accepted is one at least")
+            raise ScriptError("there are no images to compare on; accepted is at least one")
         self._pixels = pixels
         self._reference = _predict(network, pixels)
-        self._parse_bool = _scattered_truth(self._reference.detections)
-        if not self._parse_bool.object_count:
-            raise QuantizationError(
+        self._truth = _jittered_truth(self._reference.detections)
+        if not self._truth.object_count:
+            raise ScriptError(
                 f"the float32 network finds nothing above a score of {CONFIDENT_SCORE} in the {len(pixels)} "
                 "images to compare on; accepted are images like those that it will be served with"
             )
         self.reference_ap = self._average_precision(self._reference.detections)
 
-    def __call__(self, network: onnx.ModelProto) -> Deviation:
-        """The deviation of a network with the same inputs and outputs."""
+    def deviation_of(self, network: onnx.ModelProto) -> Deviation:
+        """How far a network with the same inputs and outputs is from the float32 network."""
         found = _predict(network, self._pixels)
         return Deviation(
             _drift(self._reference, found),
@@ -102,63 +103,53 @@ class QuantizationEvaluator:
         )
 
     def _average_precision(self, detections: Sequence[Detections]) -> float:
-        predictions: list[CocoPrediction] = []
-        for image in self._parse_bool.images:
-            found = detections[image.image_id % len(detections)]
-            for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
-                x1, y1, x2, y2 = map(float, box)
-                predictions.append(
-                    {
-                        "image_id": image.image_id,
-                        "category_id": int(class_id),
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": float(score),
-                    }
-                )
-        try:
-            return compute_metrics(self._parse_bool, predictions).overall.ap
-        except MetricsError:  # a network so broken that it finds nothing
+        if not any(map(len, detections)):  # a network so broken that it detects nothing
             return 0.0
+        predictions: list[CocoPrediction] = []
+        for image in self._truth.images:
+            found = detections[image.image_id % len(detections)]
+            boxes = found.boxes_xyxy.astype(np.float64)
+            boxes[:, 2:] -= boxes[:, :2]  # x, y, width, height
+            predictions += [
+                {"image_id": image.image_id, "category_id": class_id, "bbox": box, "score": score}
+                for box, score, class_id in zip(
+                    boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True
+                )
+            ]
+        return compute_metrics(self._truth, predictions).overall.ap
 
 
 def measure_blocks(
     network: onnx.ModelProto,
     ranges: Ranges,
     blocks: Iterable[Block],
-    evaluate_deviation: QuantizationEvaluator,
+    evaluator: QuantizationEvaluator,
     target: Target = "cpu",
 ) -> list[Sensitivity]:
-    """What each block costs, quantised while all others are float32; the worst first."""
+    """The effect of each block when only it is quantised; the most sensitive first."""
     found = [
-        Sensitivity(block, evaluate_deviation(quantize_blocks(network, ranges, [block], target)))
+        Sensitivity(block, evaluator.deviation_of(quantize_blocks(network, ranges, [block], target)))
         for block in blocks
     ]
-    # Equal drifts in the order of computation, so that the result is always the same.
+    # A stable sort keeps equal drifts in execution order.
     return sorted(found, key=lambda each: -each.deviation.drift)
 
 
 def fewest_kept(count: int, loss_of: Callable[[int], float], max_loss: float) -> int:
-    """The smallest number k in 0..count with `loss_of(k)` at most `max_loss`.
+    """The smallest number k in 0..count with `loss_of(k)` at most `max_loss`, by bisection.
 
-    count: of blocks that could be kept in float32. loss_of: the loss when the k worst are kept; taken to fall
-        with k, and to be nothing at `count`, where it is not asked.
+    count: number of blocks that could stay float32. loss_of: the loss when the k most sensitive do; assumed
+        to fall with k, and to be 0 at `count`, for which it is not called.
     """
     if loss_of(0) <= max_loss:
         return 0
-    too_few, enough = 0, count
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if loss_of(middle) <= max_loss:
-            enough = middle
-        else:
-            too_few = middle
-    return enough
+    return bisect.bisect_left(range(count), True, 1, count, key=lambda kept: loss_of(kept) <= max_loss)
 
 
 def open_session(network: onnx.ModelProto) -> Any:
     """An onnxruntime session of a network in memory, on the CPU, with as many threads as PyTorch uses."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(
         network.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -195,7 +186,7 @@ def _drift(reference: _Predictions, found: _Predictions) -> float:
 
 
 def _overlap(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
-    """IoU of box with box, (..., 4) and (..., 4) to (...)."""
+    """IoU of each pair of boxes, (..., 4) and (..., 4) to (...)."""
 
     def area(boxes: Tensor) -> Tensor:
         sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
@@ -207,21 +198,22 @@ def _overlap(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     return both / (area(boxes_a_xyxy) + area(boxes_b_xyxy) - both).clamp(min=1e-6)
 
 
-def _scattered_truth(detections: Sequence[Detections]) -> DetectionDataset:
-    """The confident detections as annotations, scattered; image `i` is detections[i % len(detections)]."""
+def _jittered_truth(detections: Sequence[Detections]) -> DetectionDataset:
+    """Confident detections as jittered annotations; image i has those of detections[i % len(detections)]."""
     random = np.random.default_rng(0)
     images = []
     for image_id in range(JITTER_REPEATS * len(detections)):
         found = detections[image_id % len(detections)]
-        objects = []
-        for box, score, class_id in zip(found.boxes_xyxy, found.scores, found.class_ids, strict=True):
-            width, height = float(box[2] - box[0]), float(box[3] - box[1])
-            x1, y1, x2, y2 = (
-                float(side) + BOX_JITTER * extent * random.standard_normal()
-                for side, extent in zip(box, (width, height, width, height), strict=True)
+        sides = found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2]
+        jitter = BOX_JITTER * random.standard_normal(found.boxes_xyxy.shape)
+        boxes_xyxy = found.boxes_xyxy + jitter * np.tile(sides, 2)  # width, height, width, height
+        objects = [
+            AnnotatedObject(class_id, (x1, y1, x2, y2))
+            for (x1, y1, x2, y2), score, class_id in zip(
+                boxes_xyxy.tolist(), found.scores, found.class_ids.tolist(), strict=True
             )
-            if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2)):
-                objects.append(AnnotatedObject(int(class_id), (x1, y1, x2, y2)))
+            if score > CONFIDENT_SCORE and is_large_enough((x1, y1, x2, y2))
+        ]
         images.append(AnnotatedImage(image_id, Path(), tuple(objects)))
     class_ids = {int(class_id) for found in detections for class_id in found.class_ids}
     names = {class_id: str(class_id) for class_id in sorted(class_ids)}

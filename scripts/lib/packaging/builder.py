@@ -17,19 +17,19 @@ import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from lib.archive.members import queue_size
+from lib.archive.members import MANIFEST, queue_size
 from lib.archive.reader import archive_environment
+from lib.cli import ScriptError
 from lib.packaging.class_names import default_class_names
 from lib.packaging.weights import fetch_weights
 from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
 
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends.onnx_metadata import check_compatible
-from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
-from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
-from damoyolo.model.checkpoint import load_checkpoint, load_packaged, save_packaged
+from damoyolo.config import SETTINGS_FILE, ServingConfig, graph_batch_sizes_up_to
+from damoyolo.detector import WEIGHTS_FILE
+from damoyolo.model.checkpoint import Checkpoint, load_checkpoint, load_packaged, save_packaged
 
-MANIFEST = "MAR-INF/MANIFEST.json"
 VERIFY_TIMEOUT_S = 300.0
 
 
@@ -37,14 +37,14 @@ VERIFY_TIMEOUT_S = 300.0
 class ArchiveRequest:
     """What to build.
 
-    weights: file, https address or name of an official checkpoint. sha256: of that file, if known.
+    weights: file, https address or name of an official checkpoint. sha256: expected digest of that file.
     variant: name of the variant; None takes the one that the weights fit.
-    class_names: one a class; None takes the demo's for the demo weights, else COCO's 80.
-    onnx: file of scripts/export_onnx.py, or of a quantiser of it, to pack beside the weights; the backends
-        that take such files run it in their place. None exports one where the backend needs it.
-    model_settings: keys of model-config.yaml outside `handler:`, in place of the project's.
-    serving: keys of `handler:` (damoyolo.config.ServingConfig), in place of the defaults.
-    backend_files: what another backend than PyTorch needs, packed under their own names.
+    class_names: one for each class; None takes the demo's for the demo weights, else COCO's 80.
+    onnx: file of scripts/export_onnx.py or scripts/quantize.py to pack beside the weights, for the backends
+        that run such files. None exports one where the backend needs it.
+    model_settings: keys of model-config.yaml outside `handler:`; they take precedence over the project's.
+    serving: keys of `handler:` (damoyolo.config.ServingConfig); they take precedence over the defaults.
+    backend_files: further files that the backend needs, packed under their own names.
     """
 
     weights: str = str(DEMO_WEIGHTS)
@@ -71,38 +71,20 @@ class ArchiveReport:
     files: int
 
 
-class ArchiveError(Exception):
-    """The archive could not be built, or what was built does not work."""
-
-
 def build_archive(request: ArchiveRequest) -> ArchiveReport:
     """Build, open again and verify an archive.
 
     Raises:
-        WeightsError, DamoYoloError, ArchiveError: with what has to change.
+        ScriptError, DamoYoloError: with what has to change.
     """
-    class_names = request.class_names
     weights = fetch_weights(request.weights, request.sha256)
-    if class_names is None:
-        class_names = default_class_names(weights)
+    class_names = request.class_names or default_class_names(weights)
     checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
-    settings = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
-    settings.update(request.model_settings)
-    if "jobQueueSize" not in request.model_settings:
-        needed = queue_size(settings["batchSize"], settings["minWorkers"])
-        settings["jobQueueSize"] = max(settings["jobQueueSize"], needed)
-    serving = {
-        "graph_batch_sizes": graph_batch_sizes_up_to(settings["batchSize"]),
-        **(settings["handler"] or {}),
-        "variant": checkpoint.variant.name,
-        "class_names": list(class_names),
-        **request.serving,
-    }
-    config = ServingConfig.from_mapping(serving)  # refuse here what the worker would refuse
-    settings["handler"] = serving
+    settings = _settings_of(request, checkpoint, class_names)
+    config = ServingConfig.from_mapping(settings["handler"])  # refuse here what the worker would refuse
     if config.backend == "tensorrt" and not request.backend_files:
-        raise ArchiveError(
-            "backend is tensorrt, whose backend is built and proven on the GPU that serves: "
+        raise ScriptError(
+            "backend is tensorrt, whose engine has to be built and compared on the GPU that serves: "
             "scripts/build_tensorrt.py builds it and the archive"
         )
 
@@ -122,14 +104,33 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     return ArchiveReport(path, digest, checkpoint.variant.name, checkpoint.num_classes, len(names))
 
 
+def _settings_of(
+    request: ArchiveRequest, checkpoint: Checkpoint, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """The content of the archive's model-config.yaml."""
+    settings: dict[str, Any] = yaml.safe_load((HANDLER_DIR / SETTINGS_FILE).read_text())
+    settings.update(request.model_settings)
+    if "jobQueueSize" not in request.model_settings:
+        needed = queue_size(settings["batchSize"], settings["minWorkers"])
+        settings["jobQueueSize"] = max(settings["jobQueueSize"], needed)
+    settings["handler"] = {
+        "graph_batch_sizes": graph_batch_sizes_up_to(settings["batchSize"]),
+        **(settings["handler"] or {}),
+        "variant": checkpoint.variant.name,
+        "class_names": list(class_names),
+        **request.serving,
+    }
+    return settings
+
+
 def _add_onnx(source: Path | None, private: Path, config: ServingConfig) -> None:
-    """ONNX_FILE in the folder `private`: a copy of `source`, or made from the weights there."""
+    """Write ONNX_FILE into the folder `private`: a copy of `source`, or an export of the weights there."""
     try:
-        from lib.onnx.check import ExportError, check_onnx, sample_batches
+        from lib.onnx.check import check_onnx, sample_batches
         from lib.onnx.export import export_onnx, read_onnx_metadata
     except ImportError as error:
-        raise ArchiveError(
-            f"ONNX files need packages that are not there ({error}): pip install onnx onnxscript onnxruntime"
+        raise ScriptError(
+            f"ONNX files need packages that are missing ({error}): pip install onnx onnxscript onnxruntime"
         ) from error
     model, target = load_packaged(private / WEIGHTS_FILE), private / ONNX_FILE
     if source is not None:
@@ -137,14 +138,11 @@ def _add_onnx(source: Path | None, private: Path, config: ServingConfig) -> None
         shutil.copyfile(source, target)
         return
     export_onnx(model, target, class_names=config.class_names)
-    try:
-        check_onnx(target, model, sample_batches(model, SAMPLE_IMAGES))
-    except ExportError as error:
-        raise ArchiveError(str(error)) from error
+    check_onnx(target, model, sample_batches(model, SAMPLE_IMAGES))
 
 
 def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
-    """The archive, in a folder of its own below `private`."""
+    """Pack the archive into a folder of its own below `private`."""
     export_dir, scratch_dir = private / "export", private / "scratch"
     export_dir.mkdir()
     scratch_dir.mkdir()
@@ -156,11 +154,11 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
         extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.backend_files))),
         config_file=str(private / SETTINGS_FILE),
         export_path=str(export_dir),
-        # Weights hardly shrink, and the server would unpack them at each start.
+        # Weights hardly compress, and the server would unpack them at each start.
         archive_format="zip-store",
         force=True,
     )
-    # The archiver empties $TMPDIR/<model name> and would meet another run of its own there.
+    # The archiver empties $TMPDIR/<model name>, which another run may be using.
     before, tempfile.tempdir = tempfile.tempdir, str(scratch_dir)
     try:
         generate_model_archive(config)
@@ -170,7 +168,7 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
 
 
 def content_digest(archive: Path) -> str:
-    """SHA-256 over names and contents, in hexadecimal; blind to when and in which order it was packed."""
+    """SHA-256 over names and contents, in hexadecimal; does not depend on time and order of packing."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(archive) as opened:
         for name in sorted(opened.namelist()):
@@ -190,11 +188,12 @@ import numpy
 import yaml
 from PIL import Image
 import damoyolo_handler
-from damoyolo.detector import SETTINGS_FILE, Detector
+from damoyolo.config import SETTINGS_FILE
+from damoyolo.detector import Detector
 from damoyolo.structures import Detections
 here = pathlib.Path.cwd()
 assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
-# Backends of a GPU are proven on the GPU, by compare_backends.py.
+# scripts/build_tensorrt.py compares the engine on the GPU.
 on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
 detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
 image = io.BytesIO()
@@ -206,17 +205,17 @@ assert numpy.isfinite(outcome.boxes_xyxy).all()
 
 
 def verify_archive(archive: Path) -> list[str]:
-    """Check that an archive is whole and detects; the names of its files.
+    """Check that an archive is complete and detects; returns the names of its files.
 
     Raises:
-        ArchiveError: a module is missing, or a fresh process cannot import it or detect with it.
+        ScriptError: a file is missing, or a fresh process cannot detect with the archive.
     """
     with zipfile.ZipFile(archive) as opened:
         names = opened.namelist()
         modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
         missing = sorted((modules | {WEIGHTS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
         if missing:
-            raise ArchiveError(f"{archive} lacks {', '.join(missing)}")
+            raise ScriptError(f"{archive} lacks {', '.join(missing)}")
         with tempfile.TemporaryDirectory(prefix="verify-") as folder:
             opened.extractall(folder)
             check = subprocess.run(
@@ -228,5 +227,5 @@ def verify_archive(archive: Path) -> list[str]:
                 timeout=VERIFY_TIMEOUT_S,
             )
     if check.returncode != 0:
-        raise ArchiveError(f"{archive.name} was packed but does not work:\n{check.stderr}")
+        raise ScriptError(f"{archive.name} was packed but does not work:\n{check.stderr}")
     return names

@@ -1,12 +1,14 @@
-"""The 80 class names of COCO, in the order of the published networks' class channels (labels 0-based)."""
+"""Class names: read from a file, or the defaults of known weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from lib.cli import ScriptError
 from lib.paths import DEMO_WEIGHTS
 
+# In the order of the published networks' class channels (labels 0-based).
 # fmt: off
 COCO_CLASS_NAMES: tuple[str, ...] = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -25,16 +27,28 @@ DEMO_CLASS_NAMES = ("Platelets", "RBC", "WBC")
 
 
 def default_class_names(weights: Path) -> tuple[str, ...]:
-    """Those of a file of weights if nobody names them: the demo's for the demo weights, else COCO's 80."""
+    """The class names of weights for which none are given: the demo's for the demo weights, else COCO's."""
     return DEMO_CLASS_NAMES if weights.resolve() == DEMO_WEIGHTS.resolve() else COCO_CLASS_NAMES
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Class names of a text file (one a line) or a JSON file (a list, or an object of index to name)."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
-    content = json.loads(text)
-    if isinstance(content, dict):
-        content = [content[str(index)] for index in range(len(content))]
+    """Class names of a text file (one per line) or a JSON file (a list, or an object of index to name).
+
+    Raises:
+        ScriptError: the file cannot be read, or has another form.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return tuple(line.strip() for line in text.splitlines() if line.strip())
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = [content[str(index)] for index in range(len(content))]
+        if not isinstance(content, list):
+            raise TypeError(f"found a {type(content).__name__}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ScriptError(
+            f"{path} gives no class names ({type(error).__name__}: {error}); accepted is a text file "
+            'with one name per line, or JSON: a list of names, or an object {"0": name, "1": name, ...}'
+        ) from error
     return tuple(map(str, content))

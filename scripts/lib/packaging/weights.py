@@ -1,4 +1,4 @@
-"""Where the weights come from: a local file, an https address, or the name of an official checkpoint."""
+"""Find or download weights: a local file, an https address, or the name of an official checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
+from lib.cli import ScriptError
 from lib.packaging.catalog import OFFICIAL_CHECKPOINTS
 
 from damoyolo.model.checkpoint import load_checkpoint, load_packaged, save_packaged
@@ -21,10 +22,6 @@ READ_TIMEOUT_S = 60.0
 CHUNK_BYTES = 1 << 20
 
 
-class WeightsError(Exception):
-    """The weights cannot be had, or are not the ones meant."""
-
-
 def default_cache_dir() -> Path:
     """Folder of downloaded checkpoints: $DAMOYOLO_CACHE, or the user's cache folder."""
     if os.environ.get("DAMOYOLO_CACHE"):
@@ -32,26 +29,21 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "damoyolo"
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def fetch_weights(source: str, sha256: str | None = None, cache_dir: Path | None = None) -> Path:
-    """A local file that holds the weights which `source` names.
+    """A local file with the weights that `source` names; a download is kept in the cache.
 
     source: path of a file, https address, or name of an official checkpoint.
-    sha256: what the file has to have, in hexadecimal; not checked if None.
+    sha256: expected digest of the file, in hexadecimal; None does not check it.
 
     Raises:
-        WeightsError: no such file, address or name; the download failed; the sum differs.
+        ScriptError: no such file, address or name; the download failed; the digest differs.
     """
     if "://" not in source and Path(source).is_file():
         path = Path(source)
-        _check_sum(path, sha256, "give the right sum, or the file that it belongs to")
+        _check_sum(path, sha256, "give the digest of this file, or the file with this digest")
         return path
     url = _url_of(source)
-    # The address is part of the name: two addresses may end alike.
+    # Two addresses may end in the same file name.
     folder = (cache_dir or default_cache_dir()) / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / (Path(urlsplit(url).path).name or "checkpoint.pth")
     if not path.is_file():
@@ -59,7 +51,7 @@ def fetch_weights(source: str, sha256: str | None = None, cache_dir: Path | None
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             _download(url, partial)
-            _check_sum(partial, sha256, f"what {url} sends is not what was expected")
+            _check_sum(partial, sha256, f"{url} sends another file than expected")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -68,15 +60,14 @@ def fetch_weights(source: str, sha256: str | None = None, cache_dir: Path | None
 
 
 def _url_of(source: str) -> str:
-    official = OFFICIAL_CHECKPOINTS.get(source)
-    if official is not None:
-        return official.url
+    if source in OFFICIAL_CHECKPOINTS:
+        return OFFICIAL_CHECKPOINTS[source]
     if source.startswith("https://"):
         return source
     if "://" in source:
-        raise WeightsError(f"{source}: only https addresses are downloaded")
-    raise WeightsError(
-        f"{source} is neither a file, nor an https address, nor an official checkpoint; those are "
+        raise ScriptError(f"{source}: only https addresses are downloaded")
+    raise ScriptError(
+        f"{source} is neither a file, nor an https address, nor an official checkpoint; accepted are "
         f"{', '.join(sorted(OFFICIAL_CHECKPOINTS))}"
     )
 
@@ -86,7 +77,7 @@ def _download(url: str, target: Path) -> None:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as answer:
             answer.raise_for_status()
             if urlsplit(answer.url).scheme != "https":
-                raise WeightsError(f"{url} leads to {answer.url}; only https is downloaded")
+                raise ScriptError(f"{url} redirects to {answer.url}; only https is downloaded")
             length = int(answer.headers.get("Content-Length", 0)) or None
             with (
                 target.open("wb") as file,
@@ -97,24 +88,24 @@ def _download(url: str, target: Path) -> None:
                     bar.update(len(chunk))
                 received = file.tell()
     except (requests.RequestException, OSError) as error:
-        raise WeightsError(f"{url} could not be downloaded: {error}") from error
+        raise ScriptError(f"{url} could not be downloaded: {error}") from error
     if length is not None and received != length:
-        raise WeightsError(f"{url} sent {received} of {length} bytes; try again")
+        raise ScriptError(f"{url} sent {received} of {length} bytes; try again")
 
 
 def _check_sum(path: Path, expected: str | None, remedy: str) -> None:
     if expected is None:
         return
-    found = sha256_of(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected.lower():
-        raise WeightsError(f"SHA-256 of {path} is {found}, expected is {expected}; {remedy}")
+        raise ScriptError(f"the SHA-256 of {path} is {found}, expected is {expected}; {remedy}")
 
 
 def folded_network(weights: Path, variant: str | None, num_classes: int) -> DamoYolo:
-    """The network that an archive of these weights, as trained, would hold.
+    """The network that an archive built from these weights would hold: folded, on the CPU, in float32.
 
     Raises:
-        CheckpointError, ConfigError: they cannot be read, or do not fit.
+        CheckpointError, ConfigError: the weights cannot be read, or do not fit.
     """
     with tempfile.TemporaryDirectory(prefix="folded-") as folder:
         packaged = Path(folder) / "packaged.pth"

@@ -1,229 +1,136 @@
-"""From an ONNX file of the network to a TensorRT engine and its description (TensorRT 10.x or 11.x).
+"""Build a TensorRT engine (10.x or 11.x) and its metadata from an ONNX file of the network.
 
-Every network is strongly typed: the types in the ONNX file are the types of the engine, so that float16 comes
-from a float16 file and int8 from quantisation nodes in the file. Letting TensorRT choose (BuilderFlag.FP16,
-BuilderFlag.INT8, calibrators) was deprecated in 10.12 and is gone in 11.
+Networks are strongly typed: the types in the ONNX file are the types of the engine, so fp16 comes from a
+float16 file and int8 from quantisation nodes in the file. TensorRT's own choice of types (BuilderFlag.FP16,
+BuilderFlag.INT8, calibrators) was deprecated in 10.12 and removed in 11.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import onnx
 
-from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata
-from damoyolo.backends.tensorrt import Gpu, import_tensorrt, machine_of
-from damoyolo.backends.tensorrt_metadata import BatchRange, EngineMetadata, require_contiguous
+from lib.cli import ScriptError
+from lib.onnx.export import read_onnx_metadata
 
-PRECISIONS = ("fp32", "fp16", "int8")
-# Of pixels TensorRT converts uint8 to these two, and does nothing else with it.
-PIXEL_CASTS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-EXPORT_COMMAND = "python scripts/export_onnx.py"
-
-
-class EngineBuildError(Exception):
-    """No engine could be built."""
+from damoyolo.backends.onnx_metadata import INPUT_NAME, OnnxMetadata
+from damoyolo.backends.tensorrt import EngineMetadata, Gpu, import_tensorrt, machine_of
 
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """An ONNX file and what it says of itself; sha256 is of the file, in hexadecimal."""
+    """A network in the precision of the engine to be built.
 
-    path: Path
-    sha256: str
-    facts: OnnxMetadata
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """What to build.
-
-    batch_ranges: one an optimisation profile, tuned for the largest batch of each.
-    input_size_hw: what the engine is tuned for, in pixels. min_size_hw, max_size_hw: what else it takes.
-    timing_cache: file of measured kernel times, read if it is there and written; None keeps none.
-    workspace_mib: most scratch memory of a layer; None leaves it to TensorRT.
+    content: an ONNX model. sha256: of the file that it comes from, in hexadecimal.
+    metadata: of that file, with the precision of `content`.
     """
 
-    network: OnnxNetwork
-    batch_ranges: tuple[BatchRange, ...]
-    input_size_hw: tuple[int, int]
-    min_size_hw: tuple[int, int]
-    max_size_hw: tuple[int, int]
-    timing_cache: Path | None = None
-    workspace_mib: int | None = None
-
-    def __post_init__(self) -> None:
-        require_contiguous(self.batch_ranges)
-        sizes = zip(self.min_size_hw, self.input_size_hw, self.max_size_hw, strict=True)
-        if any(
-            low > best or best > high or {low % 32, best % 32, high % 32} != {0} for low, best, high in sizes
-        ):
-            raise EngineBuildError(
-                f"input sizes from {list(self.min_size_hw)} over {list(self.input_size_hw)} to "
-                f"{list(self.max_size_hw)}; accepted are ascending multiples of 32"
-            )
+    content: bytes
+    sha256: str
+    metadata: OnnxMetadata
 
 
-def read_onnx(path: Path) -> OnnxNetwork:
-    """What an ONNX file says of itself, if TensorRT can take it.
+def read_network(path: Path, precision: str | None = None) -> OnnxNetwork:
+    """An ONNX file in a precision; None keeps that of the file.
 
     Raises:
-        EngineBuildError: with what TensorRT would refuse, or misunderstand.
+        ConfigError: the file cannot be read, or is not one of this project.
+        ScriptError: its outputs are not the raw predictions, or it cannot be converted to the precision.
     """
-    try:
-        content = path.read_bytes()
-        model = onnx.load_model_from_string(content)
-        facts = OnnxMetadata.from_metadata({each.key: each.value for each in model.metadata_props}, path)
-    except Exception as error:  # protobuf, which reads it, has errors of its own
-        raise EngineBuildError(
-            f"{path} is no ONNX file of this project ({type(error).__name__}: {error}); {EXPORT_COMMAND} "
-            "writes one"
-        ) from error
-    if facts.precision not in PRECISIONS:
-        raise EngineBuildError(
-            f"{path} is of precision {facts.precision!r}; accepted are {', '.join(PRECISIONS)}: export it "
-            "anew"
+    metadata = read_onnx_metadata(path)
+    if metadata.form != "raw":
+        raise ScriptError(
+            f"{path} has the outputs {metadata.form!r}; accepted are raw predictions: "
+            "python scripts/export_onnx.py --outputs raw"
         )
-    _require_interface(path, model.graph)
-    if facts.precision == "int8":
-        _require_symmetric(path, model.graph)
-    return OnnxNetwork(path, hashlib.sha256(content).hexdigest(), facts)
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if precision in (None, metadata.precision):
+        return OnnxNetwork(content, sha256, metadata)
+    if (metadata.precision, precision) != ("fp32", "fp16"):
+        raise ScriptError(
+            f"{path} is of precision {metadata.precision}, requested is {precision}; a float32 file gives "
+            "fp32 and fp16, an int8 engine needs a quantised file"
+        )
+    half = to_float16(onnx.load_model_from_string(content))
+    return OnnxNetwork(half.SerializeToString(), sha256, dataclasses.replace(metadata, precision="fp16"))
 
 
-def build_engine(request: EngineRequest, gpu: Gpu) -> tuple[bytes, EngineMetadata]:
-    """The engine and its description. Takes minutes; the GPU has to be idle, or the times are wrong.
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network in float16, with its input in uint8 and its outputs in float32; `model` is taken over."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with warnings.catch_warnings():
+        # Weights below the smallest float16 are rounded.
+        warnings.filterwarnings("ignore", message="the float32 number")
+        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
+    return half
+
+
+def build_engine(
+    network: OnnxNetwork, gpu: Gpu, input_size_hw: tuple[int, int], batch_sizes: Sequence[int]
+) -> tuple[bytes, EngineMetadata]:
+    """The engine and its metadata. Takes minutes, in which the GPU has to be idle for kernels to be timed.
+
+    input_size_hw: height and width of the network input, in pixels.
+    batch_sizes: the largest of each optimisation profile, for which it is tuned; ascending.
 
     Raises:
         ConfigError: TensorRT is missing.
-        EngineBuildError: it cannot build this.
+        ScriptError: the sizes do not fit, or TensorRT fails.
     """
+    if sorted(set(batch_sizes)) != list(batch_sizes):
+        raise ScriptError(f"the largest batch sizes are {list(batch_sizes)}; accepted are ascending ones")
+    if any(side % 32 for side in input_size_hw):
+        raise ScriptError(f"the input size is {list(input_size_hw)}; accepted are multiples of 32, in pixels")
     trt = import_tensorrt()
-    network = request.network
     logger = trt.Logger(trt.Logger.WARNING)
     with gpu.selected():
         builder = trt.Builder(logger)
-        # 11 types strongly without being told, 10 does not.
+        # Version 11 is always strongly typed, 10 only on request.
         definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(definition, logger)
-        if not parser.parse_from_file(str(network.path)):
+        if not parser.parse(network.content):
             errors = [_text_of(parser.get_error(index)) for index in range(parser.num_errors)]
-            raise EngineBuildError(
-                f"TensorRT {trt.__version__} cannot read {network.path}: {'; '.join(errors)}"
+            raise ScriptError(
+                f"TensorRT {trt.__version__} cannot read the ONNX file: {'; '.join(errors)}. A "
+                "quantised file has to come from scripts/quantize.py --for tensorrt"
             )
         config = builder.create_builder_config()
-        if request.workspace_mib is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib << 20)
-        if network.facts.precision == "fp32":
-            config.clear_flag(trt.BuilderFlag.TF32)  # allowed unless cleared, and no float32
-        for batch_range in request.batch_ranges:
-            _add_profile(builder, config, request, batch_range)
-        cache = _open_timing_cache(trt, config, request.timing_cache)
+        if network.metadata.precision == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+        for before, largest in zip((0, *batch_sizes), batch_sizes, strict=False):
+            profile = builder.create_optimization_profile()
+            counts = before + 1, largest, largest
+            profile.set_shape(INPUT_NAME, *((count, 3, *input_size_hw) for count in counts))
+            if config.add_optimization_profile(profile) < 0:
+                raise ScriptError(
+                    f"TensorRT refused the profile of batch sizes {before + 1} to {largest}; its own log "
+                    "lines above say why"
+                )
         built = builder.build_serialized_network(definition, config)
         if built is None:
-            raise EngineBuildError(
-                f"TensorRT {trt.__version__} built no engine from {network.path}; it says why in its own "
-                "lines above. More scratch memory (--workspace-mib) or a smaller largest batch may help"
+            raise ScriptError(
+                f"TensorRT {trt.__version__} built no engine; its own log lines above say why. A smaller "
+                "largest batch may help"
             )
-        if cache is not None and request.timing_cache is not None:
-            _replace(request.timing_cache, bytes(cache.serialize()))
     plan = bytes(built)
-    metadata = EngineMetadata(
+    return plan, EngineMetadata(
         machine=machine_of(gpu, trt),
-        network=network.facts,
-        min_size_hw=request.min_size_hw,
-        max_size_hw=request.max_size_hw,
-        batch_ranges=request.batch_ranges,
+        network=network.metadata,
+        input_size_hw=input_size_hw,
+        batch_sizes=tuple(batch_sizes),
         onnx_sha256=network.sha256,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
     )
-    return plan, metadata
-
-
-def _require_interface(path: Path, graph: Any) -> None:
-    inputs = {each.name: each.type.tensor_type.elem_type for each in graph.input}
-    outputs = {each.name for each in graph.output}
-    if inputs != {INPUT_NAME: onnx.TensorProto.UINT8} or outputs != set(OUTPUT_NAMES):
-        raise EngineBuildError(
-            f"{path} has the inputs {', '.join(inputs)} and the outputs {', '.join(sorted(outputs))}; "
-            f"accepted is {INPUT_NAME} of uint8 in and the raw predictions out, without NMS: "
-            f"{EXPORT_COMMAND} --form raw"
-        )
-    readers = [node for node in graph.node if INPUT_NAME in node.input]
-    foreign = [node for node in readers if node.op_type != "Cast" or _cast_to(node) not in PIXEL_CASTS]
-    if foreign:
-        raise EngineBuildError(
-            f"{path}: {', '.join(sorted({node.op_type for node in foreign}))} reads the uint8 pixels; "
-            "TensorRT takes a Cast to float32 or float16 there only: export the file anew"
-        )
-
-
-def _cast_to(node: Any) -> int:
-    to: int = next(each.i for each in node.attribute if each.name == "to")
-    return to
-
-
-def _require_symmetric(path: Path, graph: Any) -> None:
-    """Refuse what TensorRT does not take as explicit quantisation: other than int8 around zero."""
-    constants = {each.name: each for each in graph.initializer}
-    nodes = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    if not nodes:
-        raise EngineBuildError(f"{path} says int8 and has no QuantizeLinear node; quantise it anew")
-    for node in nodes:
-        zero_point = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if zero_point is None or zero_point.data_type != onnx.TensorProto.INT8:
-            found = "none" if zero_point is None else onnx.TensorProto.DataType.Name(zero_point.data_type)
-            raise EngineBuildError(
-                f"{path}: the zero point of {node.name} is of type {found}; TensorRT takes INT8 only, for "
-                "activations and weights, and biases in float: quantise it anew so"
-            )
-        if np.any(onnx.numpy_helper.to_array(zero_point)):
-            raise EngineBuildError(
-                f"{path}: the zero point of {node.name} is not 0; TensorRT takes symmetric quantisation "
-                "only: quantise it anew so"
-            )
 
 
 def _text_of(error: Any) -> str:
     return f"{error.desc()} (node {error.node_name() or error.node()}, {error.node_operator()})"
-
-
-def _add_profile(builder: Any, config: Any, request: EngineRequest, batch_range: BatchRange) -> None:
-    profile = builder.create_optimization_profile()
-    profile.set_shape(
-        INPUT_NAME,
-        (batch_range.smallest, 3, *request.min_size_hw),
-        (batch_range.largest, 3, *request.input_size_hw),
-        (batch_range.largest, 3, *request.max_size_hw),
-    )
-    if config.add_optimization_profile(profile) < 0:
-        raise EngineBuildError(
-            f"TensorRT refused the profile of batch sizes {batch_range.smallest} to {batch_range.largest}; "
-            "it says why in its own lines above"
-        )
-
-
-def _open_timing_cache(trt: ModuleType, config: Any, path: Path | None) -> Any:
-    """The cache to measure into; it has to live until the engine is built. None if none is kept."""
-    if path is None:
-        return None
-    if path.is_file():
-        cache = config.create_timing_cache(path.read_bytes())
-        # Times of another GPU would choose other kernels without a word.
-        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
-            return cache
-        print(f"{path} is of another GPU or of another TensorRT than {trt.__version__}: starting it anew")
-    cache = config.create_timing_cache(b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(content)
-    partial.replace(path)

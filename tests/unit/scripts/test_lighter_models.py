@@ -1,4 +1,4 @@
-"""The lighter models take the same way as the demo's: weights as trained, archive, detections."""
+"""The lighter models, end to end: trained weights, archive, detections."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from damoyolo.structures import Detections
 from doubles.answers import iou
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["T", "Nm", "Ns"])
 def test_an_archive_of_a_lighter_model_finds_the_cells_of_a_drawn_smear(
     shared_dir: Path, project_dir: Path, tmp_path: Path, variant: str

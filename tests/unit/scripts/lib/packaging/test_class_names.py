@@ -1,14 +1,41 @@
-"""The built-in class names against the published list."""
+"""Class names: the published list, and those of files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from lib.packaging.class_names import COCO_CLASS_NAMES
+import pytest
+
+from lib.cli import ScriptError
+from lib.packaging.class_names import COCO_CLASS_NAMES, read_class_names
 
 
 def test_the_coco_names_are_the_published_ones_in_their_order(shared_dir: Path) -> None:
     published = json.loads((shared_dir / "model" / "variants.json").read_text())["class_names"]
     assert list(COCO_CLASS_NAMES) == published
     assert len(set(COCO_CLASS_NAMES)) == 80
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "one\n\n two \n"),
+        ("a.json", '["one", "two"]'),
+        ("a.json", '{"1": "two", "0": "one"}'),
+    ],
+)
+def test_class_names_are_read_from_text_and_json(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_class_names(tmp_path / name) == ("one", "two")
+
+
+@pytest.mark.parametrize("content", [None, b'["one"', b'{"1": "one"}', b'"one"', b"3", b'["\xff"]'])
+def test_a_missing_or_malformed_file_is_refused_with_what_is_accepted(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "names.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ScriptError, match=r"names\.json gives no class names .*; accepted is a text file"):
+        read_class_names(path)

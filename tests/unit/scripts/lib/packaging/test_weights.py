@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import requests
 
+from lib.cli import ScriptError
 from lib.packaging import weights as weights_source
-from lib.packaging.weights import WeightsError, fetch_weights
+from lib.packaging.weights import fetch_weights
 
 CONTENT = b"weights " * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -41,12 +42,12 @@ class FakeResponse:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the web answers next, and which addresses were asked for."""
-    state: dict[str, Any] = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "asked": []}
+    """The next response of the web, and the addresses requested so far."""
+    state: dict[str, Any] = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "requested": []}
 
     def get(url: str, **options: Any) -> FakeResponse:
         assert options["timeout"]
-        state["asked"].append(url)
+        state["requested"].append(url)
         return FakeResponse(state["leads_to"] or url, state["content"], state["length"])
 
     monkeypatch.setattr(requests, "get", get)
@@ -58,7 +59,7 @@ def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path: Path) -
     path.write_bytes(CONTENT)
     assert fetch_weights(str(path)) == path
     assert fetch_weights(str(path), SHA256.upper()) == path
-    with pytest.raises(WeightsError, match=SHA256):
+    with pytest.raises(ScriptError, match=SHA256):
         fetch_weights(str(path), "0" * 64)
 
 
@@ -67,7 +68,7 @@ def test_an_address_is_downloaded_once(web: dict[str, Any], tmp_path: Path) -> N
         path = fetch_weights("https://example.org/a/model.pth", SHA256, tmp_path)
         assert path.name == "model.pth"
         assert path.read_bytes() == CONTENT
-    assert web["asked"] == ["https://example.org/a/model.pth"]
+    assert web["requested"] == ["https://example.org/a/model.pth"]
     other = fetch_weights("https://example.org/b/model.pth", SHA256, tmp_path)
     assert other != path
 
@@ -75,9 +76,9 @@ def test_an_address_is_downloaded_once(web: dict[str, Any], tmp_path: Path) -> N
 def test_an_official_name_becomes_its_address(web: dict[str, Any], tmp_path: Path) -> None:
     path = fetch_weights("damoyolo_tinynasL25_S_477", cache_dir=tmp_path)
     assert path.read_bytes() == CONTENT
-    (asked,) = web["asked"]
-    assert asked.startswith("https://")
-    assert asked.endswith("/damoyolo_tinynasL25_S_477.pth")
+    (url,) = web["requested"]
+    assert url.startswith("https://")
+    assert url.endswith("/damoyolo_tinynasL25_S_477.pth")
 
 
 @pytest.mark.parametrize(
@@ -92,26 +93,26 @@ def test_a_download_that_went_wrong_leaves_nothing_behind(
     web: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     web.update(change)
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(ScriptError, match=message):
         fetch_weights("https://example.org/model.pth", SHA256, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web: dict[str, Any], tmp_path: Path) -> None:
     path = fetch_weights("https://example.org/model.pth", cache_dir=tmp_path)
-    with pytest.raises(WeightsError, match=f"delete {path}"):
+    with pytest.raises(ScriptError, match=f"delete {path}"):
         fetch_weights("https://example.org/model.pth", "0" * 64, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["http://example.org/model.pth", "ftp://example.org/model.pth"])
 def test_only_https_is_downloaded(web: dict[str, Any], tmp_path: Path, source: str) -> None:
-    with pytest.raises(WeightsError, match="only https"):
+    with pytest.raises(ScriptError, match="only https"):
         fetch_weights(source, cache_dir=tmp_path)
-    assert web["asked"] == []
+    assert web["requested"] == []
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="damoyolo_tinynasL25_S_477"):
+    with pytest.raises(ScriptError, match="damoyolo_tinynasL25_S_477"):
         fetch_weights("damoyolo_s", cache_dir=tmp_path)
 
 

@@ -1,0 +1,38 @@
+"""What the commands on ONNX files let the user choose; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OutputKind = Literal["raw", "boxes", "detections"]
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("raw", "boxes", "detections")
+Target = Literal["cpu", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("cpu", "tensorrt")
+RangeMethod = Literal["minmax", "mean"]
+RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
+
+NO_BLOCK = "none"  # on the command line, in place of a block's name
+# Prediction convolutions and stem: everything seen passes through them. docs/quantization.md has what this
+# costs in speed.
+ALWAYS_FLOAT = ("head", "backbone.block_list.0", "backbone.csp_stage.0")
+
+
+@dataclass(frozen=True)
+class QuantizationRequest:
+    """How to quantise a network.
+
+    max_loss: AP that may be lost, as lib/onnx/sensitivity.py estimates it.
+    calibration_images, check_images: at most this many images are calibrated with, and compared on; no image
+        is used for both.
+    float_blocks: names of blocks that always stay float32, or prefixes of such names up to a dot.
+    progress: show a progress bar; None shows it on a terminal.
+    """
+
+    max_loss: float = 0.005
+    target: Target = "cpu"
+    ranges: RangeMethod = "minmax"
+    calibration_images: int = 32
+    check_images: int = 16
+    float_blocks: tuple[str, ...] = ALWAYS_FLOAT
+    progress: bool | None = None
