@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What the server sends back; no body at all and a closed connection with `drop`."""
+    """What the server sends back; with `drop` the body alone, no head, and a closed connection."""
 
     status: int = 200
     body: bytes = b""
@@ -60,6 +60,7 @@ class StandInServer:
                 stand_in.connections.add(self.client_address)
                 reply = answer(asked)
                 if reply.drop:
+                    self.wfile.write(reply.body)
                     self.close_connection = True
                     return
                 self.send_response(reply.status)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from onnx import helper
 from tqdm import tqdm
 
-from lib.images import NoImagesError, find_images
+from lib.cli import ScriptError
+from lib.images import find_images
 from lib.onnx.export import export_onnx
 from lib.onnx.qdq import (
     Block,
@@ -171,7 +172,7 @@ def image_paths(folder: Path, at_most: int) -> list[Path]:
     """
     try:
         found = find_images([folder], recursive=True)
-    except NoImagesError as error:
+    except ScriptError as error:
         raise QuantizationError(f"{error}; --calibration takes a folder of images") from error
     return [found[index] for index in _spread(range(len(found)), min(at_most, len(found)))]
 
