@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lib.load.external import perf_analyzer_command, run_wrk, write_perf_analyzer_input
-from lib.load.generator import Load, LoadError, generate_load, percentiles
+from lib.cli import ScriptError
+from lib.load.generator import generate_load, percentiles
+from lib.load.worker import Load
 from lib.server.process import free_ports
 
 ANSWER = b'{"detections":[]}'
@@ -253,41 +252,10 @@ def test_nobody_listening_is_reported_and_not_asked_in_a_tight_loop() -> None:
 def test_a_load_that_cannot_be_sent_is_refused(
     url: str, bodies: list[bytes], rate_per_s: float | None, message: str
 ) -> None:
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(ScriptError, match=message):
         generate_load(Load(url, bodies, 1, rate_per_s))
 
 
 def test_percentiles_are_values_that_occurred() -> None:
     found = percentiles(np.arange(1.0, 1001.0))
     assert (found["p50"], found["p99"], found["p99.9"], found["max"]) == (500, 990, 999, 1000)
-
-
-@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_wrk_drives_the_server_with_varied_images() -> None:
-    with serving(after(0.01)) as (url, seen):
-        result = run_wrk(url, IMAGES, connections=4, duration_s=1, threads=1)
-    assert set(seen.bodies) == set(IMAGES)
-    assert result.errors == 0
-    assert 10 <= result.percentiles_ms["p50"] < 60
-    assert result.percentiles_ms["max"] >= result.percentiles_ms["p99"]
-    assert result.requests_per_s == pytest.approx(len(seen.bodies), rel=0.3)
-
-
-@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_wrk_counts_refused_requests_as_errors() -> None:
-    with serving(after(0.005, reply(503, b"busy", "Connection: close\r\n"))) as (url, _):
-        result = run_wrk(url, IMAGES, connections=2, duration_s=1, threads=1)
-    assert result.errors > 0
-    assert result.requests_per_s == 0
-
-
-def test_perf_analyzer_gets_its_images_by_file_and_a_url_without_scheme(tmp_path: Path) -> None:
-    images = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
-    written = write_perf_analyzer_input(images, tmp_path / "data.json")
-    assert json.loads(written.read_text()) == {
-        "data": [{"TORCHSERVE_INPUT": [str(path.resolve())]} for path in images]
-    }
-    command = perf_analyzer_command("http://127.0.0.1:8080", "damoyolo", written, 16)
-    assert command[:5] == ["perf_analyzer", "-m", "damoyolo", "--service-kind", "torchserve"]
-    assert command[command.index("-u") + 1] == "127.0.0.1:8080"
-    assert command[command.index("-b") + 1] == "1"
