@@ -96,12 +96,12 @@ def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(
     with Load(url, smear, clients=4) as load:
         wait_until(lambda: load.answered >= 4, "the first answers")
         server.scale(2)
-        at_least = load.answered + 16
+        at_least = load.answered + 8
         wait_until(lambda: load.answered >= at_least, "answers of two workers")
         load.pause()
         server.scale(1)
         load.resume()
-        at_least = load.answered + 8
+        at_least = load.answered + 4
         wait_until(lambda: load.answered >= at_least, "answers after scaling down")
     assert load.failures == []
 
