@@ -49,6 +49,8 @@ class StandInServer:
     def __init__(self, answer: Callable[[Asked], Reply]) -> None:
         self.asked: list[Asked] = []
         self.connections: set[Any] = set()
+        self.most_at_once = 0
+        lock, under_way = threading.Lock(), 0
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,9 +60,17 @@ class StandInServer:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 asked = Asked(self.command, self.path, dict(self.headers), body)
-                stand_in.asked.append(asked)
-                stand_in.connections.add(self.client_address)
-                reply = answer(asked)
+                nonlocal under_way
+                with lock:
+                    stand_in.asked.append(asked)
+                    stand_in.connections.add(self.client_address)
+                    under_way += 1
+                    stand_in.most_at_once = max(stand_in.most_at_once, under_way)
+                try:
+                    reply = answer(asked)
+                finally:
+                    with lock:
+                        under_way -= 1
                 if reply.drop:
                     self.wfile.write(reply.body)
                     self.close_connection = True

@@ -18,7 +18,7 @@ import sys
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,18 +50,14 @@ class Load:
     duration_s: float = 10.0
     timeout_s: float = 30.0
     processes: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
     def requests(self) -> tuple[bytes, ...]:
         """Head and body of a POST of each body."""
         parts = urlsplit(self.url)
-        fields = {"Host": parts.netloc, "Content-Type": "application/octet-stream", **self.headers}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        head = f"POST {parts.path or '/'} HTTP/1.1\r\n{lines}"
-        return tuple(
-            f"{head}Content-Length: {len(body)}\r\n\r\n".encode("ascii") + body for body in self.bodies
-        )
+        head = f"POST {parts.path or '/'} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        head += "Content-Type: application/octet-stream\r\nContent-Length: "
+        return tuple(f"{head}{len(body)}\r\n\r\n".encode("ascii") + body for body in self.bodies)
 
 
 @dataclass(frozen=True)

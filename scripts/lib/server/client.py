@@ -165,15 +165,13 @@ class DetectionClient:
             )
         return answer
 
-    def draw(
-        self, encoded: bytes, options: RequestOptions | None = None, image_format: str = "jpeg"
-    ) -> bytes:
-        """The image with boxes and labels drawn on it, encoded; image_format is "jpeg" or "png".
+    def draw(self, encoded: bytes, options: RequestOptions | None = None) -> bytes:
+        """The image with boxes and labels drawn on it, as JPEG.
 
         Raises:
             ServerAnswerError, ScriptError: as `detect`.
         """
-        return self._post(encoded, options, image_format).data
+        return self._post(encoded, options, "jpeg").data
 
     def detect_many(
         self,
