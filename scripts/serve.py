@@ -25,7 +25,7 @@ SAMPLE_IMAGE = "tests/data/smears/smear_3.jpg"
 
 
 class _StopSignal(Exception):  # noqa: N818 (a request, not an error)
-    """A signal asked the command to end."""
+    """The command has to end."""
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -51,7 +51,6 @@ def _run(arguments: argparse.Namespace) -> int:
             server = TorchServeProcess(
                 arguments.ts_config.resolve(),
                 arguments.model_store.resolve(),
-                working_dir=PROJECT_DIR,
                 overrides={"load_models": arguments.models} if arguments.models else {},
                 use_free_ports=bool(busy),
                 log_dir=PROJECT_DIR / "logs",

@@ -59,24 +59,20 @@ class RequestOptions:
         Raises:
             ScriptError: a class name does not fit into a header.
         """
-        headers = {}
-        if self.score_threshold is not None:
-            headers["X-Detect-Score-Threshold"] = str(self.score_threshold)
-        if self.iou_threshold is not None:
-            headers["X-Detect-Iou-Threshold"] = str(self.iou_threshold)
-        if self.max_detections is not None:
-            headers["X-Detect-Max-Detections"] = str(self.max_detections)
-        if self.classes is not None:
-            for name in self.classes:
-                if not name.isascii() or not name.isprintable() or "," in name:
-                    raise ScriptError(
-                        f"class {name!r} does not fit into a request header: it takes printable ASCII "
-                        "without commas; give the class id instead"
-                    )
-            headers["X-Detect-Classes"] = ",".join(self.classes)
-        if self.class_agnostic is not None:
-            headers["X-Detect-Class-Agnostic"] = "true" if self.class_agnostic else "false"
-        return headers
+        for name in self.classes or ():
+            if not name.isascii() or not name.isprintable() or "," in name:
+                raise ScriptError(
+                    f"class {name!r} does not fit into a request header: it takes printable ASCII without "
+                    "commas; give the class id instead"
+                )
+        fields = {
+            "Score-Threshold": self.score_threshold,
+            "Iou-Threshold": self.iou_threshold,
+            "Max-Detections": self.max_detections,
+            "Classes": None if self.classes is None else ",".join(self.classes),
+            "Class-Agnostic": None if self.class_agnostic is None else str(self.class_agnostic).lower(),
+        }
+        return {f"X-Detect-{name}": str(value) for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)

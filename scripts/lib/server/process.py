@@ -13,14 +13,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import requests
 
 from lib.cli import ScriptError
+from lib.paths import PROJECT_DIR
 from lib.server.java import find_java_home
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
@@ -78,21 +78,20 @@ def _port(address: str) -> int:
     return int(address.rsplit(":", 1)[1])
 
 
-def describe_model(management_url: str, model_name: str, version: str = "") -> dict[str, Any]:
-    """The management API's description of one version of a model (the default one if not named)."""
-    url = f"{management_url}/models/{model_name}" + (f"/{version}" if version else "")
-    answer = requests.get(url, timeout=HTTP_TIMEOUT_S)
+def describe_model(management_url: str, model_name: str) -> dict[str, Any]:
+    """The management API's description of a model's default version."""
+    answer = requests.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
     answer.raise_for_status()
     description: dict[str, Any] = answer.json()[0]
     return description
 
 
 class TorchServeProcess:
-    """A TorchServe; as a context manager it is ready inside and stopped afterwards.
+    """A TorchServe and all its workers.
 
-    config_file: server settings; relative paths in it are taken from `working_dir`.
+    config_file: server settings; relative paths in it are taken from the project's folder.
     model_store: folder of the archives.
-    overrides: settings in place of those in the file; a value of None leaves one out.
+    overrides: settings in place of those in the file.
     use_free_ports: take ports that are free in place of those in the settings.
     log_dir: where the server writes its logs.
     echo: gets a copy of what the server prints.
@@ -105,16 +104,14 @@ class TorchServeProcess:
         config_file: Path,
         model_store: Path,
         *,
-        working_dir: Path,
-        overrides: Mapping[str, str | None] | None = None,
+        overrides: Mapping[str, str] | None = None,
         use_free_ports: bool = False,
         log_dir: Path | None = None,
         echo: TextIO | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        merged = {**read_properties(config_file), **(overrides or {})}
-        self.properties = {key: value for key, value in merged.items() if value is not None}
+        self.properties = {**read_properties(config_file), **(overrides or {})}
         if use_free_ports:
             ports = free_ports(5)
             addresses = [f"http://127.0.0.1:{port}" for port in ports[:3]]
@@ -124,7 +121,6 @@ class TorchServeProcess:
         self.inference_url, self.management_url, self.metrics_url = (
             self.properties[key] for key in ADDRESS_KEYS
         )
-        self._working_dir = working_dir
         self._log_dir = log_dir
         self._echo = echo
         self._arguments = list(arguments)
@@ -135,19 +131,19 @@ class TorchServeProcess:
         self._private_dir: Path | None = None
         self._reader: threading.Thread | None = None
 
-    def __enter__(self) -> TorchServeProcess:
-        self.start()
-        try:
-            self.wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+    @contextlib.contextmanager
+    def running(self, timeout_s: float = 300.0) -> Iterator[TorchServeProcess]:
+        """The server ready inside the context, and stopped afterwards.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        Raises:
+            ScriptError, FileNotFoundError: as `start` and `wait_until_ready`.
+        """
+        try:
+            self.start()
+            self.wait_until_ready(timeout_s)
+            yield self
+        finally:
+            self.stop()
 
     def start(self) -> None:
         """Start the server; returns at once.
@@ -167,7 +163,7 @@ class TorchServeProcess:
         command += ["--model-store", str(self.model_store), "--ts-config", str(config_file), *self._arguments]
         self._process = subprocess.Popen(
             command,
-            cwd=self._working_dir,
+            cwd=PROJECT_DIR,
             env=self._server_environment(self._private_dir),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -214,7 +210,7 @@ class TorchServeProcess:
             return []
         return [name.strip().rsplit("=", 1)[-1] for name in names.split(",")]
 
-    def wait_until_ready(self, timeout_s: float = 300.0) -> None:
+    def wait_until_ready(self, timeout_s: float) -> None:
         """Return once every worker of every model that is loaded at start has loaded it.
 
         Raises:
@@ -241,9 +237,9 @@ class TorchServeProcess:
         answer = requests.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
         return [model["modelName"] for model in answer.json()["models"]]
 
-    def is_ready(self, model_name: str, version: str = "") -> bool:
+    def is_ready(self, model_name: str) -> bool:
         """Whether all requested workers have loaded the model."""
-        description = describe_model(self.management_url, model_name, version)
+        description = describe_model(self.management_url, model_name)
         workers = description["workers"]
         return len(workers) >= description["minWorkers"] and all(
             worker["status"] == "READY" for worker in workers

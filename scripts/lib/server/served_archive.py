@@ -19,6 +19,8 @@ from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.process import HTTP_TIMEOUT_S, TorchServeProcess, describe_model
 
+START_TIMEOUT_S = 600.0
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -66,9 +68,7 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def serve_archive(
-    archive: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 600.0
-) -> Iterator[ServedModel]:
+def serve_archive(archive: Path, environment: Mapping[str, str] | None = None) -> Iterator[ServedModel]:
     """A TorchServe with the project's settings on free ports that serves the archive; ended afterwards.
 
     environment: variables for the server and its workers, in addition to those of this process.
@@ -81,17 +81,12 @@ def serve_archive(
     server = TorchServeProcess(
         PROJECT_DIR / "config.properties",
         archive.resolve().parent,
-        working_dir=PROJECT_DIR,
         overrides={"load_models": archive.name},
         use_free_ports=True,
         environment=environment,
     )
-    try:
-        server.start()
-        server.wait_until_ready(timeout_s)
+    with server.running(START_TIMEOUT_S):
         yield ServedModel(server.inference_url, server.management_url, server.metrics_url, model_name)
-    finally:
-        server.stop()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def slides(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_asked(slides: Path) -> None:
+def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_recursive(slides: Path) -> None:
     assert find_images([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
     assert slides / "more" / "b.jpg" in find_images([slides], recursive=True)
     assert find_images([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
@@ -89,18 +89,25 @@ def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     }
 
 
-def test_options_reach_the_server(slides: Path) -> None:
+def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides: Path) -> None:
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
+    options += ["--classes", "RBC, 2", "--class-agnostic"]
     with StandInServer(answer_by_content) as server:
-        detect.main(
-            [str(slides / "b.jpg"), "--url", server.url, *options, "--classes", "RBC, 2", "--class-agnostic"]
-        )
-    headers = server.asked[0].headers
-    assert headers["X-Detect-Score-Threshold"] == "0.5"
-    assert headers["X-Detect-Iou-Threshold"] == "0.6"
-    assert headers["X-Detect-Max-Detections"] == "7"
-    assert headers["X-Detect-Classes"] == "RBC,2"
-    assert headers["X-Detect-Class-Agnostic"] == "true"
+        detect.main([str(slides / "b.jpg"), "--url", server.url, *options])
+        detect.main([str(slides / "b.jpg"), "--url", server.url])
+    with_options, without = (
+        {name: value for name, value in asked.headers.items() if name.startswith("X-Detect-")}
+        for asked in server.asked
+    )
+    assert without == {"X-Detect-Format": "json"}
+    assert with_options == {
+        **without,
+        "X-Detect-Score-Threshold": "0.5",
+        "X-Detect-Iou-Threshold": "0.6",
+        "X-Detect-Max-Detections": "7",
+        "X-Detect-Classes": "RBC,2",
+        "X-Detect-Class-Agnostic": "true",
+    }
 
 
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
@@ -111,7 +118,9 @@ def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
     assert "2/2" in capsys.readouterr().err
 
 
-def test_without_a_server_it_says_what_to_start(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_server_the_error_names_the_command_that_starts_one(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with StandInServer(answer_by_content) as server:
         url = server.url
     assert detect.main([str(slides), "--url", url]) == 2

@@ -38,17 +38,6 @@ def test_the_image_travels_as_it_is_and_the_answer_comes_back() -> None:
     assert server.asked[0].path == "/predictions/damoyolo"
 
 
-def test_options_travel_as_headers_and_unset_ones_do_not() -> None:
-    options = RequestOptions(0.05, 0.7, 500, ("RBC", "2"), True)
-    with StandInServer(lambda asked: found()) as server, DetectionClient(server.url) as client:
-        client.detect(b"image", options)
-        client.detect(b"image")
-    names = "Score-Threshold", "Iou-Threshold", "Max-Detections", "Classes", "Class-Agnostic"
-    sent, unset = server.asked[0].headers, server.asked[1].headers
-    assert [sent[f"X-Detect-{name}"] for name in names] == ["0.05", "0.7", "500", "RBC,2", "true"]
-    assert not any(f"X-Detect-{name}" in unset for name in names)
-
-
 @pytest.mark.parametrize("name", ["Blutzelle ß", "two\nlines", "one,two"])
 def test_a_class_name_that_no_header_can_carry_is_refused_by_name(name: str) -> None:
     with pytest.raises(ScriptError, match="class id instead"):
@@ -96,7 +85,7 @@ def test_a_200_that_is_no_detection_result_is_an_error(body: bytes) -> None:
         client.detect(b"image")
 
 
-def test_a_full_queue_is_asked_again_until_it_has_room() -> None:
+def test_an_image_is_sent_again_until_the_queue_has_room() -> None:
     counter = count()
 
     def full_twice(asked: Asked) -> Reply:
@@ -137,7 +126,7 @@ def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
     assert len(server.asked) == 3
 
 
-def test_silence_ends_at_the_time_limit_and_is_not_asked_again() -> None:
+def test_silence_ends_at_the_time_limit_and_is_not_retried() -> None:
     release = threading.Event()
 
     def silent(asked: Asked) -> Reply:
@@ -200,9 +189,9 @@ def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch: pytest.
 
 def test_an_absent_server_is_named_with_what_to_start() -> None:
     client = DetectionClient(free_url())
-    for ask in (client.require_server, lambda: client.detect(b"image")):
+    for call in (client.require_server, lambda: client.detect(b"image")):
         with pytest.raises(ScriptError, match=r"scripts/serve\.py"):
-            ask()
+            call()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080/predictions/damoyolo", "ftp://host/x", "http://", ""])
@@ -211,7 +200,7 @@ def test_an_address_without_scheme_or_host_is_refused(url: str) -> None:
         DetectionClient(url)
 
 
-def test_many_images_are_in_flight_at_once_but_no_more_than_asked_for() -> None:
+def test_many_images_are_in_flight_at_once_but_no_more_than_requested() -> None:
     together = threading.Barrier(4)
 
     def meet(asked: Asked) -> Reply:
@@ -269,17 +258,3 @@ def test_images_are_taken_from_the_source_only_as_they_are_sent() -> None:
 
 def test_no_images_give_no_outcomes() -> None:
     assert list(DetectionClient(free_url()).detect_many([])) == []
-
-
-def test_drawn_images_come_beside_their_detections() -> None:
-    def both(asked: Asked) -> Reply:
-        return (
-            Reply(body=b"drawn " + asked.body)
-            if asked.headers["X-Detect-Format"] == "jpeg"
-            else cell_named(asked)
-        )
-
-    with StandInServer(both) as server, DetectionClient(server.url) as client:
-        outcomes = list(client.detect_many([b"a", b"b"], draw=True))
-    assert [outcome.drawn for outcome in outcomes] == [b"drawn a", b"drawn b"]
-    assert all(outcome.answer is not None for outcome in outcomes)
