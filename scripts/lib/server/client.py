@@ -15,7 +15,13 @@ from urllib.parse import urlsplit
 
 import certifi
 import urllib3
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ReadTimeoutError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    MaxRetryError,
+    ProtocolError,
+    ReadTimeoutError,
+)
 
 from lib.cli import ScriptError
 from lib.server import DEFAULT_URL
@@ -112,6 +118,7 @@ class DetectionClient:
         retry = _Retry(
             attempts - 1,
             connect=0,
+            other=0,
             allowed_methods=None,  # all
             status_forcelist=[503],
             raise_on_status=False,
@@ -233,11 +240,12 @@ class DetectionClient:
                 f"no answer from {self.url} within {self.timeout_s:g} s; check that its workers are up "
                 "(management API), or allow more time (--timeout)"
             )
-        return ScriptError(
-            f"{self.url} dropped the connection in attempt {self.attempts} of {self.attempts} to send "
-            f"{sent_bytes:,} bytes ({reason}); its log says why. One reason: max_request_size in "
-            "config.properties"
-        )
+        if isinstance(reason, ProtocolError):
+            return ScriptError(
+                f"{self.url} dropped the connection in attempt {self.attempts} of {self.attempts} to send "
+                f"{sent_bytes:,} bytes; its log says why. One reason: max_request_size in config.properties"
+            )
+        return ScriptError(f"cannot send to {self.url}: {reason}")
 
     def _unreachable(self) -> ScriptError:
         host, port = self._host_port

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lib.cli import ScriptError
+from lib.load import generator
 from lib.load.generator import LoadResult, generate_load, percentiles
 from lib.load.worker import Load
 from lib.server.process import free_ports
@@ -188,3 +192,10 @@ def test_a_load_that_cannot_be_sent_is_refused(
 def test_percentiles_are_values_that_occurred() -> None:
     found = percentiles(np.arange(1.0, 1001.0))
     assert (found["p50"], found["p99"], found["p99.9"], found["max"]) == (500, 990, 999, 1000)
+
+
+def test_a_process_of_the_generator_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, lib.load.worker; print({'torch', 'numpy'} & sys.modules.keys())"
+    scripts_dir = Path(generator.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts_dir, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
