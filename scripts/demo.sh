@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From an empty clone to detections: sets up, builds the archive, serves it, asks it with curl.
+# From an empty clone to detections: set up, build the archive, serve it, send an image with curl.
 #   ./scripts/demo.sh                  ends the server when done
 #   ./scripts/demo.sh --keep-serving   leaves it running until Ctrl-C
 set -euo pipefail
@@ -48,7 +48,7 @@ print("%d x %d pixels, %d detections:" % (answer["width"], answer["height"], len
 for found in answer["detections"]:
     print("  %-10s %.3f  x1 %6.1f  y1 %6.1f  x2 %6.1f  y2 %6.1f" % (found["label"], found["score"], *found["bbox"]))'
 curl --silent --show-error --fail-with-body --max-time 120 -X POST "$url" -T "$sample" -H 'Accept: image/jpeg' -o "$drawn"
-echo "== The picture with its detections drawn: $drawn"
+echo "== The image with its detections drawn: $drawn"
 
 if [ "$keep_serving" = yes ]; then
     echo "== Serving on until Ctrl-C"

@@ -12,20 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from lib.cli import command_parser, fraction, name_list, positive_int, positive_seconds, run_command
+from lib.server import DEFAULT_URL
 
-from lib.cli import fraction, name_list, positive_int, positive_seconds
-from lib.images import NoImagesError, find_images
-from lib.server.client import (
-    DEFAULT_URL,
-    DetectionClient,
-    DetectionClientError,
-    Outcome,
-    RequestOptions,
-    ServerAnswerError,
-)
+if TYPE_CHECKING:
+    from lib.server.client import DetectionClient, Outcome
 
 
 def drawn_names(images: Sequence[Path]) -> list[str]:
@@ -43,7 +36,7 @@ def drawn_names(images: Sequence[Path]) -> list[str]:
 
 
 def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list[str]:
-    """A line for each detection of an answer, or one that says there is none."""
+    """A line for each detection of an answer, or one that says that there is none."""
     lines = [
         f"{image:{image_width}}  {found['label']:16}  {found['score']:5.3f}  "
         + " ".join(f"{side:7.1f}" for side in found["bbox"])
@@ -53,7 +46,9 @@ def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list
 
 
 def json_line(image: str, outcome: Outcome) -> str:
-    """The outcome as one line of JSON: the server's answer, or the error, beside the image's name."""
+    """The outcome as one line of JSON: the image's name with the server's answer or the error."""
+    from lib.server.client import ServerAnswerError
+
     if outcome.answer is not None:
         return json.dumps({"image": image, **outcome.answer})
     error: dict[str, Any] = {"message": str(outcome.error)}
@@ -63,30 +58,28 @@ def json_line(image: str, outcome: Outcome) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Detect as the arguments say; 0 if all images were answered, 1 if one failed, 2 if none was sent."""
-    arguments = _argument_parser().parse_args(argv)
-    try:
-        images = find_images(arguments.images, arguments.recursive)
-        with ExitStack() as stack:
-            client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
-            client.require_server()
-            json_lines = None
-            if arguments.jsonl is not None:
-                arguments.jsonl.parent.mkdir(parents=True, exist_ok=True)
-                json_lines = stack.enter_context(arguments.jsonl.open("w"))
-            if arguments.draw is not None:
-                arguments.draw.mkdir(parents=True, exist_ok=True)
-            failures = _detect(client, images, arguments, json_lines)
-    except (NoImagesError, DetectionClientError, OSError) as error:
-        print(f"detect: {error}", file=sys.stderr)
-        return 2
+    """Detect in the images; 0 if all were answered, 1 if one failed, 2 if none was sent."""
+    return run_command(_run, _parser(), argv, error_code=2)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lib.images import find_images
+    from lib.server.client import DetectionClient
+
+    images = find_images(arguments.images, arguments.recursive)
+    with ExitStack() as stack:
+        client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+        client.require_server()
+        json_lines = None
+        if arguments.jsonl is not None:
+            arguments.jsonl.parent.mkdir(parents=True, exist_ok=True)
+            json_lines = stack.enter_context(arguments.jsonl.open("w"))
+        if arguments.draw is not None:
+            arguments.draw.mkdir(parents=True, exist_ok=True)
+        failures = _detect(client, images, arguments, json_lines)
     if failures:
-        print(
-            f"detect: {len(failures)} of {len(images)} images failed:",
-            *failures,
-            sep="\n  ",
-            file=sys.stderr,
-        )
+        summary = f"detect: {len(failures)} of {len(images)} images failed:"
+        print(summary, *failures, sep="\n  ", file=sys.stderr)
         return 1
     return 0
 
@@ -98,6 +91,10 @@ def _detect(
     json_lines: TextIO | None,
 ) -> list[str]:
     """Send the images and report each as it is answered; returns a line for each that failed."""
+    from tqdm import tqdm
+
+    from lib.server.client import RequestOptions
+
     options = RequestOptions(
         arguments.score_threshold,
         arguments.iou_threshold,
@@ -110,11 +107,8 @@ def _detect(
     names = drawn_names(images)
     print(f"{'image':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
     outcomes = client.detect_many(images, options, arguments.in_flight, draw=arguments.draw is not None)
-    with tqdm(
-        total=len(images),
-        unit="image",
-        disable=None if arguments.progress is None else not arguments.progress,
-    ) as bar:
+    hidden = None if arguments.progress is None else not arguments.progress
+    with tqdm(total=len(images), unit="image", disable=hidden) as bar:
         for outcome in outcomes:
             image = str(images[outcome.index])
             if outcome.answer is None:
@@ -130,47 +124,27 @@ def _detect(
     return failures
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of them")
-    parser.add_argument("--recursive", action="store_true", help="search sub-folders too")
-    parser.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
-    parser.add_argument(
-        "--in-flight", type=positive_int, default=8, metavar="N", help="requests at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive_seconds,
-        default=60.0,
-        metavar="S",
-        help="longest wait for an answer (%(default)s)",
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of image files")
+    add("--recursive", action="store_true", help="search sub-folders too")
+    add("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
+    add("--in-flight", type=positive_int, default=8, metavar="N", help="concurrent requests (%(default)s)")
+    add("--timeout", type=positive_seconds, default=60.0, metavar="S", help="of each request (%(default)s)")
 
-    request = parser.add_argument_group("detection (without these the server's own defaults hold)")
-    request.add_argument(
-        "--score-threshold", type=fraction, metavar="0..1", help="least score of a detection"
-    )
-    request.add_argument(
-        "--iou-threshold", type=fraction, metavar="0..1", help="overlap above which a box is dropped"
-    )
-    request.add_argument(
-        "--max-detections", type=positive_int, metavar="N", help="at most so many of an image"
-    )
-    request.add_argument(
-        "--classes", type=name_list, metavar="A,B", help="names or ids of the only classes wanted"
-    )
-    request.add_argument(
-        "--class-agnostic", action="store_true", help="boxes of different classes compete too"
-    )
+    add = parser.add_argument_group("detection (the server's own settings where not given)").add_argument
+    add("--score-threshold", type=fraction, metavar="0..1", help="lowest score of a detection")
+    add("--iou-threshold", type=fraction, metavar="0..1", help="NMS drops a box above this overlap")
+    add("--max-detections", type=positive_int, metavar="N", help="of an image, best scores first")
+    add("--classes", type=name_list, metavar="A,B", help="only these classes, by name or id")
+    add("--class-agnostic", action="store_true", help="NMS across classes")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--jsonl", type=Path, metavar="FILE", help="write a line of JSON for each image")
-    output.add_argument("--draw", type=Path, metavar="DIR", help="write the images with their boxes drawn")
-    output.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        help="progress bar on stderr (when that is a terminal)",
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--jsonl", type=Path, metavar="FILE", help="write one line of JSON per image")
+    add("--draw", type=Path, metavar="DIR", help="write the images with their boxes drawn")
+    progress = argparse.BooleanOptionalAction
+    add("--progress", action=progress, help="progress bar on stderr (default: if that is a terminal)")
     return parser
 
 

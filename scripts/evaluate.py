@@ -30,9 +30,10 @@ from lib.accuracy.predictors import (
     match_labels,
     server_predictor,
 )
-from lib.cli import fraction, name_list, positive_int, positive_seconds
+from lib.cli import ScriptError, fraction, name_list, positive_int, positive_seconds
 from lib.measure.environment import installed_versions
-from lib.server.client import DEFAULT_URL, DetectionClient, DetectionClientError, RequestOptions
+from lib.server import DEFAULT_URL
+from lib.server.client import DetectionClient, RequestOptions
 
 if TYPE_CHECKING:
     pass
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(parser, arguments)
     try:
         _evaluate(arguments)
-    except (EvaluationError, DatasetError, MetricsError, DetectionClientError, OSError) as error:
+    except (EvaluationError, DatasetError, MetricsError, ScriptError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     return 0

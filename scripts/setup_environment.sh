@@ -1,7 +1,7 @@
 # Sourced by demo.sh and test.sh: creates .venv with pinned dependencies and puts it first on the path.
 # Usage: setup_environment REQUIREMENTS_FILE...
 
-supported_python() { # Prints the newest Python from 3.10 to 3.13 on the path; $PYTHON goes first.
+supported_python() { # Prints the newest Python from 3.10 to 3.13 on the path; $PYTHON takes precedence.
     local candidate
     for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3.10 python3; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
@@ -24,7 +24,7 @@ setup_environment() {
         "$python" -m venv --clear .venv || return 1
     fi
     for file in "$@"; do
-        # Installed once: the stamp holds the sum of the pins that were installed.
+        # Installed once: the stamp holds the checksum of the installed pins.
         stamp=.venv/$file.installed
         wanted=$(sha256sum <"$file")
         if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

@@ -24,17 +24,18 @@ def run_command(
     command: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
+    error_code: int = 1,
 ) -> int:
     """Parse the arguments and run the command; the exit code.
 
-    The one place where an expected error becomes a line on stderr and exit code 1. Ctrl-C gives 130.
+    The one place where an expected error becomes a line on stderr and `error_code`. Ctrl-C gives 130.
     """
     arguments = parser.parse_args(argv)
     try:
         return command(arguments) or 0
     except (ScriptError, DamoYoloError, OSError) as error:
         print(f"{Path(parser.prog).stem}: {error}", file=sys.stderr)
-        return 1
+        return error_code
     except KeyboardInterrupt:
         print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
         return 130

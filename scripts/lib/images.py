@@ -1,9 +1,11 @@
-"""Encoded images from folders."""
+"""Find image files and read them, still encoded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+from lib.cli import ScriptError
 
 # What a folder is searched for; a file named on the command line is sent whatever it is called.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -22,31 +24,27 @@ def read_images(folder: Path) -> list[bytes]:
 
 
 def cycled(images: Sequence[bytes], count: int, first: int = 0) -> list[bytes]:
-    """So many images, from the `first` on and over again."""
+    """`count` images, starting at `first` and going round."""
     return [images[(first + index) % len(images)] for index in range(count)]
-
-
-class NoImagesError(Exception):
-    """A path on the command line leads to no image."""
 
 
 def find_images(paths: Sequence[Path], recursive: bool) -> list[Path]:
     """The files among `paths`, and the images of its folders in alphabetical order.
 
     Raises:
-        NoImagesError: a path does not exist, or a folder holds no image.
+        ScriptError: a path does not exist, or a folder holds no image.
     """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             if not path.exists():
-                raise NoImagesError(f"{path} does not exist")
+                raise ScriptError(f"{path} does not exist")
             found.append(path)
             continue
         entries = path.rglob("*") if recursive else path.iterdir()
         images = sorted(file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not images:
             hint = "" if recursive else "; --recursive searches its sub-folders too"
-            raise NoImagesError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
+            raise ScriptError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
         found.extend(images)
     return found

@@ -1,9 +1,10 @@
-"""A stand-in for the detection server: answers as a test tells it to, and remembers what it was asked."""
+"""Stand-ins for the detection server: they answer as a test tells them to, and record the requests."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What the server sends back; no body at all and a closed connection with `drop`."""
+    """What the server sends back; with `drop` the body alone, no head, and a closed connection."""
 
     status: int = 200
     body: bytes = b""
@@ -25,6 +26,7 @@ class Reply:
 class Asked:
     """A request as it arrived."""
 
+    method: str
     path: str
     headers: Mapping[str, str]
     body: bytes
@@ -47,6 +49,8 @@ class StandInServer:
     def __init__(self, answer: Callable[[Asked], Reply]) -> None:
         self.asked: list[Asked] = []
         self.connections: set[Any] = set()
+        self.most_at_once = 0
+        lock, under_way = threading.Lock(), 0
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,12 +58,21 @@ class StandInServer:
             disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                asked = Asked(self.path, dict(self.headers), body)
-                stand_in.asked.append(asked)
-                stand_in.connections.add(self.client_address)
-                reply = answer(asked)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                asked = Asked(self.command, self.path, dict(self.headers), body)
+                nonlocal under_way
+                with lock:
+                    stand_in.asked.append(asked)
+                    stand_in.connections.add(self.client_address)
+                    under_way += 1
+                    stand_in.most_at_once = max(stand_in.most_at_once, under_way)
+                try:
+                    reply = answer(asked)
+                finally:
+                    with lock:
+                        under_way -= 1
                 if reply.drop:
+                    self.wfile.write(reply.body)
                     self.close_connection = True
                     return
                 self.send_response(reply.status)
@@ -70,6 +83,8 @@ class StandInServer:
                     self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(reply.body)
+
+            do_GET = do_PUT = do_POST  # noqa: N815 (names of the base class)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Keep quiet."""
@@ -96,3 +111,38 @@ class StandInServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+METRICS_PAGE = """# HELP batches_total Torchserve prometheus counter metric with unit: Count
+# TYPE batches_total counter
+batches_total{{ModelName="m",Level="Model",Hostname="h",}} {batches}
+batched_requests_total{{ModelName="m",Level="Model",Hostname="h",}} {requests}
+batched_requests_total{{ModelName="other",Level="Model",Hostname="h",}} 7.0
+stage_seconds_total{{ModelName="m",Level="Model",Stage="network",Hostname="h",}} {network_s}
+ts_inference_requests_total{{model_name="m",model_version="default",hostname="h",}} 1.5E3
+"""
+
+
+class StandInModel(StandInServer):
+    """A model "m" with management and metrics: answers after 10 ms, counts batches of four and 5 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.base_url = self.url.removesuffix("/predictions/damoyolo")
+        self.workers = 1
+        self.worker_status = "READY"
+
+    def _answer(self, asked: Asked) -> Reply:
+        if asked.method == "POST":
+            time.sleep(0.01)
+            return Reply(body=b'{"detections":[]}')
+        if asked.method == "PUT":
+            self.workers = int(asked.path.rpartition("=")[2])
+            return Reply(body=b"{}")
+        if asked.path == "/metrics":
+            requests = sum(each.method == "POST" for each in self.asked)
+            batches = requests / 4
+            page = METRICS_PAGE.format(batches=batches, requests=requests, network_s=batches * 0.005)
+            return Reply(body=page.encode())
+        workers = [{"status": self.worker_status}] * self.workers
+        return Reply(body=json.dumps([{"batchSize": 4, "maxBatchDelay": 2, "workers": workers}]).encode())

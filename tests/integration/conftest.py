@@ -1,8 +1,11 @@
-"""One real TorchServe for all integration tests, from an archive that is built for them."""
+"""One real TorchServe for all integration tests: scripts/serve.py on an archive that is built for them."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import torch
 
 from lib.archive.reader import load_detector
 from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive
-from lib.server.process import TorchServeProcess
+from lib.server.served_archive import ServedModel
 
 from damoyolo.detector import Detector
 from doubles.answers import BACKEND, ONNX, PRECISION
+from doubles.real_server import config_with_free_ports, ports_in_use, wait_until
 
 INTEGRATION_DIR = Path(__file__).parent
 
@@ -55,22 +59,38 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
 
 
 @pytest.fixture(scope="session")
-def server(archive: ArchiveReport, project_dir: Path) -> Iterator[TorchServeProcess]:
-    """A TorchServe that serves the archive, on free ports."""
-    with TorchServeProcess(
-        project_dir / "config.properties",
-        archive.path.parent,
-        working_dir=project_dir,
-        use_free_ports=True,
-        arguments=["--enable-model-api"],
-    ) as running:
-        yield running
+def server(
+    archive: ArchiveReport, project_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedModel]:
+    """The archive served on free ports by scripts/serve.py, whose start and end are checked, too."""
+    folder = tmp_path_factory.mktemp("serve")
+    config, addresses = config_with_free_ports(project_dir, folder)
+    output, ready_file = folder / "output.txt", folder / "ready"
+    command = [sys.executable, "scripts/serve.py", "--ts-config", str(config), "--enable-model-api"]
+    command += ["--model-store", str(archive.path.parent), "--ready-file", str(ready_file)]
+    with output.open("w") as file:
+        serve = subprocess.Popen(command, cwd=project_dir, stdout=file, stderr=subprocess.STDOUT)
+
+    def is_ready() -> bool:
+        assert serve.poll() is None, output.read_text()
+        return ready_file.exists() and bool(ready_file.read_text())
+
+    try:
+        wait_until(is_ready, "the server being ready")
+        assert ready_file.read_text().strip() == addresses[0]
+        yield ServedModel(*addresses, "damoyolo")
+    finally:
+        serve.send_signal(signal.SIGTERM)
+        serve.wait(60)
+    assert serve.returncode == 0
+    assert f"curl --max-time 60 -X POST {addresses[0]}/predictions/damoyolo" in output.read_text()
+    assert not ports_in_use(addresses)
 
 
 @pytest.fixture(scope="session")
-def url(server: TorchServeProcess) -> str:
-    """Where predictions are asked for."""
-    return f"{server.inference_url}/predictions/damoyolo"
+def url(server: ServedModel) -> str:
+    """Where images are sent."""
+    return server.predictions_url
 
 
 @pytest.fixture(scope="session")

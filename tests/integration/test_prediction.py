@@ -1,11 +1,11 @@
-"""What a real TorchServe answers to images in every form, with every option, alone and in batches."""
+"""Answers of a real TorchServe to images in every form, with every option, alone and in batches."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,19 +16,21 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image, ImageOps
+from prometheus_client.parser import text_string_to_metric_families
 
-from lib.server.process import TorchServeProcess
+from lib.server.served_archive import ServedModel
 
 from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, Detections
 from doubles.answers import assert_same_detections, encode, iou
+from doubles.real_server import wait_until
 
 TIMEOUT_S = 120.0
 Smears = dict[str, tuple[bytes, list[list[Any]]]]
 SMEAR_NAMES = ("smear_3", "smear_4", "smear_7")
 
 
-def ask(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def predict(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
     """The answer to an image sent as raw body."""
     response = requests.post(url, data=encoded, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
@@ -49,13 +51,13 @@ def detect_in_process(
 @pytest.fixture(scope="session")
 def whole_answer(url: str, smear: bytes) -> dict[str, Any]:
     """The answer to the sample image without any option."""
-    return ask(url, smear)
+    return predict(url, smear)
 
 
 @pytest.mark.parametrize("name", SMEAR_NAMES)
 def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smears, name: str) -> None:
     encoded, cells = smears[name]
-    answer = ask(url, encoded)
+    answer = predict(url, encoded)
     assert Counter(found["label"] for found in answer["detections"]) == Counter(cell[0] for cell in cells)
     for label, *box in cells:
         best = max(iou(box, found["bbox"]) for found in answer["detections"] if found["label"] == label)
@@ -67,52 +69,48 @@ def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smea
 
 
 def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(
-    server: TorchServeProcess, url: str, smears: Smears, detector: Detector
+    server: ServedModel, url: str, smears: Smears, detector: Detector
 ) -> None:
     random = np.random.default_rng(7)
     images = []
-    for index in range(64):
+    for index in range(16):
         source = Image.open(io.BytesIO(smears[SMEAR_NAMES[index % 3]][0]))
         size = int(random.integers(200, 1600)), int(random.integers(200, 1200))
         images.append(encode(source.resize(size), "JPEG" if index % 4 else "PNG"))
     batches_before = counter_value(server, "batches_total")
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda encoded: ask(url, encoded), images))
-    for encoded, answer in zip(images, answers, strict=True):
-        assert_same_detections(answer, detect_in_process(detector, encoded))
+        answers = list(pool.map(lambda encoded: predict(url, encoded), images * 4))
+    expected = [detect_in_process(detector, encoded) for encoded in images]
+    for index, answer in enumerate(answers):
+        assert_same_detections(answer, expected[index % len(images)])
     # They did share batches: 64 requests in batches of at most 8.
     assert wait_for_counter(server, "batches_total", batches_before + 8) < batches_before + 40
 
 
-def counter_value(server: TorchServeProcess, name: str, **labels: str) -> float:
+def counter_value(server: ServedModel, name: str, **labels: str) -> float:
     """Sum of a counter over all label sets that hold `labels`."""
     text = requests.get(f"{server.metrics_url}/metrics", timeout=TIMEOUT_S).text
-    total = 0.0
-    for line in text.splitlines():
-        match = re.fullmatch(rf"{name}{{(.*)}} ([0-9.eE+-]+)", line)
-        if match and all(f'{key}="{value}"' in match.group(1) for key, value in labels.items()):
-            total += float(match.group(2))
-    return total
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(
+        sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
-def wait_for_counter(server: TorchServeProcess, name: str, at_least: float, **labels: str) -> float:
+def wait_for_counter(server: ServedModel, name: str, at_least: float, **labels: str) -> float:
     """The counter once it has reached a value; the handler sends its counters once a second."""
-    import time
-
-    deadline = time.monotonic() + 10
-    while (value := counter_value(server, name, **labels)) < at_least and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert value >= at_least, f"{name} {labels} stays at {value}"
-    return value
+    wait_until(
+        lambda: counter_value(server, name, **labels) >= at_least, f"{name} {labels} of {at_least}", 10
+    )
+    return counter_value(server, name, **labels)
 
 
-def test_stage_times_and_errors_arrive_as_metrics(server: TorchServeProcess, url: str, smear: bytes) -> None:
+def test_stage_times_and_errors_arrive_as_metrics(server: ServedModel, url: str, smear: bytes) -> None:
     before = {
         stage: counter_value(server, "stage_seconds_total", Stage=stage)
         for stage in ("parse", "preprocess", "network", "postprocess", "respond")
     }
     errors = counter_value(server, "request_errors_total", Kind="UnsupportedImage")
-    ask(url, smear)
+    predict(url, smear)
     assert requests.post(url, data=b"no image", timeout=TIMEOUT_S).status_code == 415
     wait_for_counter(server, "request_errors_total", errors + 1, Kind="UnsupportedImage")
     for stage, seconds in before.items():
@@ -121,62 +119,40 @@ def test_stage_times_and_errors_arrive_as_metrics(server: TorchServeProcess, url
         )
 
 
-@pytest.mark.parametrize(
-    ("form", "send"),
-    [
-        ("raw put", lambda url, data: requests.put(url, data=data, timeout=TIMEOUT_S)),
-        ("raw octets", lambda url, data: post(url, data, "application/octet-stream")),
-        ("raw jpeg", lambda url, data: post(url, data, "image/jpeg")),
-        ("part data", lambda url, data: requests.post(url, files={"data": data}, timeout=TIMEOUT_S)),
-        (
-            "part body",
-            lambda url, data: requests.post(url, files={"body": ("a.jpg", data)}, timeout=TIMEOUT_S),
-        ),
-        (
-            "part image",
-            lambda url, data: requests.post(
-                url, files={"image": ("a.jpg", data, "image/jpeg")}, timeout=TIMEOUT_S
-            ),
-        ),
-        (
-            "part without file name",
-            lambda url, data: requests.post(url, files={"data": (None, data)}, timeout=TIMEOUT_S),
-        ),
-        (
-            "json image",
-            lambda url, data: requests.post(url, json={"image": as_base64(data)}, timeout=TIMEOUT_S),
-        ),
-        (
-            "json of another type",
-            lambda url, data: post(
-                url, json.dumps({"image": as_base64(data)}).encode(), "application/x+json"
-            ),
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_input_form_gives_the_same_answer(
-    url: str,
-    smear: bytes,
-    whole_answer: dict[str, Any],
-    form: str,
-    send: Callable[[str, bytes], requests.Response],
-) -> None:
-    response = send(url, smear)
-    assert response.status_code == 200, f"{form}: {response.text}"
-    assert response.json() == whole_answer
-
-
 def as_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def post(url: str, data: bytes, content_type: str) -> requests.Response:
-    return requests.post(url, data=data, headers={"Content-Type": content_type}, timeout=TIMEOUT_S)
+INPUT_FORMS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+    "raw octets": lambda data: {"data": data, "headers": {"Content-Type": "application/octet-stream"}},
+    "raw jpeg": lambda data: {"data": data, "headers": {"Content-Type": "image/jpeg"}},
+    "part data": lambda data: {"files": {"data": data}},
+    "part body": lambda data: {"files": {"body": ("a.jpg", data)}},
+    "part image": lambda data: {"files": {"image": ("a.jpg", data, "image/jpeg")}},
+    "part without file name": lambda data: {"files": {"data": (None, data)}},
+    "json image": lambda data: {"json": {"image": as_base64(data)}},
+    "json of another type": lambda data: {
+        "data": json.dumps({"image": as_base64(data)}).encode(),
+        "headers": {"Content-Type": "application/x+json"},
+    },
+}
+
+
+@pytest.mark.parametrize("form", INPUT_FORMS)
+def test_every_input_form_gives_the_same_answer(
+    url: str, smear: bytes, whole_answer: dict[str, Any], form: str
+) -> None:
+    response = requests.post(url, **INPUT_FORMS[form](smear), timeout=TIMEOUT_S)
+    assert response.status_code == 200, response.text
+    assert response.json() == whole_answer
+
+
+def test_put_gives_the_same_answer_as_post(url: str, smear: bytes, whole_answer: dict[str, Any]) -> None:
+    assert requests.put(url, data=smear, timeout=TIMEOUT_S).json() == whole_answer
 
 
 def test_instances_come_back_as_predictions_in_their_order(
-    url: str, server: TorchServeProcess, smears: Smears, detector: Detector
+    url: str, server: ServedModel, smears: Smears, detector: Detector
 ) -> None:
     images = [smears[name][0] for name in SMEAR_NAMES]
     body = {"instances": [{"b64": as_base64(image)} for image in images]}
@@ -212,7 +188,7 @@ def test_every_image_format_is_served(
     else:
         image = source.convert(mode)
     encoded = encode(image, image_format, **options)
-    answer = ask(url, encoded)
+    answer = predict(url, encoded)
     assert (answer["width"], answer["height"]) == (320, 240)
     assert answer["detections"]
     assert_same_detections(answer, detect_in_process(detector, encoded))
@@ -224,7 +200,7 @@ def test_boxes_refer_to_the_image_as_a_viewer_shows_it(url: str, smears: Smears)
     exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
     encoded = encode(source, "JPEG", exif=exif, quality=95)
     shown = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-    answer = ask(url, encoded)
+    answer = predict(url, encoded)
     assert (answer["width"], answer["height"]) == shown.size == (480, 640)
     for _, x1, y1, x2, y2 in smears["smear_4"][1]:
         turned = [480 - y2, x1, 480 - y1, x2]
@@ -280,7 +256,7 @@ def test_suppression_options_equal_the_in_process_results(
 
 
 def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(
-    server: TorchServeProcess, smear: bytes
+    server: ServedModel, smear: bytes
 ) -> None:
     address = f"{server.inference_url}/models/damoyolo/invoke?max_detections=2"
     response = requests.post(address, data=smear, timeout=TIMEOUT_S)
@@ -355,7 +331,7 @@ def test_a_bad_request_gets_its_own_status_and_says_what_is_accepted(
 
 
 def test_corrupt_neighbours_in_a_batch_cost_only_themselves(
-    server: TorchServeProcess, url: str, smear: bytes, whole_answer: dict[str, Any]
+    server: ServedModel, url: str, smear: bytes, whole_answer: dict[str, Any]
 ) -> None:
     bodies = [
         smear,
@@ -390,8 +366,6 @@ def test_a_batch_of_bad_requests_only_is_answered(url: str) -> None:
 
 
 def test_curl_as_in_the_readme_works(url: str, project_dir: Path, whole_answer: dict[str, Any]) -> None:
-    import subprocess
-
     image = project_dir / "tests" / "data" / "smears" / "smear_3.jpg"
     command = ["curl", "--silent", "--max-time", "120", "-X", "POST", url, "-T", str(image)]
     assert (

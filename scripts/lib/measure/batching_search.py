@@ -1,4 +1,4 @@
-"""Search for the batching setting that serves most within a latency budget, in fewer trials than a grid."""
+"""Search for the batching setting of highest rate within a latency budget, in fewer trials than a grid."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from lib.archive.members import BatchingSetting
 
-# What a repetition differs by anyway: a gain has to be larger to pay for a larger batch or one more worker.
+# Repetitions differ by this much: a larger batch or one more worker has to gain more than that.
 NOISE = 0.02
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a setting serves: the highest rate found, and the latencies at it."""
+    """The highest rate found for a setting, and the latencies at it."""
 
     requests_per_s: float
     p50_ms: float
@@ -24,6 +24,12 @@ class Measurement:
     def meets(self, budget_ms: float) -> bool:
         """Whether it is without errors and within the bound on p99."""
         return not self.errors and self.p99_ms <= budget_ms
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requests_per_s:.1f}/s, p50 {self.p50_ms:.1f} ms, p99 {self.p99_ms:.1f} ms, "
+            f"{self.errors} errors at concurrency {self.concurrency}"
+        )
 
 
 Measure = Callable[[BatchingSetting], Measurement]
@@ -37,7 +43,7 @@ class SearchResult:
     best: BatchingSetting | None = None  # None while nothing was measured
 
     def best_measurement(self) -> Measurement:
-        """That of the best setting."""
+        """The measurement of the best setting."""
         assert self.best is not None
         return self.trials[self.best]
 
@@ -52,12 +58,12 @@ class SearchSpace:
 
 
 def find_setting(measure: Measure, space: SearchSpace, budget_ms: float) -> SearchResult:
-    """The setting of highest rate whose p99 stays within the budget, as far as the trials tell.
+    """The setting of highest rate, among those tried, whose p99 stays within the budget.
 
     Coarse to fine: every third batch size with the fewest, most and a middle number of workers, at the
     shortest delay; then the neighbours of the best in batch size and workers, until none is better; then the
-    delay, upwards; then the neighbours once more at that delay. Where no setting meets the budget the one of
-    lowest p99 is the best.
+    delay, upwards; then the neighbours once more at that delay. Where no setting meets the budget, the
+    one of lowest p99 is the best.
     """
     result = SearchResult()
 
@@ -66,7 +72,7 @@ def find_setting(measure: Measure, space: SearchSpace, budget_ms: float) -> Sear
             result.trials[setting] = measure(setting)
             result.best = _best(result.trials, budget_ms)
 
-    # By batch size and not by workers: those can be changed without starting the server anew.
+    # Workers in the inner loop: their number can change without a restart of the server.
     for batch_size in _spread(space.batch_sizes, 3):
         for workers in _ends_and_middle(space.workers):
             try_setting(BatchingSetting(batch_size, space.delays_ms[0], workers))
@@ -81,7 +87,7 @@ def _climb(
     try_setting: Callable[[BatchingSetting], None],
     candidates: Callable[[BatchingSetting], Iterable[BatchingSetting]],
 ) -> None:
-    """Go to the best candidate until the best has none better."""
+    """Try the candidates around the best setting until none of them is better."""
     centre = None
     while centre != result.best:
         centre = result.best
@@ -91,7 +97,7 @@ def _climb(
 
 
 def _best(trials: Mapping[BatchingSetting, Measurement], budget_ms: float) -> BatchingSetting:
-    """The cheapest of those whose rate no other surpasses by more than noise; else the one of lowest p99."""
+    """The cheapest of those within noise of the highest rate; else the one of lowest p99."""
     rates = {
         setting: measured.requests_per_s for setting, measured in trials.items() if measured.meets(budget_ms)
     }
@@ -102,12 +108,12 @@ def _best(trials: Mapping[BatchingSetting, Measurement], budget_ms: float) -> Ba
 
 
 def _cost(setting: BatchingSetting) -> tuple[int, int, int]:
-    """What is cheaper where rates are equal: memory of workers first, then of batches, then waiting."""
+    """The order among equal rates: memory of workers first, then of batches, then waiting."""
     return setting.workers, setting.batch_size, setting.delay_ms
 
 
 def _neighbours(setting: BatchingSetting, space: SearchSpace) -> list[BatchingSetting]:
-    """One step in workers, in batch size, or against each other: what is in flight together bounds p99."""
+    """One step in workers, in batch size, or in both in opposite directions: their product bounds p99."""
     workers, sizes = _beside(space.workers, setting.workers), _beside(space.batch_sizes, setting.batch_size)
     return [
         *(replace(setting, workers=count) for count in workers),
@@ -122,7 +128,7 @@ def _neighbours(setting: BatchingSetting, space: SearchSpace) -> list[BatchingSe
 
 
 def _next_delays(setting: BatchingSetting, space: SearchSpace) -> list[BatchingSetting]:
-    """One step in the delay, alone or with one in workers: a wait pays where others work meanwhile."""
+    """One step in the delay, alone or with one in workers, as others compute while one waits."""
     return [
         replace(setting, delay_ms=delay_ms, workers=workers)
         for delay_ms in _beside(space.delays_ms, setting.delay_ms)

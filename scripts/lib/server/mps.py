@@ -1,7 +1,7 @@
-"""NVIDIA's Multi-Process Service: lets the kernels of several workers run on one GPU at the same time.
+"""Run NVIDIA's Multi-Process Service (MPS), so that kernels of several workers run on one GPU at once.
 
-Without it the GPU gives each process a slice of time and switches between them, so that the pauses of one
-worker are not filled by another. The price: a fault on the device ends every worker that shares the service.
+Without it the GPU gives each process a time slice, and no worker fills the pauses of another. The price: a
+fault on the device ends every worker that shares the service.
 """
 
 from __future__ import annotations
@@ -14,43 +14,41 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.cli import ScriptError
+
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 # Where container runtimes mount the driver's programs without putting them on the path.
 FURTHER_FOLDERS = ("/usr/local/nvidia/bin", "/usr/bin")
 CONTROL_TIMEOUT_S = 30.0
 
 
-class MpsError(Exception):
-    """The service could not be started."""
-
-
 def find_control_program() -> str:
-    """Path of the program that controls the service.
+    """Path of nvidia-cuda-mps-control.
 
     Raises:
-        MpsError: it is not on this machine.
+        ScriptError: it is not on this machine.
     """
     search_path = os.pathsep.join([os.environ.get("PATH", ""), *FURTHER_FOLDERS])
     program = shutil.which(CONTROL_PROGRAM, path=search_path)
     if program is None:
-        raise MpsError(f"{CONTROL_PROGRAM}, a part of NVIDIA's driver, was not found; start without --mps")
+        raise ScriptError(f"{CONTROL_PROGRAM}, a part of NVIDIA's driver, was not found; start without --mps")
     return program
 
 
 @contextlib.contextmanager
 def cuda_mps(wanted: bool = True) -> Iterator[dict[str, str]]:
-    """A service of one's own while entered; the environment variables by which processes find it.
+    """A private service inside the context; yields the environment variables by which processes find it.
 
-    wanted: false starts nothing, and there are no variables.
+    wanted: false starts nothing and yields no variables.
 
     Raises:
-        MpsError: it cannot be started.
+        ScriptError: it cannot be started.
     """
     if not wanted:
         yield {}
         return
     program = find_control_program()
-    # Short, because it holds sockets, whose paths may have 107 characters.
+    # A short path, because it holds sockets, whose paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="mps-", dir="/tmp"))
     variables = {
         "CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"),
@@ -62,7 +60,7 @@ def cuda_mps(wanted: bool = True) -> Iterator[dict[str, str]]:
     try:
         started = _control([program, "-d"], environment)
         if started.returncode != 0:
-            raise MpsError(f"{CONTROL_PROGRAM} -d failed: {(started.stderr or started.stdout).strip()}")
+            raise ScriptError(f"{CONTROL_PROGRAM} -d failed: {(started.stderr or started.stdout).strip()}")
         try:
             yield variables
         finally:
@@ -85,4 +83,4 @@ def _control(
             timeout=CONTROL_TIMEOUT_S,
         )
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise MpsError(f"{CONTROL_PROGRAM}: {error}") from error
+        raise ScriptError(f"{CONTROL_PROGRAM}: {error}") from error

@@ -1,9 +1,8 @@
-"""A TorchServe of one's own: started, known to be ready or known to have failed, and surely stopped."""
+"""Run TorchServe: start it, wait until it is ready or has failed, and stop all its processes."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -13,20 +12,20 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import requests
 
+from lib.cli import ScriptError
+from lib.paths import PROJECT_DIR
 from lib.server.java import find_java_home
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 GRPC_PORT_KEYS = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
-# The first of a row of ports whose numbers name the sockets of the workers.
+# The first of consecutive port numbers that name the sockets of the workers.
 WORKER_PORT_KEY = "initial_worker_port"
 # Printed by a worker that could not load its model, or by the server about it.
 FAILURE_MARKS = (
@@ -35,13 +34,9 @@ FAILURE_MARKS = (
     "Failed to load model",
     "Invalid configuration",
 )
-# Describing a model on a GPU host runs nvidia-smi once a worker, which takes seconds on some machines.
+# Describing a model on a GPU host runs nvidia-smi once per worker, which takes seconds on some machines.
 HTTP_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.5
-
-
-class ServerStartError(Exception):
-    """The server or one of its workers could not start; the message holds what it printed."""
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -61,9 +56,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_listening(port: int) -> bool:
-    """Whether somebody listens on this port of 127.0.0.1."""
+    """Whether this port of 127.0.0.1 is taken."""
     with socket.socket() as probe:
-        # Connections that have just ended may linger on a port that is free.
+        # Recently closed connections may linger on a free port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -73,7 +68,7 @@ def is_listening(port: int) -> bool:
 
 
 def busy_ports(properties: Mapping[str, str]) -> list[int]:
-    """The ports among those that the settings name which somebody listens on already."""
+    """The ports in the settings that are already taken."""
     ports = [_port(properties[key]) for key in ADDRESS_KEYS]
     ports += [int(properties.get(key, default)) for key, default in GRPC_PORT_KEYS.items()]
     return [port for port in ports if is_listening(port)]
@@ -83,17 +78,25 @@ def _port(address: str) -> int:
     return int(address.rsplit(":", 1)[1])
 
 
-class TorchServeProcess:
-    """A running TorchServe; as a context manager it is ready inside and gone afterwards.
+def describe_model(management_url: str, model_name: str) -> dict[str, Any]:
+    """The management API's description of a model's default version."""
+    answer = requests.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
+    answer.raise_for_status()
+    description: dict[str, Any] = answer.json()[0]
+    return description
 
-    config_file: server settings; relative paths in it are taken from `working_dir`.
+
+class TorchServeProcess:
+    """A TorchServe and all its workers.
+
+    config_file: server settings; relative paths in it are taken from the project's folder.
     model_store: folder of the archives.
-    overrides: settings in place of those in the file; a value of None leaves one out.
+    overrides: settings in place of those in the file.
     use_free_ports: take ports that are free in place of those in the settings.
     log_dir: where the server writes its logs.
-    echo: where what the server prints goes too; None for nowhere.
-    arguments: further words for the `torchserve` command line.
-    environment: variables for the server and its workers, beside those of this process.
+    echo: gets a copy of what the server prints.
+    arguments: further arguments of the `torchserve` command line.
+    environment: variables for the server and its workers, in addition to those of this process.
     """
 
     def __init__(
@@ -101,16 +104,14 @@ class TorchServeProcess:
         config_file: Path,
         model_store: Path,
         *,
-        working_dir: Path,
-        overrides: Mapping[str, str | None] | None = None,
+        overrides: Mapping[str, str] | None = None,
         use_free_ports: bool = False,
         log_dir: Path | None = None,
         echo: TextIO | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        merged = {**read_properties(config_file), **(overrides or {})}
-        self.properties = {key: value for key, value in merged.items() if value is not None}
+        self.properties = {**read_properties(config_file), **(overrides or {})}
         if use_free_ports:
             ports = free_ports(5)
             addresses = [f"http://127.0.0.1:{port}" for port in ports[:3]]
@@ -120,7 +121,6 @@ class TorchServeProcess:
         self.inference_url, self.management_url, self.metrics_url = (
             self.properties[key] for key in ADDRESS_KEYS
         )
-        self._working_dir = working_dir
         self._log_dir = log_dir
         self._echo = echo
         self._arguments = list(arguments)
@@ -131,96 +131,101 @@ class TorchServeProcess:
         self._private_dir: Path | None = None
         self._reader: threading.Thread | None = None
 
-    def __enter__(self) -> TorchServeProcess:
-        self.start()
-        try:
-            self.wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+    @contextlib.contextmanager
+    def running(self, timeout_s: float = 300.0) -> Iterator[TorchServeProcess]:
+        """The server ready inside the context, and stopped afterwards.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        Raises:
+            ScriptError, FileNotFoundError: as `start` and `wait_until_ready`.
+        """
+        try:
+            self.start()
+            self.wait_until_ready(timeout_s)
+            yield self
+        finally:
+            self.stop()
 
     def start(self) -> None:
         """Start the server; returns at once.
 
         Raises:
-            ServerStartError: an archive is missing or a port is taken.
+            ScriptError: an archive is missing or a port is taken.
             FileNotFoundError: there is no Java runtime.
         """
-        for archive in self.startup_archives():
-            if not (self.model_store / archive).exists():
-                raise ServerStartError(
-                    f"{self.model_store / archive} does not exist; scripts/build_archive.py makes it"
-                )
-        busy = busy_ports(self.properties)
-        if busy:
-            raise ServerStartError(
-                f"somebody else listens on port {', '.join(map(str, busy))} of 127.0.0.1; stop that program, "
-                "or take other ports (the addresses in config.properties, or --any-port here)"
-            )
-        # The server keeps its process id, sockets and unpacked archives in the temporary folder: with one of
-        # its own it meets no other server.
+        self._check_startable()
+        # The server keeps its process id, sockets and unpacked archives in the temporary folder: with a
+        # private one it does not collide with other servers.
         self._private_dir = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.properties.setdefault(WORKER_PORT_KEY, str(free_ports(1)[0]))
         config_file = self._private_dir / "config.properties"
         config_file.write_text("".join(f"{key}={value}\n" for key, value in self.properties.items()))
-        log_dir = str(self._log_dir or self._private_dir / "logs")
-        environment = {
-            **os.environ,
-            **self._environment,
-            "JAVA_HOME": str(find_java_home()),
-            "TMPDIR": str(self._private_dir),
-            "TEMP": str(self._private_dir),
-            "LOG_LOCATION": log_dir,
-            "METRICS_LOCATION": log_dir,
-        }
-        environment.pop("TS_CONFIG_FILE", None)  # it would win over --ts-config
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
         command += ["--model-store", str(self.model_store), "--ts-config", str(config_file), *self._arguments]
         self._process = subprocess.Popen(
             command,
-            cwd=self._working_dir,
-            env=environment,
+            cwd=PROJECT_DIR,
+            env=self._server_environment(self._private_dir),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # A group of its own: the wrapper dies of a signal without ending Java, so all get it from here.
+            # A process group: the wrapper dies of a signal without ending Java, so `stop` signals all of it.
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read_output, name="torchserve-output", daemon=True)
         self._reader.start()
 
+    def _check_startable(self) -> None:
+        for archive in self.startup_archives():
+            if not (self.model_store / archive).exists():
+                raise ScriptError(
+                    f"{self.model_store / archive} does not exist; scripts/build_archive.py makes it"
+                )
+        busy = busy_ports(self.properties)
+        if busy:
+            raise ScriptError(
+                f"another program listens on port {', '.join(map(str, busy))} of 127.0.0.1; stop it, or take "
+                "other ports (the addresses in config.properties, or --any-port here)"
+            )
+
+    def _server_environment(self, private_dir: Path) -> dict[str, str]:
+        log_dir = str(self._log_dir or private_dir / "logs")
+        environment = {
+            **os.environ,
+            **self._environment,
+            "JAVA_HOME": str(find_java_home()),
+            "TMPDIR": str(private_dir),
+            "TEMP": str(private_dir),
+            "LOG_LOCATION": log_dir,
+            "METRICS_LOCATION": log_dir,
+        }
+        environment.pop("TS_CONFIG_FILE", None)  # it takes precedence over --ts-config
+        return environment
+
     def startup_archives(self) -> list[str]:
-        """File names of the archives that the settings load at start."""
+        """File names of the archives that are loaded at start."""
         names = self.properties.get("load_models", "")
         if names.lower() in ("", "none", "all"):
             return []
         return [name.strip().rsplit("=", 1)[-1] for name in names.split(",")]
 
-    def wait_until_ready(self, timeout_s: float = 300.0) -> None:
+    def wait_until_ready(self, timeout_s: float) -> None:
         """Return once every worker of every model that is loaded at start has loaded it.
 
         Raises:
-            ServerStartError: the server ended, a worker failed to start, or time ran out; with what was
-                printed last.
+            ScriptError: the server ended, a worker failed to start, or time ran out; with the last output.
         """
         deadline = time.monotonic() + timeout_s
         expected = len(self.startup_archives())
         while True:
             if self._failed.is_set():
                 time.sleep(1.0)  # the rest of the traceback
-                raise ServerStartError(f"a worker could not start:\n{self.last_output()}")
+                raise ScriptError(f"a worker could not start:\n{self.last_output()}")
             if self._process is None or self._process.poll() is not None:
-                raise ServerStartError(f"the server ended while it started:\n{self.last_output()}")
+                raise ScriptError(f"the server ended while it started:\n{self.last_output()}")
             if time.monotonic() > deadline:
-                raise ServerStartError(f"not ready within {timeout_s:.0f} s:\n{self.last_output()}")
+                raise ScriptError(f"not ready within {timeout_s:.0f} s:\n{self.last_output()}")
             with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 names = self.model_names()
                 if len(names) >= expected and all(self.is_ready(name) for name in names):
@@ -232,17 +237,9 @@ class TorchServeProcess:
         answer = requests.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
         return [model["modelName"] for model in answer.json()["models"]]
 
-    def describe(self, model_name: str, version: str = "") -> dict[str, Any]:
-        """What the management interface says of one version of a model (the default one if not named)."""
-        url = f"{self.management_url}/models/{model_name}" + (f"/{version}" if version else "")
-        answer = requests.get(url, timeout=HTTP_TIMEOUT_S)
-        answer.raise_for_status()
-        description: dict[str, Any] = answer.json()[0]
-        return description
-
-    def is_ready(self, model_name: str, version: str = "") -> bool:
-        """Whether all the workers asked for have loaded the model."""
-        description = self.describe(model_name, version)
+    def is_ready(self, model_name: str) -> bool:
+        """Whether all requested workers have loaded the model."""
+        description = describe_model(self.management_url, model_name)
         workers = description["workers"]
         return len(workers) >= description["minWorkers"] and all(
             worker["status"] == "READY" for worker in workers
@@ -254,7 +251,7 @@ class TorchServeProcess:
             self._process.wait()
 
     def stop(self, grace_s: float = 20.0) -> None:
-        """End the server and all its workers; what is still being answered is lost."""
+        """End the server and all its workers; requests under way are lost."""
         if self._process is not None:
             for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
                 with contextlib.suppress(ProcessLookupError):
@@ -298,10 +295,3 @@ class TorchServeProcess:
     def last_output(self) -> str:
         """The last lines that the server and its workers printed."""
         return "\n".join(self._printed)
-
-
-def model_name_of(archive: Path) -> str:
-    """The model's name in the manifest of a .mar archive."""
-    with zipfile.ZipFile(archive) as opened:
-        manifest = json.loads(opened.read("MAR-INF/MANIFEST.json"))
-    return str(manifest["model"]["modelName"])

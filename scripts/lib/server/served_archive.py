@@ -1,21 +1,30 @@
-"""Variants of a built archive for measuring: other batching settings, or a handler that does nothing."""
+"""Serve an archive for measuring: as it is, with other batching settings, or with an empty handler."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
+import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lib.archive.members import BatchingSetting, archive_with_setting, empty_archive
+import requests
+
+from lib.archive.members import MANIFEST, BatchingSetting, archive_with_setting, empty_archive
+from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
-from lib.server.process import TorchServeProcess, model_name_of
+from lib.server.process import HTTP_TIMEOUT_S, TorchServeProcess, describe_model
+
+START_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Where a running server answers for a model."""
+    """A model of a running server."""
 
     inference_url: str
     management_url: str
@@ -27,34 +36,57 @@ class ServedModel:
         """Where images are sent."""
         return f"{self.inference_url}/predictions/{self.model_name}"
 
+    def batching(self) -> dict[str, Any]:
+        """Batching settings and number of workers."""
+        description = describe_model(self.management_url, self.model_name)
+        return {
+            "batch_size": description["batchSize"],
+            "delay_ms": description["maxBatchDelay"],
+            "workers": len(description["workers"]),
+        }
+
+    def scale(self, workers: int, timeout_s: float = 300.0) -> None:
+        """Change the number of workers; returns when all have loaded the model.
+
+        Raises:
+            ScriptError: they have not within the time.
+        """
+        requests.put(
+            f"{self.management_url}/models/{self.model_name}",
+            params={"min_worker": str(workers), "max_worker": str(workers)},
+            timeout=HTTP_TIMEOUT_S,
+        ).raise_for_status()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            description = describe_model(self.management_url, self.model_name)
+            states = [worker["status"] for worker in description["workers"]]
+            if states == ["READY"] * workers:
+                return
+            if time.monotonic() > deadline:
+                raise ScriptError(f"{workers} workers requested; after {timeout_s:.0f} s they are {states}")
+            time.sleep(0.2)
+
 
 @contextlib.contextmanager
-def serve_archive(
-    archive: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 600.0
-) -> Iterator[ServedModel]:
+def serve_archive(archive: Path, environment: Mapping[str, str] | None = None) -> Iterator[ServedModel]:
     """A TorchServe with the project's settings on free ports that serves the archive; ended afterwards.
 
-    environment: variables for the server and its workers, beside those of this process.
+    environment: variables for the server and its workers, in addition to those of this process.
 
     Raises:
-        ServerStartError, FileNotFoundError: it does not start.
+        ScriptError, FileNotFoundError: it does not start.
     """
+    with zipfile.ZipFile(archive) as opened:
+        model_name = json.loads(opened.read(MANIFEST))["model"]["modelName"]
     server = TorchServeProcess(
         PROJECT_DIR / "config.properties",
         archive.resolve().parent,
-        working_dir=PROJECT_DIR,
         overrides={"load_models": archive.name},
         use_free_ports=True,
         environment=environment,
     )
-    try:
-        server.start()
-        server.wait_until_ready(timeout_s)
-        yield ServedModel(
-            server.inference_url, server.management_url, server.metrics_url, model_name_of(archive)
-        )
-    finally:
-        server.stop()
+    with server.running(START_TIMEOUT_S):
+        yield ServedModel(server.inference_url, server.management_url, server.metrics_url, model_name)
 
 
 @contextlib.contextmanager

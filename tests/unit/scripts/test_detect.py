@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lib.images import find_images
+
 import detect
 from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
 
 CELL = {"class_id": 1, "label": "RBC", "score": 0.912, "bbox": [1.0, 2.0, 30.5, 40.0]}
 
 
-def evaluate_deviation(asked: Asked) -> Reply:
+def answer_by_content(asked: Asked) -> Reply:
     """No detection in an empty slide, an error for a bad image, one cell in any other."""
     if asked.body == b"bad":
         return failed(415, "UnsupportedImage", "no image")
@@ -31,10 +33,10 @@ def slides(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_asked(slides: Path) -> None:
-    assert detect.find_images([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
-    assert slides / "more" / "b.jpg" in detect.find_images([slides], recursive=True)
-    assert detect.find_images([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
+def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_recursive(slides: Path) -> None:
+    assert find_images([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
+    assert slides / "more" / "b.jpg" in find_images([slides], recursive=True)
+    assert find_images([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
 
 
 def test_drawn_images_have_names_of_their_own(slides: Path) -> None:
@@ -48,7 +50,7 @@ def test_the_table_has_a_row_for_each_detection_and_each_empty_image(
     slides: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (slides / "c.jpg").write_bytes(b"empty")
-    with StandInServer(evaluate_deviation) as server:
+    with StandInServer(answer_by_content) as server:
         assert detect.main([str(slides), "--url", server.url]) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
@@ -63,7 +65,7 @@ def test_a_failed_image_is_named_and_the_others_are_answered(
 ) -> None:
     (slides / "a.PNG").write_bytes(b"bad")
     json_lines = slides.parent / "new" / "out.jsonl"
-    with StandInServer(evaluate_deviation) as server:
+    with StandInServer(answer_by_content) as server:
         code = detect.main([str(slides), "--recursive", "--url", server.url, "--jsonl", str(json_lines)])
     out, err = capsys.readouterr()
     assert code == 1
@@ -78,7 +80,7 @@ def test_a_failed_image_is_named_and_the_others_are_answered(
 
 def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     output = slides.parent / "drawn"
-    with StandInServer(evaluate_deviation) as server:
+    with StandInServer(answer_by_content) as server:
         assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         "a_detections.jpg": b"drawn a.PNG",
@@ -87,30 +89,39 @@ def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     }
 
 
-def test_options_reach_the_server(slides: Path) -> None:
+def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides: Path) -> None:
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
-    with StandInServer(evaluate_deviation) as server:
-        detect.main(
-            [str(slides / "b.jpg"), "--url", server.url, *options, "--classes", "RBC, 2", "--class-agnostic"]
-        )
-    headers = server.asked[0].headers
-    assert headers["X-Detect-Score-Threshold"] == "0.5"
-    assert headers["X-Detect-Iou-Threshold"] == "0.6"
-    assert headers["X-Detect-Max-Detections"] == "7"
-    assert headers["X-Detect-Classes"] == "RBC,2"
-    assert headers["X-Detect-Class-Agnostic"] == "true"
+    options += ["--classes", "RBC, 2", "--class-agnostic"]
+    with StandInServer(answer_by_content) as server:
+        detect.main([str(slides / "b.jpg"), "--url", server.url, *options])
+        detect.main([str(slides / "b.jpg"), "--url", server.url])
+    with_options, without = (
+        {name: value for name, value in asked.headers.items() if name.startswith("X-Detect-")}
+        for asked in server.asked
+    )
+    assert without == {"X-Detect-Format": "json"}
+    assert with_options == {
+        **without,
+        "X-Detect-Score-Threshold": "0.5",
+        "X-Detect-Iou-Threshold": "0.6",
+        "X-Detect-Max-Detections": "7",
+        "X-Detect-Classes": "RBC,2",
+        "X-Detect-Class-Agnostic": "true",
+    }
 
 
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
     slides: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with StandInServer(evaluate_deviation) as server:
+    with StandInServer(answer_by_content) as server:
         detect.main([str(slides), "--url", server.url, "--progress"])
     assert "2/2" in capsys.readouterr().err
 
 
-def test_without_a_server_it_says_what_to_start(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with StandInServer(evaluate_deviation) as server:
+def test_without_a_server_the_error_names_the_command_that_starts_one(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StandInServer(answer_by_content) as server:
         url = server.url
     assert detect.main([str(slides), "--url", url]) == 2
     assert "scripts/serve.py" in capsys.readouterr().err

@@ -2,111 +2,54 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lib.load.external import perf_analyzer_command, run_wrk, write_perf_analyzer_input
-from lib.load.generator import Load, LoadError, generate_load, percentiles
+from lib.cli import ScriptError
+from lib.load import generator
+from lib.load.generator import LoadResult, generate_load, percentiles
+from lib.load.worker import Load
 from lib.server.process import free_ports
+
+from doubles.stand_in_server import Asked, Reply, StandInServer
 
 ANSWER = b'{"detections":[]}'
 IMAGES = [bytes([number]) * 50_000 for number in range(4)]
 
 
-def reply(status: int = 200, body: bytes = ANSWER, extra: str = "") -> bytes:
-    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
+def answering(
+    delay_s: float | Callable[[int], float], reply: Callable[[int], Reply] = lambda _: Reply(body=ANSWER)
+) -> StandInServer:
+    """A server that answers the n-th request, from 0, with `reply(n)` after a delay, constant or by n."""
+    numbers = count()
+
+    def answer(_asked: Asked) -> Reply:
+        number = next(numbers)
+        time.sleep(delay_s(number) if callable(delay_s) else delay_s)
+        return reply(number)
+
+    return StandInServer(answer)
 
 
-class Seen:
-    """What a stand-in server was sent."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.connections = 0
-        self.most_at_once = 0
-
-
-# What goes back for the n-th request, from 0; b"" hangs up.
-Answer = Callable[[int], Awaitable[bytes]]
-
-
-@contextmanager
-def serving(answer: Answer) -> Iterator[tuple[str, Seen]]:
-    """A server on 127.0.0.1 in a thread; its address and what it has seen."""
-    seen, at_once = Seen(), 0
-    loop = asyncio.new_event_loop()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal at_once
-        seen.connections += 1
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-                seen.bodies.append(await reader.readexactly(length))
-                at_once += 1
-                seen.most_at_once = max(seen.most_at_once, at_once)
-                try:
-                    data = await answer(len(seen.bodies) - 1)
-                finally:
-                    at_once -= 1
-                if not data:
-                    return
-                writer.write(data)
-                await writer.drain()
-                if b"connection: close" in data.lower():
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-
-    server = loop.run_until_complete(asyncio.start_server(handle, "127.0.0.1", 0, limit=2**20))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def stop() -> None:
-        server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/predictions/m", seen
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-def after(seconds: float, data: bytes | None = None) -> Answer:
-    async def answer(_number: int) -> bytes:
-        await asyncio.sleep(seconds)
-        return reply() if data is None else data
-
-    return answer
-
-
-def short_load(url: str, connections: int = 4, **knobs: object) -> Load:
-    chosen: dict[str, object] = {"warm_up_s": 0.1, "duration_s": 0.6, "timeout_s": 5.0, "processes": 1}
-    return Load(url, IMAGES, connections, **{**chosen, **knobs})  # type: ignore[arg-type]
+def measure(url: str, connections: int = 4, **knobs: Any) -> LoadResult:
+    """The result of a short load."""
+    chosen = {"warm_up_s": 0.1, "duration_s": 0.6, "timeout_s": 5.0, "processes": 1, **knobs}
+    return generate_load(Load(url, IMAGES, connections, **chosen))
 
 
 def test_a_closed_loop_keeps_every_connection_busy_and_measures_what_the_server_takes() -> None:
-    with serving(after(0.02)) as (url, seen):
-        result = generate_load(short_load(url, connections=4, processes=2))
-    assert seen.most_at_once == seen.connections == 4
+    with answering(0.02) as server:
+        result = measure(server.url, connections=4, processes=2)
+    assert server.most_at_once == len(server.connections) == 4
     assert result.errors == 0
     assert result.statuses.keys() == {200}
     assert 20 <= result.percentiles_ms["p50"] < 60
@@ -116,28 +59,25 @@ def test_a_closed_loop_keeps_every_connection_busy_and_measures_what_the_server_
 
 
 def test_every_connection_goes_through_all_images_unharmed() -> None:
-    with serving(after(0.0)) as (url, seen):
-        generate_load(short_load(url, connections=2))
-    counts = [seen.bodies.count(image) for image in IMAGES]
-    assert sum(counts) == len(seen.bodies)
+    with answering(0.0) as server:
+        measure(server.url, connections=2)
+    bodies = [asked.body for asked in server.asked]
+    counts = [bodies.count(image) for image in IMAGES]
+    assert sum(counts) == len(bodies)
     assert min(counts) >= max(counts) - 2 > 0
 
 
 def test_warming_up_is_not_counted() -> None:
-    async def slow_at_first(number: int) -> bytes:
-        await asyncio.sleep(0.5 if number == 0 else 0.005)
-        return reply()
-
-    with serving(slow_at_first) as (url, seen):
-        result = generate_load(short_load(url, connections=1, warm_up_s=0.3))
+    with answering(lambda number: 0.005 if number else 0.5) as server:
+        result = measure(server.url, connections=1, warm_up_s=0.3)
     assert result.percentiles_ms["max"] < 300
-    assert sum(result.statuses.values()) < len(seen.bodies)
+    assert sum(result.statuses.values()) < len(server.asked)
 
 
 def test_an_open_loop_sends_at_its_rate_however_slow_the_answers() -> None:
-    with serving(after(0.05)) as (url, _):
-        result = generate_load(
-            short_load(url, connections=40, rate_per_s=100.0, poisson=False, duration_s=1.0, processes=2)
+    with answering(0.05) as server:
+        result = measure(
+            server.url, connections=40, rate_per_s=100.0, poisson=False, duration_s=1.0, processes=2
         )
     assert result.errors == 0
     assert sum(result.statuses.values()) == pytest.approx(100, abs=2)
@@ -145,27 +85,27 @@ def test_an_open_loop_sends_at_its_rate_however_slow_the_answers() -> None:
 
 
 def test_random_arrivals_come_at_the_rate_too() -> None:
-    with serving(after(0.0)) as (url, _):
-        result = generate_load(short_load(url, connections=20, rate_per_s=300.0, duration_s=1.0))
+    with answering(0.0) as server:
+        result = measure(server.url, connections=20, rate_per_s=300.0, duration_s=1.0)
     assert sum(result.statuses.values()) == pytest.approx(300, abs=90)  # 5 standard deviations
 
 
 def test_latency_counts_from_the_arrival_when_no_connection_is_free() -> None:
     # 20 ms each on one connection is 50/s; of 100/s arriving, the last waits for half of the time.
-    with serving(after(0.02)) as (url, seen):
-        result = generate_load(
-            short_load(url, connections=1, rate_per_s=100.0, poisson=False, warm_up_s=0.0, duration_s=1.0)
+    with answering(0.02) as server:
+        result = measure(
+            server.url, connections=1, rate_per_s=100.0, poisson=False, warm_up_s=0.0, duration_s=1.0
         )
-    assert seen.most_at_once == 1
+    assert server.most_at_once == 1
     assert result.percentiles_ms["max"] > 400
     assert result.requests_per_s <= 50
     assert sum(result.statuses.values()) == pytest.approx(100, abs=2)  # the late ones are answered too
 
 
 def test_arrivals_that_find_no_connection_within_the_time_limit_are_dropped_and_count_as_late() -> None:
-    with serving(after(10.0)) as (url, _):
-        result = generate_load(
-            short_load(url, connections=1, rate_per_s=50.0, warm_up_s=0.0, duration_s=0.5, timeout_s=0.3)
+    with answering(10.0) as server:
+        result = measure(
+            server.url, connections=1, rate_per_s=50.0, warm_up_s=0.0, duration_s=0.5, timeout_s=0.3
         )
     assert result.timeouts >= 1
     assert result.dropped >= 5
@@ -175,65 +115,57 @@ def test_arrivals_that_find_no_connection_within_the_time_limit_are_dropped_and_
 
 
 def test_a_slow_answer_is_given_up_at_the_time_limit_and_the_next_one_is_asked_for() -> None:
-    async def slow_at_times(number: int) -> bytes:
-        await asyncio.sleep(2.0 if number % 10 == 5 else 0.005)
-        return reply()
-
-    with serving(slow_at_times) as (url, seen):
+    with answering(lambda number: 2.0 if number % 10 == 5 else 0.005) as server:
         started = time.monotonic()
-        result = generate_load(short_load(url, connections=2, timeout_s=0.15, warm_up_s=0.0, duration_s=1.0))
+        result = measure(server.url, connections=2, timeout_s=0.15, warm_up_s=0.0, duration_s=1.0)
         assert time.monotonic() - started < 5
     assert result.timeouts > 1
     assert result.statuses[200] > result.timeouts
     assert result.connection_errors == {}
     assert result.percentiles_ms["max"] >= 150
-    assert seen.connections > 2  # what comes late must not be taken for the next answer
+    assert len(server.connections) > 2  # what comes late must not be taken for the next answer
 
 
 def test_error_statuses_are_counted_and_do_not_flatter_the_latencies() -> None:
-    async def every_other_refused(number: int) -> bytes:
-        if number % 2:
-            return reply(503, b"busy", "Connection: close\r\n")
-        await asyncio.sleep(0.03)
-        return reply()
+    def every_other_refused(number: int) -> Reply:
+        return Reply(503, b"busy") if number % 2 else Reply(body=ANSWER)
 
-    with serving(every_other_refused) as (url, seen):
-        result = generate_load(short_load(url, connections=3))
+    with answering(lambda number: 0.0 if number % 2 else 0.03, every_other_refused) as server:
+        result = measure(server.url, connections=3)
     assert result.statuses[503] > 0
     assert result.errors == result.statuses[503]
     assert result.percentiles_ms["p50"] >= 30
-    assert seen.connections > 3  # a connection that the server ends is made anew
+    assert len(server.connections) > 3  # a connection that the server ends is made anew
 
 
 def test_a_connection_that_breaks_is_an_error_and_the_load_goes_on() -> None:
-    async def hang_up_at_times(number: int) -> bytes:
-        await asyncio.sleep(0.002)
-        return b"" if number % 20 == 10 else reply()
+    def hang_up_at_times(number: int) -> Reply:
+        return Reply(drop=True) if number % 20 == 10 else Reply(body=ANSWER)
 
-    with serving(hang_up_at_times) as (url, _):
-        result = generate_load(short_load(url))
+    with answering(0.002, hang_up_at_times) as server:
+        result = measure(server.url)
     assert sum(result.connection_errors.values()) > 1
     assert result.statuses[200] > 20
     assert result.errors == sum(result.connection_errors.values())
 
 
 def test_an_answer_that_is_no_http_is_an_error() -> None:
-    with serving(after(0.0, b"SMTP ready\r\n\r\n")) as (url, _):
-        result = generate_load(short_load(url, duration_s=0.3))
+    with StandInServer(lambda _: Reply(drop=True, body=b"SMTP ready\r\n\r\n")) as server:
+        result = measure(server.url, duration_s=0.3)
     assert result.connection_errors.keys() == {"UnreadableAnswer"}
 
 
 def test_an_answer_in_pieces_is_put_together() -> None:
     body = bytes(300_000)
-    with serving(after(0.0, reply(body=body))) as (url, _):
-        result = generate_load(short_load(url, connections=2, duration_s=0.3))
+    with StandInServer(lambda _: Reply(body=body)) as server:
+        result = measure(server.url, connections=2, duration_s=0.3)
     assert result.errors == 0
     assert result.mean_answer_bytes == len(body)
 
 
 def test_nobody_listening_is_reported_and_not_asked_in_a_tight_loop() -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}/"
-    result = generate_load(short_load(url, connections=2))
+    result = measure(url, connections=2)
     assert result.requests_per_s == 0
     assert result.connection_errors.keys() == {"ConnectionRefusedError"}
     assert result.errors <= 2 * 0.6 / 0.05 + 2
@@ -253,7 +185,7 @@ def test_nobody_listening_is_reported_and_not_asked_in_a_tight_loop() -> None:
 def test_a_load_that_cannot_be_sent_is_refused(
     url: str, bodies: list[bytes], rate_per_s: float | None, message: str
 ) -> None:
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(ScriptError, match=message):
         generate_load(Load(url, bodies, 1, rate_per_s))
 
 
@@ -262,32 +194,8 @@ def test_percentiles_are_values_that_occurred() -> None:
     assert (found["p50"], found["p99"], found["p99.9"], found["max"]) == (500, 990, 999, 1000)
 
 
-@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_wrk_drives_the_server_with_varied_images() -> None:
-    with serving(after(0.01)) as (url, seen):
-        result = run_wrk(url, IMAGES, connections=4, duration_s=1, threads=1)
-    assert set(seen.bodies) == set(IMAGES)
-    assert result.errors == 0
-    assert 10 <= result.percentiles_ms["p50"] < 60
-    assert result.percentiles_ms["max"] >= result.percentiles_ms["p99"]
-    assert result.requests_per_s == pytest.approx(len(seen.bodies), rel=0.3)
-
-
-@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_wrk_counts_refused_requests_as_errors() -> None:
-    with serving(after(0.005, reply(503, b"busy", "Connection: close\r\n"))) as (url, _):
-        result = run_wrk(url, IMAGES, connections=2, duration_s=1, threads=1)
-    assert result.errors > 0
-    assert result.requests_per_s == 0
-
-
-def test_perf_analyzer_gets_its_images_by_file_and_a_url_without_scheme(tmp_path: Path) -> None:
-    images = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
-    written = write_perf_analyzer_input(images, tmp_path / "data.json")
-    assert json.loads(written.read_text()) == {
-        "data": [{"TORCHSERVE_INPUT": [str(path.resolve())]} for path in images]
-    }
-    command = perf_analyzer_command("http://127.0.0.1:8080", "damoyolo", written, 16)
-    assert command[:5] == ["perf_analyzer", "-m", "damoyolo", "--service-kind", "torchserve"]
-    assert command[command.index("-u") + 1] == "127.0.0.1:8080"
-    assert command[command.index("-b") + 1] == "1"
+def test_a_process_of_the_generator_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, lib.load.worker; print({'torch', 'numpy'} & sys.modules.keys())"
+    scripts_dir = Path(generator.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts_dir, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

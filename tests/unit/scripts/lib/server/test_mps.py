@@ -1,3 +1,5 @@
+"""Starting and stopping MPS, with a stand-in for its control program."""
+
 from __future__ import annotations
 
 import os
@@ -5,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.server import mps as cuda_mps
-from lib.server.mps import MpsError
+from lib.cli import ScriptError
+from lib.server import mps
 
 PROGRAM = """#!/bin/sh
 echo "$@ [$(cat)] $CUDA_MPS_PIPE_DIRECTORY" >>"$0.log"
@@ -16,7 +18,7 @@ echo "$@ [$(cat)] $CUDA_MPS_PIPE_DIRECTORY" >>"$0.log"
 
 
 def put_program(folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str = "exit 0") -> Path:
-    program = folder / cuda_mps.CONTROL_PROGRAM
+    program = folder / mps.CONTROL_PROGRAM
     program.write_text(PROGRAM.format(ending=ending))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -25,7 +27,7 @@ def put_program(folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str = "ex
 
 def test_the_service_runs_while_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = put_program(tmp_path, monkeypatch)
-    with cuda_mps.cuda_mps() as variables:
+    with mps.cuda_mps() as variables:
         pipe_dir = Path(variables["CUDA_MPS_PIPE_DIRECTORY"])
         assert pipe_dir.is_dir()
         assert len(program.with_name(f"{program.name}.log").read_text().splitlines()) == 1
@@ -35,23 +37,23 @@ def test_the_service_runs_while_entered(tmp_path: Path, monkeypatch: pytest.Monk
     assert not pipe_dir.parent.exists()
 
 
-def test_a_service_that_does_not_start_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_program(tmp_path, monkeypatch, "echo no device >&2; exit 1")
-    with pytest.raises(MpsError, match="no device"), cuda_mps.cuda_mps():
+    with pytest.raises(ScriptError, match="no device"), mps.cuda_mps():
         raise AssertionError
 
 
-def test_a_machine_without_the_driver_s_program_is_told_what_to_leave_out(
+def test_without_the_driver_s_program_the_error_names_the_option_to_leave_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(cuda_mps, "FURTHER_FOLDERS", ())
-    with pytest.raises(MpsError, match="--mps"), cuda_mps.cuda_mps():
+    monkeypatch.setattr(mps, "FURTHER_FOLDERS", ())
+    with pytest.raises(ScriptError, match="--mps"), mps.cuda_mps():
         raise AssertionError
 
 
 def test_nothing_starts_where_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = put_program(tmp_path, monkeypatch)
-    with cuda_mps.cuda_mps(wanted=False) as variables:
+    with mps.cuda_mps(wanted=False) as variables:
         assert variables == {}
     assert not program.with_name(f"{program.name}.log").exists()

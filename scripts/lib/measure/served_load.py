@@ -1,0 +1,143 @@
+"""Measure a served model under closed and open loops, beside the two limits that it can come close to."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lib.archive.members import BatchingSetting
+from lib.load.generator import generate_load
+from lib.load.worker import Load
+from lib.server.metrics import CounterWindow, UtilisationSampler
+from lib.server.served_archive import ServedModel, serve_empty
+
+Row = dict[str, Any]
+GENERATOR_BUSY_SHARE = 0.9  # above, the figures are those of the generator
+FEWEST_OPEN_CONNECTIONS = 64  # enough that the server, not their number, limits an open loop
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The loads to put on a server: `base` with each concurrency, then each rate, then each share.
+
+    rate_shares: of the highest rate that a closed loop reached.
+    """
+
+    base: Load
+    concurrencies: Sequence[int]
+    rates_per_s: Sequence[float] = ()
+    rate_shares: Sequence[float] = ()
+
+
+def measure_load(served: ServedModel, load: Load, name: str) -> Row:
+    """The result of one load, with the server's counters and the use of CPU and GPU meanwhile."""
+    with (
+        CounterWindow(served.metrics_url, served.model_name) as counters,
+        UtilisationSampler() as utilisation,
+    ):
+        result = generate_load(load)
+    return {
+        "load": name,
+        "connections": load.connections,
+        "rate_per_s": load.rate_per_s,
+        **result.row(),
+        "mean_batch_size": counters.mean_batch_size,
+        "stage_ms": counters.stage_ms,
+        "gpu_percent": utilisation.gpu_percent(result.window_s),
+        "busy_cores": utilisation.busy_cores(result.window_s),
+    }
+
+
+def measure_plan(
+    served: ServedModel, plan: LoadPlan, report: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """One row per load of the plan; `report` gets each as it is measured."""
+    base = replace(plan.base, url=served.predictions_url)
+    rows: list[Row] = []
+
+    def measure(load: Load, name: str) -> None:
+        rows.append(measure_load(served, load, name))
+        report(rows[-1])
+
+    for concurrency in plan.concurrencies:
+        measure(replace(base, connections=concurrency, rate_per_s=None), f"closed {concurrency}")
+    best = best_rate(rows)
+    rates = [(rate, f"open {rate:g}/s") for rate in plan.rates_per_s]
+    rates += [
+        (share * best, f"open {share:.0%} = {share * best:.0f}/s") for share in plan.rate_shares if best
+    ]
+    connections = max(base.connections, *plan.concurrencies, FEWEST_OPEN_CONNECTIONS)
+    for rate_per_s, name in rates:
+        measure(replace(base, connections=connections, rate_per_s=rate_per_s), name)
+    return rows
+
+
+def best_rate(rows: Sequence[Row]) -> float:
+    """The highest rate of the closed loops without an error; 0 where there is none."""
+    return max(
+        (row["requests_per_s"] for row in rows if row["rate_per_s"] is None and not row["errors"]),
+        default=0.0,
+    )
+
+
+def network_rate(archive: Path, images: Sequence[bytes], batch_size: int, device: str | None) -> float:
+    """Images/s of the bare network, measured in a process of its own, whose memory is then free.
+
+    device: None is CUDA where there is one.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_network_rate, archive, images, batch_size, device).result()
+
+
+def _network_rate(archive: Path, images: Sequence[bytes], batch_size: int, device: str | None) -> float:
+    import torch
+
+    from lib.archive.reader import load_detector
+    from lib.measure.calls import batch_seconds
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = BatchingSetting(batch_size, 1, 1).serving_settings()
+    detector = load_detector(archive, torch.device(device), **sizes)
+    try:
+        return batch_size / batch_seconds(detector, images, batch_size)[0]
+    finally:
+        detector.close()
+
+
+def measure_empty(archive: Path, setting: BatchingSetting, answer_bytes: int, plan: LoadPlan) -> list[Row]:
+    """Rows of the empty handler, which answers with `answer_bytes` bytes, under the plan's closed loops."""
+    with serve_empty(archive, setting, answer_bytes) as served:
+        rows = measure_plan(served, replace(plan, rates_per_s=(), rate_shares=()))
+    return [{**row, "load": f"empty, {row['load']}", "mean_batch_size": None} for row in rows]
+
+
+def add_limits(rows: Sequence[Row], network_per_s: float | None, empty_per_s: Mapping[int, float]) -> None:
+    """Add to each row its ratio to the bare network and to the empty handler at the same concurrency."""
+    for row in rows:
+        row["network_per_s"] = network_per_s
+        row["of_network"] = row["requests_per_s"] / network_per_s if network_per_s else None
+        ceiling = empty_per_s.get(row["connections"]) if row["rate_per_s"] is None else None
+        row["empty_per_s"] = ceiling
+        row["of_empty"] = row["requests_per_s"] / ceiling if ceiling else None
+
+
+def warnings_about(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table has to know."""
+    warnings = [
+        f"{row['load']}: the load generator was busy for {row['generator_busy_share']:.0%} of the time and "
+        "may have been the limit; give it more --processes"
+        for row in rows
+        if (row["generator_busy_share"] or 0.0) > GENERATOR_BUSY_SHARE
+    ]
+    warnings += [
+        f"{row['load']}: statuses {row['statuses']}, connection errors {row['connection_errors']}, "
+        f"timeouts {row['timeouts']}, dropped {row['dropped']}"
+        for row in rows
+        if row["errors"]
+    ]
+    return warnings

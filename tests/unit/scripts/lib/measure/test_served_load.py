@@ -1,0 +1,78 @@
+"""Loads on a stand-in model, and what is made of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lib.load.worker import Load
+from lib.measure.served_load import LoadPlan, add_limits, best_rate, measure_plan, warnings_about
+from lib.server import metrics
+from lib.server.served_archive import ServedModel
+
+from doubles.stand_in_server import StandInModel
+
+BASE = Load("", [b"image"], 1, warm_up_s=0.05, duration_s=0.4, timeout_s=5.0, processes=1)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedModel]:
+    monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
+    with StandInModel() as model:
+        yield ServedModel(model.base_url, model.base_url, model.base_url, "m")
+
+
+def test_the_plan_gives_a_row_per_load_and_open_loops_at_shares_of_the_best(served: ServedModel) -> None:
+    seen: list[str] = []
+    plan = LoadPlan(BASE, concurrencies=[1, 4], rates_per_s=[30.0], rate_shares=[0.5])
+    rows = measure_plan(served, plan, lambda row: seen.append(row["load"]))
+    best = best_rate(rows)
+    assert [row["load"] for row in rows] == seen
+    assert seen[:3] == ["closed 1", "closed 4", "open 30/s"]
+    assert rows[1]["requests_per_s"] == best > 1.5 * rows[0]["requests_per_s"]
+    assert rows[3]["rate_per_s"] == pytest.approx(best / 2)
+    assert rows[3]["connections"] == 64
+    for row in rows:
+        assert row["errors"] == 0
+        assert row["mean_batch_size"] == pytest.approx(4)
+        assert row["stage_ms"] == {"network": pytest.approx(5)}
+        assert row["p50_ms"] >= 10
+
+
+def test_without_requests_there_is_no_mean_batch_size(served: ServedModel) -> None:
+    with metrics.CounterWindow(served.metrics_url, "m") as counters:
+        pass
+    assert counters.mean_batch_size is None
+    assert counters.stage_ms == {}
+
+
+def test_rows_stand_beside_both_limits_where_these_are_known() -> None:
+    closed = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 8}
+    unknown = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 9}
+    opened = {"requests_per_s": 50.0, "rate_per_s": 50.0, "connections": 8}
+    add_limits([closed, unknown, opened], network_per_s=100.0, empty_per_s={8: 900.0})
+    assert [row["of_network"] for row in (closed, unknown, opened)] == [0.9, 0.9, 0.5]
+    assert [row["of_empty"] for row in (closed, unknown, opened)] == [0.1, None, None]
+    add_limits([closed], None, {})
+    assert closed["of_network"] is closed["of_empty"] is None
+
+
+def test_a_busy_generator_and_errors_give_warnings() -> None:
+    calm = {"load": "calm", "generator_busy_share": 0.2, "errors": 0}
+    busy = {**calm, "load": "busy", "generator_busy_share": 0.97}
+    counts = {"statuses": {"503": 3}, "connection_errors": {}, "timeouts": 0, "dropped": 0}
+    of_busy, of_failed = warnings_about([calm, busy, {**calm, "load": "failed", "errors": 3, **counts}])
+    assert "busy: " in of_busy
+    assert "97%" in of_busy
+    assert "'503': 3" in of_failed
+
+
+def test_the_best_rate_is_of_closed_loops_without_errors() -> None:
+    rows = [
+        {"requests_per_s": 5.0, "rate_per_s": None, "errors": 0},
+        {"requests_per_s": 9.0, "rate_per_s": None, "errors": 1},
+        {"requests_per_s": 9.0, "rate_per_s": 9.0, "errors": 0},
+    ]
+    assert best_rate(rows) == 5.0
+    assert best_rate([]) == 0.0
