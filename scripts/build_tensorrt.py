@@ -19,9 +19,8 @@ from typing import Any
 import onnx
 import torch
 
-from lib.accuracy.datasets import DatasetError
-from lib.accuracy.parity import ParityError, add_parity_arguments, check_parity, read_evidence, require_enough
-from lib.cli import positive_int
+from lib.accuracy.parity_options import add_parity_arguments, check_parity, read_evidence, require_enough
+from lib.cli import ScriptError, positive_int
 from lib.onnx.float16 import HalfError, to_half
 from lib.packaging.builder import ArchiveError, ArchiveReport, ArchiveRequest, build_archive
 from lib.packaging.weights import WeightsError, fetch_weights, folded_network
@@ -39,11 +38,10 @@ DEFAULT_TIMING_CACHE = PROJECT_DIR / ".cache" / "tensorrt-timing.bin"
 ERRORS = (
     EngineBuildError,
     HalfError,
-    ParityError,
+    ScriptError,
     ArchiveError,
     WeightsError,
     DamoYoloError,
-    DatasetError,
     OSError,
 )
 

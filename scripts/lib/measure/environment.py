@@ -41,12 +41,6 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages; None for a package that is not installed."""
-    facts = environment()
-    return {name: facts.get(name) for name in ("python", *PACKAGES)}
-
-
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:

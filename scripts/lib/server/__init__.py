@@ -1,0 +1,3 @@
+"""The served model: starting TorchServe, sending images to it, reading its metrics."""
+
+DEFAULT_URL = "http://127.0.0.1:8080/predictions/damoyolo"
