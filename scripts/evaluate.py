@@ -161,13 +161,9 @@ def _open_server(
         arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
     )
     in_flight = arguments.in_flight or 8
-    record = {"url": arguments.url, "in_flight": in_flight}
-    return server_predictor(client, options, in_flight), {
-        **record,
-        "device": None,
-        "backend": None,
-        "precision": None,
-    }
+    unknown = dict.fromkeys(("device", "backend", "precision"))
+    record = {"url": arguments.url, "in_flight": in_flight, **unknown}
+    return server_predictor(client, options, in_flight), record
 
 
 def _print_report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
@@ -207,9 +203,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data set (--voc, or --coco with --images)")
-    data.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal VOC format")
+    dataset = data.add_mutually_exclusive_group(required=True)
+    dataset.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal VOC format")
     data.add_argument("--split", default="test", help="list in ImageSets/Main to use (%(default)s)")
-    data.add_argument("--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format")
+    dataset.add_argument(
+        "--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format"
+    )
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --coco")
 
 
@@ -226,10 +225,9 @@ def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     detector = parser.add_argument_group("in-process detector, instead of a server")
-    detector.add_argument(
-        "--archive", type=Path, metavar="MAR", help="archive file, or folder of an unpacked one"
-    )
-    detector.add_argument("--weights", help="weights to package for this run, as for build_archive.py")
+    source = detector.add_mutually_exclusive_group()
+    source.add_argument("--archive", type=Path, metavar="MAR", help="file, or unpacked folder")
+    source.add_argument("--weights", help="weights to package for this run, as for build_archive.py")
     detector.add_argument("--variant", help="variant of --weights (found from the weights)")
     detector.add_argument("--class-names", type=name_list, metavar="A,B", help="of --weights, in class order")
     detector.add_argument("--batch-size", type=positive_int, metavar="N", help="(8)")
@@ -266,12 +264,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other or would have no effect."""
-    if (arguments.voc is None) == (arguments.coco is None):
-        parser.error("give one data set: --voc DIR, or --coco FILE with --images DIR")
     if (arguments.coco is None) != (arguments.images is None):
         parser.error("--coco and --images belong together")
-    if arguments.archive is not None and arguments.weights is not None:
-        parser.error("give one of --archive and --weights")
     if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):
         parser.error("--variant and --class-names are for --weights; an archive has its own")
     if not _is_in_process(arguments):

@@ -60,13 +60,11 @@ class DetectionDataset:
 def read_dataset(
     voc: Path | None, split: str, coco: Path | None, coco_images: Path | None
 ) -> DetectionDataset | None:
-    """The data set that a command was given, in either format; None if it was given none.
+    """The data set that a command was given, in one of the formats; None if it was given none.
 
     Raises:
-        ScriptError: it cannot be read, or the options contradict each other.
+        ScriptError: it cannot be read, or the folder of the COCO images is missing.
     """
-    if voc is not None and coco is not None:
-        raise ScriptError("two data sets are given; give one of --voc and --coco")
     if voc is not None:
         return read_voc(voc, split)
     if coco is None and coco_images is None:

@@ -34,11 +34,12 @@ def add_parity_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="JPEG files whose raw predictions are compared (%(default)s)",
     )
-    group.add_argument(
+    dataset = group.add_mutually_exclusive_group()
+    dataset.add_argument(
         "--voc", type=Path, metavar="DIR", help="data set in Pascal VOC format to compare AP on"
     )
     group.add_argument("--split", default="test", help="list in ImageSets/Main to use (%(default)s)")
-    group.add_argument(
+    dataset.add_argument(
         "--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format instead"
     )
     group.add_argument("--coco-images", type=Path, metavar="DIR", help="folder of the images of --coco")

@@ -153,7 +153,5 @@ def test_a_command_gets_the_data_set_that_its_options_name(tmp_path: Path) -> No
     ):
         dataset = read_dataset(*options)
         assert (None if dataset is None else dataset.name) == name
-    with pytest.raises(ScriptError, match="two data sets"):
-        read_dataset(voc, "test", coco, tmp_path)
     with pytest.raises(ScriptError, match="folder of its images"):
         read_dataset(None, "test", coco, None)

@@ -23,22 +23,11 @@ def not_run(machine: Machine, *, has_int8_file: bool = True) -> dict[tuple[str, 
     }
 
 
-def test_the_rows_are_all_backends_in_their_precisions() -> None:
-    assert [row.name for row in rows_of("cpu")] == [
-        "pytorch fp32",
-        "pytorch bf16",
-        "onnxruntime fp32",
-        "onnxruntime int8",
-        "openvino fp32",
-        "openvino bf16",
-        "openvino int8, rest fp32",
-        "openvino int8, rest bf16",
-    ]
-    assert [row.name for row in rows_of("cuda")] == [
-        *(f"pytorch {precision}" for precision in ("fp32", "tf32", "amp", "fp16", "bf16")),
-        "onnxruntime fp32",
-        *(f"tensorrt {precision}" for precision in ("fp32", "fp16", "int8")),
-    ]
+def test_the_rows_of_a_device_have_names_of_their_own() -> None:
+    for device in ("cpu", "cuda"):
+        names = [row.name for row in rows_of(device)]
+        assert names[0] == "pytorch fp32"
+        assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.device} {row.name}")
