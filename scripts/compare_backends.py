@@ -1,9 +1,9 @@
-"""Whether a backend says what PyTorch in float32 says: raw predictions of images, and AP on a data set.
+"""Check that a backend agrees with PyTorch in float32: raw predictions of images, and AP on a data set.
 
 python scripts/compare_backends.py --archive model_store/damoyolo.mar --voc DIR
 
-A backend can be built without an error and still be wrong, perhaps for one batch size or one class only. So
-each batch size is compared by itself, at every anchor point and for every class.
+A backend can be built without an error and still be wrong, perhaps only for one batch size or one class. So
+each batch size is compared separately, at every anchor point and for every class.
 """
 
 from __future__ import annotations
@@ -13,35 +13,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from lib.accuracy.datasets import DatasetError
-from lib.accuracy.parity import ParityError, add_parity_arguments, check_parity, read_evidence
-from lib.cli import positive_int
-
-from damoyolo.errors import DamoYoloError
+from lib.accuracy.parity_options import add_parity_arguments, check_parity, read_evidence
+from lib.cli import command_parser, positive_int, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the backend of an archive; 0 if it may be used, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return run_command(_run, _parser(), argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_parity(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
+    print("passed")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, {"--pictures": "--images", "--coco-pictures": "--coco-images"})
     parser.add_argument("--archive", type=Path, required=True, metavar="MAR", help="file, or unpacked folder")
-    parser.add_argument("--device", help="cpu or cuda[:index] (a GPU where there is one)")
+    parser.add_argument("--device", help="cpu or cuda[:index] (a GPU if there is one)")
     parser.add_argument(
         "--batch-sizes", type=positive_int, nargs="+", default=[1, 2, 8], metavar="N", help="(%(default)s)"
     )
     add_parity_arguments(parser)
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        check_parity(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
-    except (ParityError, DamoYoloError, DatasetError, OSError) as error:
-        print(f"compare_backends: {error}", file=sys.stderr)
-        return 1
-    print("passed")
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure the accuracy (COCO metrics) and the throughput of a running server or of the in-process detector.
+"""Measure the accuracy (COCO metrics) and throughput of a running server or of a detector in this process.
 
 python scripts/evaluate.py --voc DIR --split test
 python scripts/evaluate.py --coco instances.json --images DIR --archive model_store/damoyolo.mar
@@ -7,7 +7,6 @@ python scripts/evaluate.py --coco instances.json --images DIR --archive model_st
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,106 +15,65 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.accuracy.coco_metrics import (
-    CocoMetrics,
-    MetricsError,
-    compute_metrics,
-    plot_precision_recall,
+from lib.accuracy.datasets import DetectionDataset, read_dataset
+from lib.cli import (
+    ScriptError,
+    command_parser,
+    fraction,
+    name_list,
+    positive_int,
+    positive_seconds,
+    run_command,
 )
-from lib.accuracy.datasets import DatasetError, DetectionDataset, read_coco, read_voc
-from lib.accuracy.predictors import (
-    EvaluationError,
-    gather_predictions,
-    in_process_predictor,
-    match_labels,
-    server_predictor,
-)
-from lib.cli import ScriptError, fraction, name_list, positive_int, positive_seconds
-from lib.measure.environment import installed_versions
 from lib.server import DEFAULT_URL
-from lib.server.client import DetectionClient, RequestOptions
 
 if TYPE_CHECKING:
-    pass
+    from lib.accuracy.coco_metrics import CocoMetrics
+    from lib.accuracy.predictors import Predictor
+
+Row = dict[str, Any]
 
 
 def package_weights(
     weights: str, variant: str | None, class_names: tuple[str, ...] | None, output_dir: Path
 ) -> Path:
-    """An archive of the project's handler with `weights`, which are whatever build_archive.py takes.
+    """An archive of the project's handler with `weights`, given as for build_archive.py.
 
     Raises:
-        EvaluationError: the weights cannot be had, or do not fit.
+        ScriptError, DamoYoloError: the weights cannot be read or do not fit.
     """
-    from lib.cli import ScriptError
     from lib.packaging.builder import ArchiveRequest, build_archive
 
-    from damoyolo.errors import DamoYoloError
-
     request = ArchiveRequest(weights=weights, variant=variant, class_names=class_names, output_dir=output_dir)
-    try:
-        return build_archive(request).path
-    except (ScriptError, DamoYoloError) as error:
-        raise EvaluationError(str(error)) from error
+    return build_archive(request).path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the arguments say; 0 when there is a result, 1 when there is none."""
-    parser = _argument_parser()
-    arguments = parser.parse_args(argv)
-    _check(parser, arguments)
-    try:
-        _evaluate(arguments)
-    except (EvaluationError, DatasetError, MetricsError, ScriptError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Evaluate as the arguments say."""
+    parser = _parser()
+
+    def run(arguments: argparse.Namespace) -> None:
+        _check(parser, arguments)
+        _run(arguments)
+
+    return run_command(run, parser, argv)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.voc is not None:
-        dataset = read_voc(arguments.voc, arguments.split)
-    else:
-        dataset = read_coco(arguments.coco, arguments.images)
+def _run(arguments: argparse.Namespace) -> None:
+    from lib.accuracy.coco_metrics import compute_metrics
+    from lib.accuracy.predictors import gather_predictions
+
+    dataset = read_dataset(arguments.voc, arguments.split, arguments.coco, arguments.images)
+    assert dataset is not None  # _check requires one
     if not dataset.images:
-        raise EvaluationError(f"the data set {dataset.name} has no images")
+        raise ScriptError(f"the data set {dataset.name} has no images")
     print(
         f"{dataset.name}: {len(dataset.images)} images, {dataset.object_count} objects of "
         f"{len(dataset.class_names)} classes; {dataset.dropped_objects} objects under 2 px dropped"
     )
-    options = RequestOptions(
-        arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
-    )
     with ExitStack() as stack:
-        if _is_in_process(arguments):
-            archive = arguments.archive
-            if archive is None:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
-            batch_size = arguments.batch_size or 8
-            predictor, names, record = in_process_predictor(
-                archive, options, batch_size, arguments.device, arguments.precision, arguments.backend
-            )
-            match_labels(dict(enumerate(names)), dataset.class_names.values())
-            source = {
-                "archive": None if arguments.archive is None else str(arguments.archive),
-                "weights": arguments.weights,
-                "variant": arguments.variant,
-                "batch_size": batch_size,
-                **record,
-            }
-        else:
-            client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
-            client.require_server()
-            in_flight = arguments.in_flight or 8
-            predictor = server_predictor(client, options, in_flight)
-            source = {
-                "url": arguments.url,
-                "in_flight": in_flight,
-                "device": None,
-                "backend": None,
-                "precision": None,
-            }
+        open_source = _open_detector if _is_in_process(arguments) else _open_server
+        predictor, source = open_source(arguments, dataset, stack)
         predictions, seconds = gather_predictions(dataset, predictor, arguments.progress)
     metrics = compute_metrics(dataset, predictions)
     row = {
@@ -126,30 +84,89 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "dropped_objects": dataset.dropped_objects,
         **source,
         "note": arguments.note,
-        "score_threshold": options.score_threshold,
-        "iou_threshold": options.iou_threshold,
-        "max_detections": options.max_detections,
-        "classes": options.classes,
+        "score_threshold": arguments.score_threshold,
+        "iou_threshold": arguments.iou_threshold,
+        "max_detections": arguments.max_detections,
+        "classes": arguments.classes,
         "predictions": len(predictions),
         "seconds": round(seconds, 3),
         "images_per_s": round(len(dataset.images) / seconds, 2),
         **metrics.overall._asdict(),
         "per_class": {name: ap._asdict() for name, ap in metrics.per_class.items()},
-        "versions": installed_versions(),
     }
-    _report(dataset, metrics, row)
-    if arguments.plot is not None:
-        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot_precision_recall(metrics, dataset.name, arguments.plot)
-        print(f"precision-recall plot: {arguments.plot}")
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.json.open("a") as rows:
-            rows.write(json.dumps(row) + "\n")
-        print(f"row added to {arguments.json}")
+    _print_report(dataset, metrics, row)
+    _write_files(arguments, dataset, metrics, row)
 
 
-def _report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
+def _open_detector(
+    arguments: argparse.Namespace, dataset: DetectionDataset, stack: ExitStack
+) -> tuple[Predictor, Row]:
+    """A predictor of the detector in this process, and what the record says about it."""
+    import platform
+    import zipfile
+
+    import torch
+
+    from lib.accuracy.predictors import detector_predictor, match_labels
+    from lib.archive.reader import load_detector
+
+    from damoyolo.errors import DamoYoloError
+    from damoyolo.structures import DetectionOptions
+
+    archive = arguments.archive
+    if archive is None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = {"precision": arguments.precision, "backend": arguments.backend}
+    try:
+        detector = load_detector(
+            archive, device, **{name: value for name, value in chosen.items() if value is not None}
+        )
+    except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
+        raise ScriptError(
+            f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
+        ) from error
+    class_names = dict(enumerate(detector.config.class_names))
+    match_labels(class_names, dataset.class_names.values())
+    options = DetectionOptions(
+        arguments.score_threshold,
+        arguments.iou_threshold,
+        arguments.max_detections,
+        None if arguments.classes is None else tuple(match_labels(class_names, arguments.classes).values()),
+    )
+    batch_size = arguments.batch_size or 8
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return detector_predictor(detector, options, batch_size), {
+        "archive": None if arguments.archive is None else str(arguments.archive),
+        "weights": arguments.weights,
+        "variant": arguments.variant,
+        "batch_size": batch_size,
+        "device": f"{device} ({hardware})",
+        "backend": detector.pipeline.name,
+        "precision": detector.pipeline.precision,
+    }
+
+
+def _open_server(
+    arguments: argparse.Namespace, _dataset: DetectionDataset, stack: ExitStack
+) -> tuple[Predictor, Row]:
+    """A predictor of the running server, and what the record says about it."""
+    from lib.accuracy.predictors import server_predictor
+    from lib.server.client import DetectionClient, RequestOptions
+
+    client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+    client.require_server()
+    options = RequestOptions(
+        arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
+    )
+    in_flight = arguments.in_flight or 8
+    unknown = dict.fromkeys(("device", "backend", "precision"))
+    record = {"url": arguments.url, "in_flight": in_flight, **unknown}
+    return server_predictor(client, options, in_flight), record
+
+
+def _print_report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
     width = max(len("all classes"), *map(len, dataset.class_names.values()))
     print(f"{'':{width}}  {'AP':>6}  {'AP50':>6}  {'AP75':>6}")
     for name, ap in (("all classes", metrics.overall), *metrics.per_class.items()):
@@ -160,38 +177,63 @@ def _report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, A
     )
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def _write_files(
+    arguments: argparse.Namespace, dataset: DetectionDataset, metrics: CocoMetrics, row: Row
+) -> None:
+    from lib.accuracy.coco_metrics import plot_precision_recall
+    from lib.measure.environment import environment
+    from lib.measure.timing import append_json_rows
+
+    if arguments.plot is not None:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_precision_recall(metrics, dataset.name, arguments.plot)
+        print(f"precision-recall plot: {arguments.plot}")
+    if arguments.json is not None:
+        append_json_rows(arguments.json, [row], {"versions": environment()})
+        print(f"row added to {arguments.json}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__, {"--pictures": "--images"})
+    _add_data_arguments(parser)
+    _add_detector_arguments(parser)
+    _add_output_arguments(parser)
+    return parser
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data set (--voc, or --coco with --images)")
-    data.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal-VOC form")
-    data.add_argument("--split", default="test", help="list of ImageSets/Main to take (%(default)s)")
-    data.add_argument("--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO form")
+    dataset = data.add_mutually_exclusive_group(required=True)
+    dataset.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal VOC format")
+    data.add_argument("--split", default="test", help="list in ImageSets/Main to use (%(default)s)")
+    dataset.add_argument(
+        "--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format"
+    )
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --coco")
 
+
+def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("running server")
     server.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
-    server.add_argument("--in-flight", type=positive_int, metavar="N", help="requests at a time (8)")
+    server.add_argument("--in-flight", type=positive_int, metavar="N", help="concurrent requests (8)")
     server.add_argument(
         "--timeout",
         type=positive_seconds,
         default=60.0,
         metavar="S",
-        help="longest wait for an answer (%(default)s)",
+        help="longest wait for a response (%(default)s)",
     )
 
     detector = parser.add_argument_group("in-process detector, instead of a server")
-    detector.add_argument(
-        "--archive", type=Path, metavar="MAR", help="archive file, or folder of an unpacked one"
-    )
-    detector.add_argument("--weights", help="weights to package for this run, as build_archive.py takes them")
-    detector.add_argument("--variant", help="variant of --weights (the one that they fit)")
-    detector.add_argument(
-        "--class-names", type=name_list, metavar="A,B", help="of --weights, in the order of their classes"
-    )
-    detector.add_argument("--batch-size", type=positive_int, metavar="N", help="images at a time (8)")
-    detector.add_argument("--device", help="cpu or cuda[:index] (a GPU where there is one)")
+    source = detector.add_mutually_exclusive_group()
+    source.add_argument("--archive", type=Path, metavar="MAR", help="file, or unpacked folder")
+    source.add_argument("--weights", help="weights to package for this run, as for build_archive.py")
+    detector.add_argument("--variant", help="variant of --weights (found from the weights)")
+    detector.add_argument("--class-names", type=name_list, metavar="A,B", help="of --weights, in class order")
+    detector.add_argument("--batch-size", type=positive_int, metavar="N", help="(8)")
+    detector.add_argument("--device", help="cpu or cuda[:index] (a GPU if there is one)")
     detector.add_argument("--precision", help="in place of the archive's")
-    detector.add_argument("--backend", help="backend, in place of the archive's")
+    detector.add_argument("--backend", help="in place of the archive's")
 
     request = parser.add_argument_group("detection")
     request.add_argument(
@@ -203,30 +245,27 @@ def _argument_parser() -> argparse.ArgumentParser:
     request.add_argument(
         "--max-detections", type=positive_int, default=500, metavar="N", help="(%(default)s)"
     )
-    request.add_argument("--classes", type=name_list, metavar="A,B", help="look for these classes only (all)")
+    request.add_argument("--classes", type=name_list, metavar="A,B", help="detect only these classes (all)")
 
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--plot", type=Path, metavar="PNG", help="write a precision-recall plot")
     output.add_argument(
-        "--json", type=Path, metavar="FILE", help="append a row with all figures, settings, versions"
+        "--json", type=Path, metavar="FILE", help="append a row with all figures, settings and versions"
     )
-    output.add_argument("--note", help="text for the row, say how the server was started")
+    output.add_argument("--note", help="text for the row, for example how the server was started")
     output.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,
-        help="progress bar on stderr (when that is a terminal)",
+        help="progress bar on stderr (if that is a terminal)",
     )
-    return parser
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other, or that would be without effect."""
-    if (arguments.voc is None) == (arguments.coco is None):
-        parser.error("give one data set: --voc DIR, or --coco FILE with --images DIR")
+    """Refuse arguments that contradict each other or would have no effect."""
     if (arguments.coco is None) != (arguments.images is None):
         parser.error("--coco and --images belong together")
-    if arguments.archive is not None and arguments.weights is not None:
-        parser.error("give one of --archive and --weights")
     if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):
         parser.error("--variant and --class-names are for --weights; an archive has its own")
     if not _is_in_process(arguments):

@@ -1,7 +1,7 @@
-"""COCO average precision (AP) of predictions on an annotated data set, computed by pycocotools.
+"""Compute the COCO average precision (AP) of predictions on an annotated data set, with pycocotools.
 
-AP is the mean over the IoU thresholds 0.50, 0.55 .. 0.95 and over the classes that have objects, of the
-precision at 101 recall levels, with the best 100 boxes of each image (Lin et al., Microsoft COCO, 2014).
+AP is the precision averaged over 101 recall levels, the IoU thresholds 0.50, 0.55 .. 0.95 and the classes
+that have objects, using the 100 best boxes of each image (Lin et al., Microsoft COCO, 2014).
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from lib.accuracy.datasets import DetectionDataset
+from lib.cli import ScriptError
 
 MAX_BOXES_PER_IMAGE = 100
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 IOU_50, IOU_75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55 .. 0.95
 
 
-class MetricsError(Exception):
-    """There is nothing that a metric could be computed from."""
+class MetricsError(ScriptError):
+    """There is nothing to compute a metric from.
+
+    A class of its own because the search for layers to quantize counts it as an AP of 0.
+    """
 
 
 class CocoPrediction(TypedDict):
-    """A detection in COCO's results form; bbox is x, y, width, height in pixels."""
+    """A detection in COCO's results format; bbox is x, y, width, height in pixels."""
 
     image_id: int
     category_id: int
@@ -48,10 +52,10 @@ class AveragePrecision(NamedTuple):
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """Metrics over all classes and of each.
+    """Metrics of all classes together and of each class that has objects.
 
-    per_class: by class name; only classes with objects.
-    precision: by class name, (10, 101) float64, precision at the ten IoU thresholds and at RECALL_LEVELS.
+    per_class: by class name.
+    precision: by class name; (10, 101) float64, at the ten IoU thresholds and at RECALL_LEVELS.
     """
 
     overall: AveragePrecision
@@ -60,7 +64,7 @@ class CocoMetrics:
 
 
 def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPrediction]) -> CocoMetrics:
-    """COCO metrics of `predictions`, whose ids are those of `dataset`.
+    """COCO metrics of `predictions`, which use the image and category ids of `dataset`.
 
     Raises:
         MetricsError: there are no images, no objects or no predictions.
@@ -68,15 +72,15 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
     if not dataset.images:
         raise MetricsError(f"the data set {dataset.name} has no images")
     if not any(not found.ignored for image in dataset.images for found in image.objects):
-        raise MetricsError(f"the {len(dataset.images)} images of {dataset.name} have no objects to be found")
+        raise MetricsError(f"the {len(dataset.images)} images of {dataset.name} have no objects to find")
     if not predictions:
         raise MetricsError(
             f"nothing was detected in the {len(dataset.images)} images of {dataset.name}; lower "
-            "--score-threshold, or look whether the weights belong to these classes"
+            "--score-threshold, or check whether the weights were trained on these classes"
         )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each step on stdout
         truth = _ground_truth(dataset)
-        # loadRes writes into what it is given.
+        # loadRes changes its argument.
         results = truth.loadRes([{**prediction} for prediction in predictions])
         evaluation = COCOeval(truth, results, "bbox")
         evaluation.params.maxDets = [MAX_BOXES_PER_IMAGE]
@@ -98,17 +102,17 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
 
 
 def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
-    """Draw precision over recall of each class, at IoU 0.50 and 0.75, into an image file."""
+    """Plot precision against recall of each class, at IoU 0.50 and 0.75, into an image file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory, so no screen is needed
+    FigureCanvasAgg(figure)  # needs no display
     axes = figure.add_subplot()
     many = len(metrics.precision) > 10
     for index, (name, table) in enumerate(metrics.precision.items()):
         ap = metrics.per_class[name]
-        # The colour cycle has ten entries; of more classes only the mean gets a legend.
+        # The colour cycle has ten entries; with more classes only the mean gets a legend.
         colour, width = ("0.8", 0.6) if many else (f"C{index}", 1.8)
         label50, label75 = (
             (None, None) if many else (f"{name}, AP50 {ap.ap50:.3f}", f"{name}, AP75 {ap.ap75:.3f}")
@@ -128,14 +132,14 @@ def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
 
 
 def _ground_truth(dataset: DetectionDataset) -> COCO:
-    """The data set as pycocotools holds it."""
+    """The data set as an object of pycocotools."""
     annotations: list[dict[str, Any]] = []
     for image in dataset.images:
         for found in image.objects:
             x1, y1, x2, y2 = found.box_xyxy
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would read as "not matched"
+                    "id": len(annotations) + 1,  # 0 means "not matched"
                     "image_id": image.image_id,
                     "category_id": found.category_id,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],

@@ -1,28 +1,27 @@
-"""Annotated images for evaluation, read from COCO form or Pascal-VOC form."""
+"""Read annotated images for evaluation, in COCO or Pascal VOC format."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-MIN_SIDE_PX = 2.0  # an annotated object narrower or lower than this is a slip of the mouse
+from lib.cli import ScriptError
 
-
-class DatasetError(Exception):
-    """A data set cannot be read or contradicts itself."""
+MIN_SIDE_PX = 2.0  # annotated objects narrower or lower than this are mistakes
 
 
 @dataclass(frozen=True)
 class AnnotatedObject:
-    """An object of an image.
+    """An object in an image.
 
-    box_xyxy: x1, y1, x2, y2 in pixels.
-    ignored: finding it is neither rewarded nor punished (COCO's `iscrowd`, VOC's `difficult`).
+    box_xyxy: in pixels of the image.
+    ignored: finding it counts neither for nor against a detector (`iscrowd` in COCO, `difficult` in VOC).
     """
 
     category_id: int
@@ -43,8 +42,8 @@ class AnnotatedImage:
 class DetectionDataset:
     """Annotated images.
 
-    class_names: name of each category id. dropped_objects: annotated objects left out for being under
-    MIN_SIDE_PX wide or high.
+    class_names: name of each category id.
+    dropped_objects: number of annotated objects left out because a side is under MIN_SIDE_PX.
     """
 
     name: str
@@ -54,20 +53,37 @@ class DetectionDataset:
 
     @property
     def object_count(self) -> int:
-        """How many annotated objects there are, ignored ones included."""
+        """Number of annotated objects, ignored ones included."""
         return sum(len(image.objects) for image in self.images)
 
 
-def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
-    """A data set in COCO form: an instances JSON file, whose `file_name`s lie in `image_dir`.
+def read_dataset(
+    voc: Path | None, split: str, coco: Path | None, coco_images: Path | None
+) -> DetectionDataset | None:
+    """The data set that a command was given, in one of the formats; None if it was given none.
 
     Raises:
-        DatasetError: the file is not of that form, or an image is missing.
+        ScriptError: it cannot be read, or the folder of the COCO images is missing.
+    """
+    if voc is not None:
+        return read_voc(voc, split)
+    if coco is None and coco_images is None:
+        return None
+    if coco is None or coco_images is None:
+        raise ScriptError("--coco needs the folder of its images, and that folder needs --coco")
+    return read_coco(coco, coco_images)
+
+
+def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
+    """A data set in COCO format: an instances JSON file whose `file_name`s are relative to `image_dir`.
+
+    Raises:
+        ScriptError: the file is not in that format, or an image is missing.
     """
     try:
         content = json.loads(annotations_file.read_bytes())
     except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read {annotations_file}: {error}") from error
+        raise ScriptError(f"cannot read {annotations_file}: {error}") from error
     objects: dict[int, list[AnnotatedObject]] = {}
     try:
         class_names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
@@ -75,7 +91,7 @@ def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
         for annotation in content["annotations"]:
             image_id, category_id = int(annotation["image_id"]), int(annotation["category_id"])
             if image_id not in paths or category_id not in class_names:
-                raise DatasetError(
+                raise ScriptError(
                     f"{annotations_file}: annotation {annotation.get('id')} names image {image_id} and "
                     f"category {category_id}, and one of them is not listed"
                 )
@@ -85,35 +101,35 @@ def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
             )
             objects.setdefault(image_id, []).append(found)
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{annotations_file} is not in COCO instances form (images, annotations with an xywh bbox, "
+        raise ScriptError(
+            f"{annotations_file} is not in COCO instances format (images, annotations with an xywh bbox, "
             f"categories): {type(error).__name__} {error}"
         ) from error
     return _dataset(annotations_file.stem, class_names, paths, objects)
 
 
 def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
-    """A data set in Pascal-VOC form: the images that ImageSets/Main/<split>.txt of `voc_dir` lists.
+    """A data set in Pascal VOC format: the images listed in ImageSets/Main/<split>.txt of `voc_dir`.
 
-    Boxes are taken as they stand: width is xmax - xmin. Classes are those that occur in the split, in
-    alphabetical order from id 1.
+    Box coordinates are used unchanged: the width is xmax - xmin. The classes are those that occur in the
+    split, in alphabetical order, with ids from 1.
 
     Raises:
-        DatasetError: a file is missing or not of that form.
+        ScriptError: a file is missing or not in that format.
     """
     list_file = voc_dir / "ImageSets" / "Main" / f"{split}.txt"
     try:
         stems = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
     except OSError as error:
         splits = ", ".join(sorted(path.stem for path in list_file.parent.glob("*.txt"))) or "none"
-        raise DatasetError(f"no split {split!r} in {voc_dir}; there are: {splits}") from error
+        raise ScriptError(f"no split {split!r} in {voc_dir}; there are: {splits}") from error
     annotations = [_read_voc_annotation(voc_dir / "Annotations" / f"{stem}.xml") for stem in stems]
     names = sorted({name for _, found in annotations for name, _, _ in found})
     ids = {name: category_id for category_id, name in enumerate(names, start=1)}
     paths = {}
     objects = {}
     for image_id, (stem, (file_name, found)) in enumerate(zip(stems, annotations, strict=True), start=1):
-        # Some sets were renamed without their annotations' file name.
+        # In some data sets the files were renamed, but not the file names in the annotations.
         by_stem = voc_dir / "JPEGImages" / f"{stem}.jpg"
         paths[image_id] = by_stem if by_stem.is_file() else voc_dir / "JPEGImages" / file_name
         objects[image_id] = [AnnotatedObject(ids[name], box, ignored) for name, box, ignored in found]
@@ -137,7 +153,7 @@ def _read_voc_annotation(path: Path) -> tuple[str, list[_VocObject]]:
             ]
             found.append((name, _finite(corners), element.findtext("difficult", "0").strip() == "1"))
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise DatasetError(f"cannot read the Pascal-VOC annotation {path}: {error}") from error
+        raise ScriptError(f"cannot read the Pascal VOC annotation {path}: {error}") from error
     return root.findtext("filename", f"{path.stem}.jpg"), found
 
 
@@ -147,17 +163,17 @@ def _dataset(
     paths: Mapping[int, Path],
     objects: Mapping[int, list[AnnotatedObject]],
 ) -> DetectionDataset:
-    """Put a data set together, without objects that are too small."""
-    folded = [class_name.casefold() for class_name in class_names.values()]
-    if len(set(folded)) != len(folded):
-        twice = sorted(
-            class_name for class_name in class_names.values() if folded.count(class_name.casefold()) > 1
+    """Checks names and files, and leaves out objects that are too small."""
+    counts = Counter(class_name.casefold() for class_name in class_names.values())
+    twice = sorted(class_name for class_name in class_names.values() if counts[class_name.casefold()] > 1)
+    if twice:
+        raise ScriptError(
+            f"{name} has classes whose names differ only in case or not at all: {', '.join(twice)}"
         )
-        raise DatasetError(f"{name} has classes that differ in case alone, or not at all: {', '.join(twice)}")
     missing = [path for path in paths.values() if not path.is_file()]
     if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(paths)} images of {name} are missing, the first is {missing[0]}"
+        raise ScriptError(
+            f"{len(missing)} of {len(paths)} images of {name} are missing, the first of them is {missing[0]}"
         )
     images = []
     for image_id, path in paths.items():
@@ -170,7 +186,7 @@ def _dataset(
 
 
 def is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
-    """Whether a box is no slip of the mouse."""
+    """Whether both sides of a box are at least MIN_SIDE_PX."""
     x1, y1, x2, y2 = box_xyxy
     return x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX
 
@@ -178,5 +194,5 @@ def is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
 def _finite(numbers: Any) -> tuple[float, float, float, float]:
     a, b, c, d = map(float, numbers)
     if not all(map(math.isfinite, (a, b, c, d))):
-        raise ValueError(f"a box holds {numbers}, which is not finite")
+        raise ValueError(f"the box {numbers} is not finite")
     return a, b, c, d

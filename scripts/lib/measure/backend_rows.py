@@ -1,13 +1,12 @@
-"""The rows of the table of backends: each backend in each precision, and whether this machine can run it."""
+"""List the rows of the table of backends, and say which of them a machine can run.
+
+Imports no torch, so that commands can build their parsers quickly.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-
-import torch
-
-from damoyolo.backends.precision import cpu_computes_bf16
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class BackendRow:
     """One backend in one precision.
 
     device: "cpu" or "cuda". backend, precision: settings of the archive (ServingConfig).
-    arithmetic: the precision as people are told it. quantised: the archive holds an INT8 file.
+    arithmetic: the precision shown in the table. quantised: the archive contains an INT8 file.
     """
 
     device: str
@@ -26,7 +25,7 @@ class BackendRow:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Its name in the table."""
         return f"{self.backend} {self.arithmetic}"
 
 
@@ -49,8 +48,7 @@ ROWS = (
     BackendRow("cuda", "tensorrt", "fp16", "fp16"),
     BackendRow("cuda", "tensorrt", "auto", "int8", quantised=True),
 )
-REFERENCE = ROWS[0].name  # what every row stands beside, on either device
-# Modules that building and running an archive takes, the backend's own first.
+# Modules needed to build and run an archive, the backend's own first.
 LIBRARIES = {
     "pytorch": ("torch",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
@@ -60,13 +58,13 @@ LIBRARIES = {
 
 
 def rows_of(device: str) -> list[BackendRow]:
-    """The rows of a device, in the order of the table."""
+    """The rows of a device, in table order."""
     return [row for row in ROWS if row.device == device]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides which rows can run: a GPU, libraries, ONNX Runtime for CUDA, bfloat16 in the CPU."""
+    """What decides which rows can run."""
 
     has_gpu: bool
     libraries: frozenset[str]
@@ -76,6 +74,10 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """This machine."""
+        import torch
+
+        from damoyolo.backends.precision import cpu_computes_bf16
+
         wanted = {name for names in LIBRARIES.values() for name in names}
         found = frozenset(name for name in wanted if importlib.util.find_spec(name) is not None)
         on_cuda = False
@@ -96,7 +98,7 @@ def reason_not_run(row: BackendRow, machine: Machine, *, has_int8_file: bool) ->
     if row.device == "cuda" and row.backend == "onnxruntime" and not machine.onnxruntime_has_cuda:
         return "onnxruntime without CUDA"
     if row.device == "cpu" and row.precision == "bf16" and not machine.cpu_computes_bf16:
-        return "CPU without bfloat16"  # emulated it runs, to no purpose
+        return "CPU without bfloat16"  # it could only be emulated, slowly
     if row.quantised and not has_int8_file:
         return "no INT8 file given"
     return None

@@ -1,4 +1,4 @@
-"""The calls that are timed: the network alone, and the whole detector."""
+"""Calls to be timed: the network alone, and the whole detector."""
 
 from __future__ import annotations
 

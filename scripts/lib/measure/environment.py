@@ -1,10 +1,10 @@
-"""The hardware and the versions that a figure depends on."""
+"""Describe the hardware and the versions that figures depend on."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from importlib import metadata
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -21,32 +21,23 @@ PACKAGES = (
 )
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that the figures may depend on, in this environment."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+def environment() -> dict[str, Any]:
+    """Versions of Python and of the installed packages, CPU and threads, GPU and its libraries."""
+    facts: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on beside the knobs: hardware and versions."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": metadata.version("torchvision"),
-        "cpu_threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-    }
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    facts |= {"cpu_threads": torch.get_num_threads(), "cpu": _cpu_name()}
     if torch.cuda.is_available():
         facts |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
+        if importlib.util.find_spec("tensorrt") is not None:  # installed under several package names
+            facts["tensorrt"] = importlib.import_module("tensorrt").__version__
     return facts
 
 

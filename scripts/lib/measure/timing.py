@@ -1,4 +1,4 @@
-"""Times of calls that are compared: in one run, in turn, after warming up, as medians."""
+"""Time calls for comparison: in turn within one run, after warming up, as medians; tables and JSON rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Call = Callable[[], object]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -25,8 +25,8 @@ def interleaved_medians_s(
 ) -> dict[str, float]:
     """Median seconds of one execution of each call.
 
-    The calls take turns, `rounds` times, `slice_s` seconds each turn (at least one execution), so that a
-    machine that slows down or speeds up meanwhile does so for all of them. A turn gives one sample: its mean.
+    The calls take turns for `rounds` rounds, `slice_s` seconds a turn (at least one execution), so that a
+    machine that becomes slower or faster affects all of them alike. The sample of a turn is its mean.
     """
     for call in calls.values():
         call()
@@ -39,9 +39,9 @@ def interleaved_medians_s(
 
 
 def mean_of_slice_s(call: Call, device: torch.device, slice_s: float) -> float:
-    """Mean seconds of one execution, of as many as `slice_s` seconds hold and at least one.
+    """Mean seconds of one execution, over as many executions as fit into `slice_s` seconds (at least one).
 
-    Timed as a whole, from an idle device to an idle device.
+    Includes the time until the device is idle again.
     """
     executions = 0
     started = time.perf_counter()
@@ -53,24 +53,22 @@ def mean_of_slice_s(call: Call, device: torch.device, slice_s: float) -> float:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """Rows as text; columns: key -> (heading, format of a value); a missing value is a dash."""
-    lines = [[heading for heading, _ in columns.values()]]
-    for row in rows:
-        lines.append(
-            ["-" if row.get(key) is None else format(row[key], form) for key, (_, form) in columns.items()]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    """Rows as text. columns: key -> (heading, format of a value); a missing value becomes a dash.
+
+    Columns without a format hold text and are aligned to the left.
+    """
+    texts = []
+    for key, (heading, form) in columns.items():
+        values = [row.get(key) for row in rows]
+        cells = [heading, *("-" if value is None else format(value, form) for value in values)]
+        width = max(map(len, cells))
+        texts.append([cell.rjust(width) if form else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*texts, strict=True))
 
 
 def append_json_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Append one line of JSON a row, each with the facts that hold for all."""
+    """Append each row, together with the facts that hold for all rows, as a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps({**row, **facts}, allow_nan=False) + "\n")

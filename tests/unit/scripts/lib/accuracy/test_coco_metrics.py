@@ -1,4 +1,4 @@
-"""Average precision against cases that can be counted by hand."""
+"""Average precision in cases that can be calculated by hand."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_predictions_are_left_as_they_are_and_nothing_is_printed(capfd: pytest.C
     assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_to_measure_is_said_in_words() -> None:
+def test_nothing_to_measure_is_reported_in_words() -> None:
     with pytest.raises(MetricsError, match="no images"):
         compute_metrics(dataset_of(), [predicted(BOXES[0])])
     with pytest.raises(MetricsError, match="no objects"):

@@ -1,4 +1,4 @@
-"""Reading data sets: each form says the same, and what is wrong is named."""
+"""Data sets in both formats, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from lib.accuracy.datasets import AnnotatedObject, DatasetError, read_coco, read_voc
+from lib.accuracy.datasets import AnnotatedObject, read_coco, read_dataset, read_voc
+from lib.cli import ScriptError
 
 
 def write_voc(
     folder: Path, objects: dict[str, list[tuple[str, tuple[Any, ...], int]]], split: str = "test"
 ) -> Path:
-    """A data set in Pascal-VOC form; objects: of each image, (name, box_xyxy, difficult)."""
+    """A data set in Pascal VOC format; objects: of each image, (name, box_xyxy, difficult)."""
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / name).mkdir(parents=True)
     (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in objects))
@@ -31,7 +32,7 @@ def write_voc(
 
 
 def write_coco(folder: Path, **changes: Any) -> Path:
-    """A data set in COCO form with one image, images lying in `folder`; changes: top-level keys."""
+    """A data set in COCO format with one image, images lying in `folder`; changes: top-level keys."""
     (folder / "a.jpg").write_bytes(b"image")
     content = {
         "images": [{"id": 7, "file_name": "a.jpg"}],
@@ -47,7 +48,7 @@ def write_coco(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_voc_boxes_are_taken_as_they_stand_and_difficult_ones_are_ignored(tmp_path: Path) -> None:
+def test_voc_boxes_are_unchanged_and_difficult_ones_are_ignored(tmp_path: Path) -> None:
     folder = write_voc(
         tmp_path / "cells", {"a": [("WBC", (1, 2, 30, 40), 0)], "b": [("RBC", (5, 5, 9, 9), 1)], "c": []}
     )
@@ -82,15 +83,15 @@ def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path: Path) -> Non
     assert dataset.images[0].objects[0].box_xyxy == (0, 0, 2, 2)
 
 
-def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no split 'tset'.*there are: test"):
+def test_a_missing_split_is_refused_with_the_existing_ones(tmp_path: Path) -> None:
+    with pytest.raises(ScriptError, match=r"no split 'tset'.*there are: test"):
         read_voc(write_voc(tmp_path / "cells", {}), "tset")
 
 
 def test_missing_images_are_counted_and_one_is_named(tmp_path: Path) -> None:
     folder = write_voc(tmp_path / "cells", {"a": [], "b": []})
     (folder / "JPEGImages" / "b.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"1 of 2 images .*b\.jpg"):
+    with pytest.raises(ScriptError, match=r"1 of 2 images .*b\.jpg"):
         read_voc(folder, "test")
 
 
@@ -98,14 +99,14 @@ def test_missing_images_are_counted_and_one_is_named(tmp_path: Path) -> None:
 def test_a_broken_voc_annotation_is_named(tmp_path: Path, text: str) -> None:
     folder = write_voc(tmp_path / "cells", {"a": []})
     (folder / "Annotations" / "a.xml").write_text(text)
-    with pytest.raises(DatasetError, match=r"a\.xml"):
+    with pytest.raises(ScriptError, match=r"a\.xml"):
         read_voc(folder, "test")
 
 
 @pytest.mark.parametrize("side", ["ten", "nan", "inf", ""])
 def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> None:
     folder = write_voc(tmp_path / "cells", {"a": [("RBC", (1, 2, side, 4), 0)]})
-    with pytest.raises(DatasetError, match=r"a\.xml"):
+    with pytest.raises(ScriptError, match=r"a\.xml"):
         read_voc(folder, "test")
 
 
@@ -123,7 +124,7 @@ def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> N
     ],
 )
 def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(DatasetError, match="instances"):
+    with pytest.raises(ScriptError, match="instances"):
         read_coco(write_coco(tmp_path, **changes), tmp_path)
 
 
@@ -131,7 +132,7 @@ def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes:
 def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "instances.json"
     path.write_text(text)
-    with pytest.raises(DatasetError, match=r"instances\.json"):
+    with pytest.raises(ScriptError, match=r"instances\.json"):
         read_coco(path, tmp_path)
 
 
@@ -141,3 +142,16 @@ def test_the_evaluation_images_are_read_whole(shared_dir: Path) -> None:
     assert set(dataset.class_names.values()) == {"Platelets", "RBC", "WBC"}
     assert dataset.object_count == 945
     assert read_voc(shared_dir / "bccd", "trainval").dropped_objects > 0
+
+
+def test_a_command_gets_the_data_set_that_its_options_name(tmp_path: Path) -> None:
+    voc, coco = write_voc(tmp_path / "cells", {"a": []}), write_coco(tmp_path)
+    for options, name in (
+        ((None, "test", None, None), None),
+        ((voc, "test", None, None), "cells:test"),
+        ((None, "test", coco, tmp_path), "instances"),
+    ):
+        dataset = read_dataset(*options)
+        assert (None if dataset is None else dataset.name) == name
+    with pytest.raises(ScriptError, match="folder of its images"):
+        read_dataset(None, "test", coco, None)

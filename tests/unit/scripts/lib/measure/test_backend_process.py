@@ -1,4 +1,4 @@
-"""Processes measured in turn: who is asked when, what becomes of one that fails."""
+"""Processes measured in turn: the order of the questions, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lib.measure import backend_process as backends_process
-from lib.measure.backend_process import Method, WorkerError, WorkerProcess, measure_in_turn
+from lib.measure import backend_process
+from lib.measure.backend_process import Method, WorkerError, measure_in_turn
 
 METHOD = Method((1, 4), rounds=3, slice_s=0.1, images=Path("images"), voc=Path("data"))
 # Seconds of a batch in the three rounds; the median is the second.
@@ -20,7 +20,7 @@ SECONDS = {
 
 
 class StandIn:
-    """A process that answers at once and notes who was asked for what; it fails where it is told to."""
+    """Answers at once, logs the questions to all processes, and fails as told."""
 
     log: list[tuple[str, str, int | None]] = []  # noqa: RUF012
     failing: dict[str, str] = {}  # noqa: RUF012
@@ -59,7 +59,7 @@ class StandIn:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends_process, "WorkerProcess", StandIn)
+    monkeypatch.setattr(backend_process, "WorkerProcess", StandIn)
     for name, empty in {"log": [], "failing": {}, "closed": []}.items():
         monkeypatch.setattr(StandIn, name, empty)
 
@@ -68,7 +68,7 @@ def measure(*names: str) -> dict[str, dict[str, Any]]:
     return measure_in_turn({name: Path(name) for name in names}, "cpu", METHOD, Path("ref"), lambda _: None)
 
 
-def test_each_round_asks_every_process_for_a_figure_before_it_goes_on_to_the_next() -> None:
+def test_each_round_measures_a_figure_of_every_process_before_the_next_figure() -> None:
     measure("a", "b")
     times = [entry for entry in StandIn.log if entry[2] is not None]
     a_round = [
@@ -77,7 +77,7 @@ def test_each_round_asks_every_process_for_a_figure_before_it_goes_on_to_the_nex
         for name in ("a", "b")
     ]
     assert times == 3 * a_round
-    # Memory is read before the data set is, and all have started before the first is timed.
+    # Memory is measured before AP, and all have started before the first is timed.
     assert [question for name, question, _ in StandIn.log[:4]] == ["load", "warm", "agreement", "ap"]
     assert StandIn.log.index(("b", "ap", None)) < StandIn.log.index(times[0])
     assert sorted(StandIn.closed) == ["a", "b"]
@@ -100,13 +100,3 @@ def test_a_process_that_fails_is_a_row_not_run_and_the_others_go_on(question: st
     assert rows["a"] == {"not_run": "failed: OutOfMemoryError"}
     assert rows["b"]["detector_ms"] == pytest.approx(100)
     assert len([entry for entry in StandIn.log if entry[:2] == ("a", question)]) == 1  # not asked again
-
-
-def test_a_process_that_ends_says_what_it_printed(project_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "damoyolo").mkdir()  # stands for the archive's package
-    (tmp_path / "damoyolo" / "__init__.py").write_text("")
-    (tmp_path / "damoyolo" / "detector.py").write_text("import os; os.write(2, b'last words'); os._exit(3)")
-    method = Method((1,), 1, 0.1, project_dir / "tests/data/smears")
-    with pytest.raises(WorkerError, match=r"(?s)status 3.*last words") as raised:
-        WorkerProcess(tmp_path, "cpu", method)
-    assert raised.value.kind == "process ended"

@@ -1,4 +1,4 @@
-"""Which rows of the table a machine can run, and why not."""
+"""Which rows of the table a machine can run, and why not the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lib.measure.backend_rows import LIBRARIES, REFERENCE, ROWS, Machine, reason_not_run, rows_of
+from lib.measure.backend_rows import LIBRARIES, ROWS, Machine, reason_not_run, rows_of
 
 from damoyolo.config import ServingConfig
 
@@ -15,7 +15,7 @@ EVERYTHING = Machine(True, ALL_LIBRARIES, onnxruntime_has_cuda=True, cpu_compute
 
 
 def not_run(machine: Machine, *, has_int8_file: bool = True) -> dict[tuple[str, str], str]:
-    """The reasons by device and name, of those rows that have one."""
+    """The reasons, by device and name, of the rows that have one."""
     return {
         (row.device, row.name): reason
         for row in ROWS
@@ -23,25 +23,10 @@ def not_run(machine: Machine, *, has_int8_file: bool = True) -> dict[tuple[str, 
     }
 
 
-def test_the_rows_are_those_that_were_asked_for() -> None:
-    assert [row.name for row in rows_of("cpu")] == [
-        "pytorch fp32",
-        "pytorch bf16",
-        "onnxruntime fp32",
-        "onnxruntime int8",
-        "openvino fp32",
-        "openvino bf16",
-        "openvino int8, rest fp32",
-        "openvino int8, rest bf16",
-    ]
-    assert [row.name for row in rows_of("cuda")] == [
-        *(f"pytorch {precision}" for precision in ("fp32", "tf32", "amp", "fp16", "bf16")),
-        "onnxruntime fp32",
-        *(f"tensorrt {precision}" for precision in ("fp32", "fp16", "int8")),
-    ]
+def test_the_rows_of_a_device_have_names_of_their_own() -> None:
     for device in ("cpu", "cuda"):
         names = [row.name for row in rows_of(device)]
-        assert names[0] == REFERENCE
+        assert names[0] == "pytorch fp32"
         assert len(set(names)) == len(names)
 
 
@@ -54,7 +39,7 @@ def test_a_machine_with_everything_runs_every_row() -> None:
     assert not_run(EVERYTHING) == {}
 
 
-def test_without_a_gpu_every_row_of_it_says_so_and_no_other() -> None:
+def test_without_a_gpu_exactly_its_rows_say_so() -> None:
     assert not_run(replace(EVERYTHING, has_gpu=False)) == {
         ("cuda", row.name): "no GPU" for row in rows_of("cuda")
     }
@@ -75,13 +60,13 @@ def test_a_missing_library_is_named_by_the_rows_that_need_it(library: str) -> No
     assert set(reasons) == {(row.device, row.name) for row in ROWS if row.backend in needing}
 
 
-def test_onnx_runtime_for_cpus_alone_runs_no_row_of_a_gpu() -> None:
+def test_onnx_runtime_without_cuda_runs_no_gpu_row() -> None:
     assert not_run(replace(EVERYTHING, onnxruntime_has_cuda=False)) == {
         ("cuda", "onnxruntime fp32"): "onnxruntime without CUDA"
     }
 
 
-def test_a_cpu_without_bfloat16_runs_no_row_in_it() -> None:
+def test_a_cpu_without_bfloat16_runs_no_bfloat16_row() -> None:
     reasons = not_run(replace(EVERYTHING, cpu_computes_bf16=False))
     assert set(reasons) == {
         ("cpu", name) for name in ("pytorch bf16", "openvino bf16", "openvino int8, rest bf16")

@@ -1,0 +1,60 @@
+"""Record a detector at work for other tools: chrome traces, NVTX ranges, memory snapshots."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lib.measure.stage_profile import Answer, NestedStageTimer
+from lib.measure.timing import synchronize
+
+from damoyolo.stage_timing import no_timing
+
+
+def write_trace(answer: Answer, device: torch.device, batches: int, path: Path) -> None:
+    """Write a chrome trace with the stages as ranges, for chrome://tracing or ui.perfetto.dev."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    time_stage = NestedStageTimer(lambda stage: torch.profiler.record_function(stage))
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(batches):
+            with torch.profiler.record_function("batch"):
+                answer(time_stage)
+        synchronize(device)
+    profiler.export_chrome_trace(str(path))
+
+
+def run_with_nvtx(answer: Answer, batches: int) -> None:
+    """Run batches between cudaProfilerStart and -Stop, each batch and stage being an NVTX range."""
+    time_stage = NestedStageTimer(lambda stage: torch.cuda.nvtx.range(stage))
+    torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+    for _ in range(batches):
+        with torch.cuda.nvtx.range("batch"):
+            answer(time_stage)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+
+def nsys_command(arguments: Sequence[str]) -> str:
+    """The command that records scripts/profile_detector.py --nvtx with `arguments` in Nsight Systems."""
+    command = ["nsys", "profile", "-t", "cuda,nvtx,osrt"]
+    # Record only between cudaProfilerStart and -Stop, without loading, capturing and warming up.
+    command += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
+    # By default a CUDA graph is shown as one bar.
+    command += ["--cuda-graph-trace=node", "--force-overwrite=true", "-o", "output/profile_detector"]
+    return shlex.join([*command, "python", "scripts/profile_detector.py", "--nvtx", *arguments])
+
+
+def write_memory_snapshot(answer: Answer, batches: int, path: Path) -> None:
+    """Write what the CUDA allocator did during some batches, for pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000)
+    try:
+        for _ in range(batches):
+            answer(no_timing)
+        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
