@@ -129,16 +129,16 @@ class ImagePreprocessor:
             return error
 
 
-def scale_factors_xyxy(image_sizes_hw: Sequence[tuple[int, int]], input_size_hw: tuple[int, int]) -> Tensor:
-    """(B, 4) float32 on the CPU: network-input pixels times this are pixels of the original image.
+def scale_factors_xyxy(
+    image_sizes_hw: Sequence[tuple[int, int]], input_size_hw: tuple[int, int]
+) -> NDArray[np.float32]:
+    """(B, 4) float32: network-input pixels times this are pixels of the original image.
 
     The inverse of the resizing in this file, for boxes as x1, y1, x2, y2; no shift takes part, since pixel
     (0, 0) reaches from 0 to 1 in both images.
     """
-    input_height, input_width = input_size_hw
-    factors_yx = torch.tensor(image_sizes_hw, dtype=torch.float64).reshape(-1, 2)
-    factors_yx /= torch.tensor([input_height, input_width])
-    return factors_yx.flip(1).repeat(1, 2).float()  # (B, 2) y, x -> (B, 4) x, y, x, y
+    factors_yx = np.array(image_sizes_hw, dtype=np.float64).reshape(-1, 2) / input_size_hw
+    return np.tile(factors_yx[:, ::-1], 2).astype(np.float32)  # (B, 2) y, x -> (B, 4) x, y, x, y
 
 
 def resize_on_device(

@@ -20,6 +20,7 @@ from torch import Tensor
 from damoyolo.boxes import STRIDES
 from damoyolo.cuda.kernels import detections as kernels
 from damoyolo.postprocess import postprocess
+from damoyolo.preprocess import scale_factors_xyxy
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 BLOCK = 4096  # logits that a program reads at once: four loads of 16 bytes a thread
@@ -124,9 +125,9 @@ class DevicePostprocess:
             floats[:count, kernels.LOGIT_BOUND] = _logit_bounds(thresholds)
             floats[:count, kernels.SCORE_THRESHOLD] = thresholds
             floats[:count, kernels.IOU_THRESHOLD] = [option.iou_threshold for option in options]
-            sizes_hw = np.array(image_sizes_hw, dtype=np.float64)
-            floats[:count, kernels.SCALE_Y] = sizes_hw[:, 0] / input_size_hw[0]
-            floats[:count, kernels.SCALE_X] = sizes_hw[:, 1] / input_size_hw[1]
+            scales_xyxy = scale_factors_xyxy(image_sizes_hw, input_size_hw)
+            floats[:count, kernels.SCALE_X] = scales_xyxy[:, 0]
+            floats[:count, kernels.SCALE_Y] = scales_xyxy[:, 1]
             # One more than fits tells that something would be missing.
             words[:count, kernels.LIMIT] = [
                 min(option.max_detections, self.max_kept + 1) for option in options
