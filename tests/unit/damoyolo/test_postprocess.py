@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -112,16 +111,6 @@ def detect(
     """At the network's own size, so that boxes are not scaled."""
     sizes = [INPUT_SIZE_HW] * len(options)
     return postprocess(raw, options, sizes, INPUT_SIZE_HW, max_candidates)
-
-
-@pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location("golden", shared_dir / "model" / "golden.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

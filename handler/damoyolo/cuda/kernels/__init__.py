@@ -1,8 +1,8 @@
 """Triton kernels for what cuDNN leaves slow, each beside the plain torch form that defines its result.
 
-Every operation looks at its tensors: 16-bit ones on a CUDA device go to the kernel, all others (and every one
+Every operation dispatches on its tensors: 16-bit ones on a CUDA device go to the kernel, all others (and all
 where Triton is not installed) to the plain form. Triton is imported at the first call that needs it, so a
-CPU server never pays for it.
+server on a CPU never imports it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Activation = Literal["relu", "silu", "none"]
 
 @functools.cache
 def triton_is_installed() -> bool:
-    """Whether kernels can be compiled here; looks the package up without importing it."""
+    """Whether kernels can be compiled here; looks up the package without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -41,10 +41,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 def pixel_stride(x: Tensor) -> int:
     """Elements from one pixel to the next of (B, C, h, w) whose memory is a list of B*h*w pixels.
 
-    A range of channels of a channels_last tensor qualifies; its pixels lie further apart than C elements.
+    A range of channels of a channels_last tensor qualifies; its pixels are more than C elements apart.
 
     Raises:
-        ValueError: the memory is laid out otherwise.
+        ValueError: the memory has another layout.
     """
     B, C, h, w = x.shape
     stride = next((x.stride(d) // n for d, s, n in ((3, w, 1), (2, h, w), (0, B, h * w)) if s > 1), C)
