@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from damoyolo.backends import ONNX_FILE as ONNX_FILE
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError

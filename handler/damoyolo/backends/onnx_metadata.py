@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -41,15 +41,8 @@ class OnnxMetadata:
 
     def to_metadata(self) -> dict[str, str]:
         """As `metadata_props` of a file, which hold text only."""
-        return {
-            "variant": self.variant,
-            "num_classes": str(self.num_classes),
-            "class_names": json.dumps(list(self.class_names)),
-            "reg_max": str(self.reg_max),
-            "precision": self.precision,
-            "weights_digest": self.weights_digest,
-            "form": self.form,
-        }
+        values = asdict(self) | {"class_names": json.dumps(self.class_names)}
+        return {name: str(value) for name, value in values.items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> OnnxMetadata:

@@ -90,11 +90,11 @@ def test_options_differ_within_a_batch(captured: Detector, plain: Detector, smea
     ]
     batch = [*smears, smears[0]]
     outcomes = captured.detect(batch, options)
-    for found, expected, asked in zip(outcomes, plain.detect(batch, options), options, strict=True):
+    for found, expected, option in zip(outcomes, plain.detect(batch, options), options, strict=True):
         assert isinstance(found, Detections)
-        assert len(found) <= asked.max_detections
-        if asked.max_detections == 300 and asked.iou_threshold < 0.9:
-            assert_close(found, expected, asked.score_threshold)
+        assert len(found) <= option.max_detections
+        if option.max_detections == 300 and option.iou_threshold < 0.9:
+            assert_close(found, expected, option.score_threshold)
     limited = outcomes[2]
     assert isinstance(limited, Detections)
     assert set(limited.class_ids) == {1}
@@ -106,14 +106,14 @@ def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(
 ) -> None:
     options = [DetectionOptions(0.0005, 0.7, 1000), plain.config.default_options()]
     batch = smears[:2]
-    for found, expected, asked in zip(
+    for found, expected, option in zip(
         captured.detect(batch, options), plain.detect(batch, options), options, strict=True
     ):
         assert isinstance(found, Detections)
         assert isinstance(expected, Detections)
         assert abs(len(found) - len(expected)) <= 0.05 * len(expected) + 1
         likely = found.scores > 0.3
-        assert likely.sum() == (expected.scores > 0.3).sum() or asked.score_threshold > 0.2
+        assert likely.sum() == (expected.scores > 0.3).sum() or option.score_threshold > 0.2
 
 
 def test_a_corrupt_neighbour_and_other_formats_share_a_captured_batch(

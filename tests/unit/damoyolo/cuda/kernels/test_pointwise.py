@@ -149,7 +149,7 @@ def test_every_tile_gives_the_same_result(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_call_reads_its_inputs_anew() -> None:
+def test_a_captured_call_reads_its_inputs_again() -> None:
     case = CASES[2]
     inputs = [x.to("cuda", torch.float16) for x in make_inputs(case, 2)]
     weight, bias = (x.to("cuda", torch.float16) for x in make_weights(case))
@@ -161,11 +161,11 @@ def test_a_recorded_call_reads_its_inputs_anew() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = call()
+        captured = call()
     for x in inputs:
         x.neg_()
     graph.replay()
-    torch.testing.assert_close(recorded, call(), rtol=0, atol=0)
+    torch.testing.assert_close(captured, call(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
