@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.accuracy.parity import (
+from lib.accuracy.parity_options import (
     Evidence,
     add_parity_arguments,
     check_parity,

@@ -1,7 +1,7 @@
-"""Box arithmetic: anchor points, the readable decoding of raw predictions, and overlap.
+"""Box arithmetic: anchor points and the readable decoding of raw predictions.
 
-Everything is computed in float32 whatever the input, under autocast too: there is no matrix product here
-that autocast could take to half precision.
+Everything is computed in float32 whatever the input, also under autocast: there is no matrix product here
+that autocast could run in half precision.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ STRIDES = (8, 16, 32)
 def anchor_points(
     level_sizes_hw: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """The points that distances are measured from: the top-left corner of each cell, no half-cell offset.
+    """The points that distances are measured from: top-left corners of the cells, no half-cell offset.
 
     Returns:
-        (A, 2) float32, x and y in pixels of the network input; levels in the order given, inside a level
-        row by row. The tensor is shared by all callers: do not write into it.
+        (A, 2) float32, x and y in pixels of the network input; levels in the order given, row by row within a
+        level. The tensor is shared by all callers: do not write into it.
     """
     sizes = tuple((int(height), int(width)) for height, width in level_sizes_hw)
     return _cached_anchor_points(sizes, tuple(strides), torch.device(device))
 
 
-# Unbounded, so that an entry whose address a CUDA graph has recorded is never freed; a server knows one
-# input size or a few.
+# Unbounded, so that an entry whose address a CUDA graph has recorded is never freed; a server has one input
+# size or a few.
 @functools.cache
 def _cached_anchor_points(
     level_sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
 ) -> Tensor:
     # Built on the host and copied: the copy is complete when it returns, so that no other stream or thread
     # can read it too early, and a first call during a graph capture fails loudly instead of storing memory
-    # that only a replay fills. Outside inference mode, so that it may serve autograd as well.
+    # that only a replay fills. Outside inference mode, so that autograd can use it as well.
     with torch.inference_mode(False):
         levels = []
         for (height, width), stride in zip(level_sizes_hw, strides, strict=True):
@@ -48,7 +48,7 @@ def _cached_anchor_points(
 
 
 def class_scores(class_logits: Sequence[Tensor]) -> Tensor:
-    """Scores of all levels, (B, A, K) float32 in 0..1, from (B, K, h, w) logits of each level."""
+    """Scores of all levels, (B, A, K) float32 in 0..1, from (B, K, h, w) logits per level."""
     levels = [logits.permute(0, 2, 3, 1).flatten(1, 2) for logits in class_logits]  # B, h * w, K
     return torch.cat(levels, dim=1).float().sigmoid_()
 
@@ -85,19 +85,3 @@ def decode_predictions(raw: RawPredictions, strides: Sequence[int] = STRIDES) ->
         points = anchor_points([(height, width)], [stride], logits.device)  # h * w, 2
         boxes.append(boxes_from_distances(logits.permute(0, 2, 3, 1).flatten(1, 2), points, stride))
     return class_scores(raw.class_logits), torch.cat(boxes, dim=1)
-
-
-def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
-    """Intersection over union, (..., N, 4) with (..., M, 4) to (..., N, M) float32.
-
-    The order of operations is that of torchvision.ops.nms, so that the same boxes fall on the same side of
-    a threshold. Two boxes without area give 0 / 0 = NaN, which exceeds no threshold.
-    """
-    x1_a, y1_a, x2_a, y2_a = boxes_a_xyxy.float().unsqueeze(-2).unbind(-1)  # ..., N, 1
-    x1_b, y1_b, x2_b, y2_b = boxes_b_xyxy.float().unsqueeze(-3).unbind(-1)  # ..., 1, M
-    area_a = (x2_a - x1_a) * (y2_a - y1_a)
-    area_b = (x2_b - x1_b) * (y2_b - y1_b)
-    width = (torch.minimum(x2_a, x2_b) - torch.maximum(x1_a, x1_b)).clamp_(min=0)  # ..., N, M
-    height = (torch.minimum(y2_a, y2_b) - torch.maximum(y1_a, y1_b)).clamp_(min=0)  # ..., N, M
-    intersection = width.mul_(height)
-    return intersection / (area_a + area_b - intersection)

@@ -1,4 +1,4 @@
-"""Images in, detections out: calls the stages in their order, and nothing else does."""
+"""Detect objects in encoded images: calls the stages in their order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from damoyolo.backends import ONNX_FILE as ONNX_FILE
 from damoyolo.config import SETTINGS_FILE, ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.decode import EncodedImage
@@ -30,9 +29,9 @@ WEIGHTS_FILE = "damoyolo.pth"
 class Detector:
     """DAMO-YOLO on one device.
 
-    pipeline: the network and its postprocessing. preprocessor: what fills the batches.
+    pipeline: the network and its postprocessing. preprocessor: decodes and resizes the images of a batch.
 
-    Not for several threads at once: one batch at a time.
+    Not thread-safe: one batch at a time.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Detector:
         precision, backend, serving: settings that take precedence over those of the archive.
 
         Raises:
-            ConfigError, CheckpointError: what the archive holds does not fit together.
+            ConfigError, CheckpointError: settings, weights and device do not fit together.
         """
         settings = yaml.safe_load((model_dir / SETTINGS_FILE).read_text())["handler"]
         changes = {"precision": precision, "backend": backend}
@@ -71,18 +70,20 @@ class Detector:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], weights: Path, device: torch.device) -> Detector:
-        """The detector of a `handler:` section and packaged weights; further forms of the network lie beside.
+        """The detector of a `handler:` section and packaged weights.
+
+        weights: in their folder the backends look for their own files of the network.
 
         Raises:
-            ConfigError, CheckpointError: they do not fit together.
+            ConfigError, CheckpointError: settings, weights and device do not fit together.
         """
         config = ServingConfig.from_mapping(settings)
         model = load_packaged(weights)
         if model.variant.name != config.variant or model.num_classes != len(config.class_names):
             raise ConfigError(
-                f"the settings speak of variant {config.variant} with {len(config.class_names)} class names, "
-                f"the weights are of variant {model.variant.name} with {model.num_classes} classes; "
-                "build the archive anew"
+                f"the settings are for variant {config.variant} with {len(config.class_names)} class names, "
+                f"the weights for variant {model.variant.name} with {model.num_classes} classes; rebuild the "
+                "archive"
             )
         return cls(model, config, device, weights.parent)
 
@@ -92,10 +93,10 @@ class Detector:
         options: Sequence[DetectionOptions],
         time_stage: StageTimer = no_timing,
     ) -> list[Detections | RequestError]:
-        """The detections of each encoded image, or the error that it alone caused; order is kept.
+        """The detections of each encoded image, or the error of that image, in the order of the images.
 
-        images: encoded in an accepted format. options: one an image.
-        observe: called with the name of each stage; what it returns is entered around that stage.
+        images: encoded in an accepted format. options: one per image.
+        time_stage: called with the name of each stage; the context manager it returns wraps that stage.
         """
         size = self.pipeline.max_batch_size or max(1, len(images))
         outcomes: list[Detections | RequestError] = []
@@ -112,25 +113,25 @@ class Detector:
             batch = self.preprocessor.prepare(images, self.pipeline.pixels)
         outcomes: dict[int, Detections | RequestError] = dict(batch.errors)
         if batch.slots:
-            asked = [options[slot] for slot in batch.slots]
-            detections = self.pipeline.detect(batch.pixels, asked, batch.image_sizes_hw, time_stage)
+            slot_options = [options[slot] for slot in batch.slots]
+            detections = self.pipeline.detect(batch.pixels, slot_options, batch.image_sizes_hw, time_stage)
             outcomes.update(zip(batch.slots, detections, strict=True))
         return [outcomes[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def raw_predictions(self, pixels: Tensor) -> RawPredictions:
-        """What the network says of a batch as it is served, before any postprocessing.
+        """The predictions of the served network for a batch, before postprocessing.
 
-        pixels: (B, 3, H, W) uint8 on the device, B at least 1; more than the pipeline takes are cut up.
+        pixels: (B, 3, H, W) uint8 on the device, B at least 1; split into batches that the pipeline takes.
 
-        Returns predictions on the device that later calls leave alone.
+        Returns predictions on the device; later calls do not overwrite them.
         """
         parts = torch.split(pixels, self.pipeline.max_batch_size or len(pixels))
         # Copies, because a CUDA graph overwrites its result at the next call.
         return RawPredictions.joined([self.pipeline.network_call(part)().clone() for part in parts])
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
-        """Run each batch size once, so that no request pays for kernel choice and first allocations."""
+        """Run each batch size once, so that no request waits for kernel selection and first allocations."""
         image = io.BytesIO()
         Image.new("RGB", (640, 480)).save(image, "JPEG")
         for batch_size in batch_sizes:

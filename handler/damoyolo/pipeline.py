@@ -1,7 +1,7 @@
-"""From pixels on the device to detections on the host: the network and the postprocessing behind it.
+"""Run the network and its postprocessing: pixels on the device in, detections on the host out.
 
 `EagerPipeline` is the reference: any backend, then `postprocess`. On CUDA in fp16 or bf16, `cuda.pipeline`
-runs the same work as CUDA graphs of a fused network.
+does the same with CUDA graphs of a fused network.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 
 class Pipeline(Protocol):
-    """The network and its postprocessing on one device. Not for several threads at once.
+    """The network and its postprocessing on one device. Not thread-safe.
 
-    name, precision: the backend that runs the network, and its arithmetic.
+    name, precision: of the backend that runs the network.
     max_batch_size: the most images of one call; None for no limit.
-    pixels: (max_batch_size, 3, H, W) uint8 channels_last on the device, the best place for a batch; None if
-        every place is as good.
+    pixels: (max_batch_size, 3, H, W) uint8 channels_last on the device; a batch written there is not copied.
+        None if there is no such buffer.
     """
 
     @property
@@ -55,12 +55,12 @@ class Pipeline(Protocol):
 
         pixels: (B, 3, H, W) uint8 on the device, B at least 1 and at most `max_batch_size`.
         options, image_sizes_hw: one per image; original height and width in pixels.
-        time_stage: called with the name of each stage; what it returns is entered around that stage.
+        time_stage: called with the name of each stage; the context manager it returns wraps that stage.
         """
         ...
 
     def network_call(self, pixels: Tensor) -> Callable[[], RawPredictions]:
-        """The network alone for a batch of `pixels`, to be timed; its result is valid until the next call."""
+        """A call that runs only the network on `pixels`; its result is valid until the next call."""
         ...
 
 
@@ -112,7 +112,7 @@ def open_pipeline(
 ) -> Pipeline:
     """The fastest pipeline that the settings allow on the device.
 
-    model: folded, on the CPU, in float32; taken over and changed.
+    model: folded, on the CPU, in float32; the pipeline takes it over and may change it.
     model_dir: folder of the unpacked archive, which may hold the network in the format of other backends.
 
     Raises:
@@ -121,7 +121,7 @@ def open_pipeline(
     if device.type == "cuda" and config.cuda_graphs and config.backend in ("auto", "pytorch"):
         precision = resolve_precision(config.precision, device)
         if precision in WEIGHT_DTYPE:
-            # Imported here: a worker on a CPU never needs it, and it needs Triton.
+            # Imported here because it needs Triton, which a worker on a CPU may not have.
             from damoyolo.cuda.pipeline import GraphPipeline
 
             return GraphPipeline.of_model(model, config, input_size_hw, device, precision)

@@ -115,7 +115,7 @@ def test_a_worker_that_cannot_start_is_reported_with_its_traceback_within_second
     edited_archive(archive.path, tmp_path / "damoyolo.mar", edits)
     message, seconds = start_failure(tmp_path, project_dir)
     assert "Traceback" in message
-    assert "the settings speak of variant T" in message
+    assert "the settings are for variant T" in message
     assert seconds < 60
 
 

@@ -1,4 +1,4 @@
-"""The reference values of the network: golden weights, inputs and outputs."""
+"""Reference values of the network (golden weights, inputs, outputs), the demo archive and its images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from damoyolo.backends import ONNX_FILE
+from damoyolo.model.checkpoint import load_checkpoint, save_packaged
 from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.fold import fold_state_dict
 from damoyolo.model.variants import VARIANTS
@@ -82,7 +84,7 @@ def golden_images(golden: ModuleType) -> Callable[..., Tensor]:
 def golden_onnx_dir(
     golden_model: Callable[[str, bool], DamoYolo], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """A folder with the ONNX form of a variant with its golden weights, classes called "0" to "79"."""
+    """A folder with the ONNX form of a variant with its golden weights, classes named "0" to "79"."""
 
     @functools.cache
     def export(name: str) -> Path:
@@ -93,3 +95,29 @@ def golden_onnx_dir(
         return folder
 
     return export
+
+
+@pytest.fixture(scope="session")
+def demo_settings() -> dict[str, Any]:
+    """The `handler:` section for the demo weights, in float32."""
+    return {"variant": "S", "class_names": ["Platelets", "RBC", "WBC"], "precision": "fp32"}
+
+
+@pytest.fixture(scope="session")
+def demo_archive_dir(
+    project_dir: Path, demo_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder like an unpacked archive of the demo weights."""
+    from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
+
+    folder = tmp_path_factory.mktemp("archive")
+    checkpoint = load_checkpoint(project_dir / "model_store/weights/damoyolo_s_bccd.pth")
+    save_packaged(folder / WEIGHTS_FILE, checkpoint)
+    (folder / SETTINGS_FILE).write_text(yaml.safe_dump({"handler": demo_settings}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smears(project_dir: Path) -> list[bytes]:
+    """JPEG images of drawn blood smears."""
+    return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]

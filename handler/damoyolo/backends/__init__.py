@@ -1,4 +1,4 @@
-"""The backends that can run the network, each a file of its own behind one small interface."""
+"""Choose and open the backend that runs the network; each backend is a module with the same interface."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from damoyolo.structures import RawPredictions
 logger = logging.getLogger(__name__)
 
 ONNX_FILE = "damoyolo.onnx"
-# What only PyTorch computes in on a CPU.
+# On a CPU only PyTorch has these.
 PYTORCH_PRECISIONS = ("amp",)
 
 
 class Backend(Protocol):
-    """A network made ready on one device, in one precision.
+    """A network ready to run on one device, in one precision.
 
     name: what `backend` in the settings calls it.
-    precision: a concrete one, never "auto"; "int8" where the network was quantised, whatever runs the rest.
+    precision: never "auto"; "int8" where the network was quantised, whatever the rest of it runs in.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Backend(Protocol):
 
         pixels: (B, 3, H, W) uint8 RGB on the device; H and W multiples of 32.
 
-        Returns predictions on the device, in any floating-point type, that later calls leave alone.
+        Returns predictions on the device, in any floating-point type; later calls do not overwrite them.
         """
         ...
 
@@ -46,17 +46,17 @@ class Backend(Protocol):
 def open_backend(
     model: DamoYolo, config: ServingConfig, device: torch.device, model_dir: Path | None = None
 ) -> Backend:
-    """The backend that `config.backend` names, made ready on a device.
+    """Open the backend that `config.backend` names on a device.
 
-    On a CPU it runs in as many threads as PyTorch does (`torch.get_num_threads`). The modules of the backends
-    are imported here, so that a library is needed only by those who chose it.
+    On a CPU it runs in as many threads as PyTorch (`torch.get_num_threads`). The modules are imported here,
+    so that a library has to be installed only where it is used.
 
-    model: folded, on the CPU, in float32; taken over and changed.
-    model_dir: folder of the unpacked archive, which may hold the network in further forms (ONNX_FILE).
+    model: folded, on the CPU, in float32; the backend takes it over and may change it.
+    model_dir: folder of the unpacked archive, which may also hold the network in another format (ONNX_FILE).
 
     Raises:
-        ConfigError: the backend's library is missing, it cannot run on the device or in the precision, or
-            what the archive holds for it does not fit the settings.
+        ConfigError: the backend's library is missing, the backend cannot run on the device or in the
+            precision, or its file in the archive does not match the settings.
     """
     onnx_file = None
     if model_dir is not None and (model_dir / ONNX_FILE).is_file():
@@ -80,7 +80,7 @@ def open_backend(
 
 
 def choose_backend(config: ServingConfig, device: torch.device) -> str:
-    """What "auto" stands for: the fastest backend that is there and computes in the precision asked for.
+    """What "auto" stands for: the fastest installed backend that has the requested precision.
 
     On a CPU that is OpenVINO (README, "Backends"), elsewhere PyTorch.
     """
@@ -88,7 +88,7 @@ def choose_backend(config: ServingConfig, device: torch.device) -> str:
         return "pytorch"
     if importlib.util.find_spec("openvino") is None:
         logger.warning(
-            "the network runs in PyTorch, slower than need be: openvino is not installed "
+            "the network runs in PyTorch, which is slower: openvino is not installed "
             "(pip install openvino, or set backend to pytorch)"
         )
         return "pytorch"
@@ -96,7 +96,7 @@ def choose_backend(config: ServingConfig, device: torch.device) -> str:
 
 
 def missing_library(library: str, backend: str, error: ImportError) -> ConfigError:
-    """What to raise where the library of a backend cannot be imported; names the way out."""
+    """The error for a backend whose library cannot be imported."""
     return ConfigError(
         f"backend is {backend!r}, but {library} cannot be imported ({error}); pip install {library}, or set "
         "backend to auto"

@@ -1,11 +1,11 @@
-"""What the ONNX form of the network looks like, what a file of it says of itself, and whether that fits."""
+"""Describe the ONNX form of the network: its inputs and outputs, and the metadata that identify a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ OUTPUT_NAMES = (*CLASS_OUTPUTS, *DISTANCE_OUTPUTS)  # as in RawPredictions, floa
 
 @dataclass(frozen=True)
 class OnnxMetadata:
-    """What the metadata of an ONNX file say, which hold text alone.
+    """What an ONNX file was exported from.
 
-    form: "raw" (raw predictions, what the backends run), "boxes" or "detections" (for use elsewhere).
+    form: "raw" (raw predictions, which the backends run), "boxes" or "detections" (for use elsewhere).
     precision: "fp32", or "int8" where convolutions were quantised.
-    weights_digest: of the float32 weights that it was made from (`weights_digest`).
+    weights_digest: of the float32 weights (`weights_digest`).
     """
 
     variant: str
@@ -40,20 +40,13 @@ class OnnxMetadata:
     form: str = "raw"
 
     def to_metadata(self) -> dict[str, str]:
-        """As `metadata_props` of a file."""
-        return {
-            "variant": self.variant,
-            "num_classes": str(self.num_classes),
-            "class_names": json.dumps(list(self.class_names)),
-            "reg_max": str(self.reg_max),
-            "precision": self.precision,
-            "weights_digest": self.weights_digest,
-            "form": self.form,
-        }
+        """As `metadata_props` of a file, which hold text only."""
+        values = asdict(self) | {"class_names": json.dumps(self.class_names)}
+        return {name: str(value) for name, value in values.items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> OnnxMetadata:
-        """What `to_metadata` wrote.
+        """Read what `to_metadata` wrote.
 
         Raises:
             ConfigError: an entry is missing or unreadable; names the file and the entry.
@@ -71,12 +64,12 @@ class OnnxMetadata:
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{path.name} does not say what it holds ({type(error).__name__}: {error}); accepted are "
-                "files that scripts/export_onnx.py wrote"
+                "files written by scripts/export_onnx.py"
             ) from error
 
 
 def metadata_of(model: DamoYolo, class_names: Sequence[str], form: str = "raw") -> OnnxMetadata:
-    """What a float32 file of `model` says."""
+    """The metadata of a float32 file of `model`."""
     return OnnxMetadata(
         variant=model.variant.name,
         num_classes=model.num_classes,
@@ -97,39 +90,39 @@ def weights_digest(model: DamoYolo) -> str:
     return digest.hexdigest()
 
 
-def check_compatible(facts: OnnxMetadata, path: Path, config: ServingConfig, model: DamoYolo) -> None:
-    """Refuse a file of another network than the one that the archive holds.
+def check_compatible(metadata: OnnxMetadata, path: Path, config: ServingConfig, model: DamoYolo) -> None:
+    """Refuse a file that was exported from another network than the archive's.
 
     Raises:
         ConfigError: names what differs.
     """
     expected = metadata_of(model, config.class_names)
     for name in ("form", "variant", "num_classes", "class_names", "reg_max", "weights_digest"):
-        found, wanted = getattr(facts, name), getattr(expected, name)
+        found, wanted = getattr(metadata, name), getattr(expected, name)
         if found != wanted:
             raise ConfigError(
-                f"{path.name} is of {name} {_shown(found)}, settings and weights of the archive of "
-                f"{_shown(wanted)}; export it anew from these weights, or build the archive without it"
+                f"{path.name} is of {name} {_shown(found)}, settings and weights of the archive are of "
+                f"{_shown(wanted)}; export it again from these weights, or build the archive without it"
             )
-    if facts.precision not in ("fp32", "int8"):
-        raise ConfigError(f"{path.name} is of precision {facts.precision!r}; accepted are fp32 and int8")
+    if metadata.precision not in ("fp32", "int8"):
+        raise ConfigError(f"{path.name} is of precision {metadata.precision!r}; accepted are fp32 and int8")
 
 
 class RawOutputs(nn.Module):
-    """The network as the raw form has it: bytes in, the tensors of RawPredictions in a row out."""
+    """The network in raw form: uint8 images in, the tensors of RawPredictions as one flat tuple out."""
 
     def __init__(self, model: DamoYolo) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images: (B, 3, H, W) uint8 RGB. Returns them in the order of OUTPUT_NAMES."""
+        """images: (B, 3, H, W) uint8 RGB. Returns the tensors in the order of OUTPUT_NAMES."""
         raw: RawPredictions = self.model(images.float())
         return (*raw.class_logits, *raw.distance_logits)
 
 
 def as_predictions(outputs: Sequence[Tensor]) -> RawPredictions:
-    """The outputs of a file, in the order of OUTPUT_NAMES."""
+    """RawPredictions of the outputs of a file, given in the order of OUTPUT_NAMES."""
     levels = len(STRIDES)
     return RawPredictions(tuple(outputs[:levels]), tuple(outputs[levels:]))
 

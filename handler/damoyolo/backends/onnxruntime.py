@@ -1,4 +1,4 @@
-"""ONNX Runtime as the backend, on a CPU, or on CUDA where its package for that is installed."""
+"""Run the network in ONNX Runtime, on a CPU or, where onnxruntime-gpu is installed, on CUDA."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from damoyolo.backends.onnx_metadata import (
     as_predictions,
     check_compatible,
 )
+from damoyolo.backends.precision import resolve_backend_precision
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -25,17 +26,17 @@ from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.structures import RawPredictions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ERRORS_ONLY = 3  # of its log levels
+ERRORS_ONLY = 3  # a log level of ONNX Runtime
 
 
 class OnnxRuntimeBackend:
-    """The ONNX file of the archive in ONNX Runtime: float32, or what a quantised file says.
+    """The archive's ONNX file in ONNX Runtime: in float32, or in int8 if it is quantised.
 
     Call with (B, 3, H, W) uint8 RGB on the device; returns float32.
 
     Raises:
-        ConfigError: the library, its support of the device or the file is missing, the file is not of this
-            network, or another precision is asked for.
+        ConfigError: the library, its support for the device or the file is missing, the file is of another
+            network, or another precision is requested.
     """
 
     name = "onnxruntime"
@@ -52,11 +53,7 @@ class OnnxRuntimeBackend:
                 f"backend is {self.name!r}, but the archive holds no {ONNX_FILE}; build it with "
                 "--backend onnxruntime, or set backend to auto"
             )
-        if config.precision not in ("auto", "fp32"):
-            raise ConfigError(
-                f"precision is {config.precision!r}; accepted with backend {self.name} are auto and fp32 "
-                "(a file that is quantised already stays so)"
-            )
+        resolve_backend_precision(config.precision, self.name)
         provider = PROVIDERS[device.type]
         if provider not in onnxruntime.get_available_providers():
             raise ConfigError(
@@ -67,34 +64,34 @@ class OnnxRuntimeBackend:
         self.num_classes = model.num_classes
         self.bin_channels = 4 * (model.variant.reg_max + 1)
         self.session = self._open_session(onnxruntime, onnx_file, provider)
-        facts = OnnxMetadata.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
-        check_compatible(facts, onnx_file, config, model)
-        self.precision = facts.precision
+        metadata = OnnxMetadata.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
+        check_compatible(metadata, onnx_file, config, model)
+        self.precision = metadata.precision
 
     def _open_session(self, onnxruntime: Any, onnx_file: Path, provider: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        # Threads that wait busily take cores from those that decode images and compute boxes.
+        # Spinning threads take cores from those that decode images and compute boxes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         index = self.device.index or 0
-        # By default it computes in TF32 on CUDA, which is not what fp32 promises.
+        # By default it computes in TF32 on CUDA, which is less precise than fp32.
         on_cuda = {"device_id": str(index), "use_tf32": "0"}
         provider_options = on_cuda if self.device.type == "cuda" else {}
         try:
             session = onnxruntime.InferenceSession(
                 onnx_file, options, providers=[(provider, provider_options)]
             )
-        except Exception as error:  # it has a class of its own for each code, all directly below Exception
+        except Exception as error:  # each error code has a class of its own, directly below Exception
             raise ConfigError(
-                f"{onnx_file.name} cannot be opened by onnxruntime: {error}; build the archive anew"
+                f"{onnx_file.name} cannot be opened by onnxruntime: {error}; rebuild the archive"
             ) from error
-        # Where CUDA's libraries do not load, it takes the CPU without a word.
+        # Where CUDA's libraries do not load, it falls back to the CPU silently.
         if session.get_providers()[0] != provider:
             raise ConfigError(
                 f"backend is {self.name!r} on {self.device}, but onnxruntime could not start {provider}; "
-                "install the CUDA and cuDNN that its version needs, or set backend to auto"
+                "install the CUDA and cuDNN versions that it needs, or set backend to auto"
             )
         return session
 
@@ -114,11 +111,11 @@ class OnnxRuntimeBackend:
         ]
         # Bound by address, so that on CUDA nothing passes through the host.
         binding = self.session.io_binding()
-        place = self.device.type, self.device.index or 0
-        binding.bind_input(INPUT_NAME, *place, np.uint8, tuple(pixels.shape), pixels.data_ptr())
+        on_device = self.device.type, self.device.index or 0
+        binding.bind_input(INPUT_NAME, *on_device, np.uint8, tuple(pixels.shape), pixels.data_ptr())
         for name, output in zip(OUTPUT_NAMES, outputs, strict=True):
-            binding.bind_output(name, *place, np.float32, tuple(output.shape), output.data_ptr())
+            binding.bind_output(name, *on_device, np.float32, tuple(output.shape), output.data_ptr())
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # it computes on a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # it runs on a stream of its own
         self.session.run_with_iobinding(binding)
         return as_predictions(outputs)

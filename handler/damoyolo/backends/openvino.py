@@ -1,4 +1,4 @@
-"""OpenVINO as the backend, on a CPU."""
+"""Run the network in OpenVINO on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from damoyolo.backends.onnx_metadata import (
     check_compatible,
 )
 from damoyolo.backends.openvino_import import import_openvino
-from damoyolo.backends.precision import cpu_computes_bf16
+from damoyolo.backends.precision import resolve_backend_precision
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
@@ -29,13 +29,13 @@ PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVINOBackend:
-    """The ONNX file of the archive, or else the PyTorch network converted on the spot, in OpenVINO.
+    """The archive's ONNX file in OpenVINO; without one, the PyTorch network, converted at start-up.
 
     Call with (B, 3, H, W) uint8 RGB on the CPU; returns float32.
 
     Raises:
-        ConfigError: the library is missing, the device is no CPU, the precision is one that it lacks, or the
-            file is not of this network.
+        ConfigError: the library is missing, the device is not a CPU, OpenVINO does not have the precision, or
+            the file is of another network.
     """
 
     name = "openvino"
@@ -49,27 +49,27 @@ class OpenVINOBackend:
             openvino = import_openvino()
         except ImportError as error:
             raise missing_library("openvino", self.name, error) from error
-        computed_in = _resolve_precision(config.precision)
+        float_precision = resolve_backend_precision(config.precision, self.name)
         self.device = device
         core = openvino.Core()
         if onnx_file is None:
-            self.precision = computed_in
+            self.precision = float_precision
             network = _convert(openvino, model)
         else:
             network = _read(core, onnx_file)
-            facts = OnnxMetadata.from_metadata(_metadata(network), onnx_file)
-            check_compatible(facts, onnx_file, config, model)
-            self.precision = facts.precision if facts.precision == "int8" else computed_in
+            metadata = OnnxMetadata.from_metadata(_metadata(network), onnx_file)
+            check_compatible(metadata, onnx_file, config, model)
+            self.precision = "int8" if metadata.precision == "int8" else float_precision
         compiled = core.compile_model(
             network,
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": PRECISION_HINTS[computed_in],
+                "INFERENCE_PRECISION_HINT": PRECISION_HINTS[float_precision],
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 # One batch at a time, all threads on it.
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": 1,
-                # Workers do not know of each other, and would all bind themselves to the first cores.
+                # Workers do not know of one another and would all pin their threads to the first cores.
                 "ENABLE_CPU_PINNING": False,
             },
         )
@@ -78,27 +78,15 @@ class OpenVINOBackend:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> RawPredictions:
-        # The results are copies: the library overwrites its own memory at the next call.
+        # infer() returns copies: OpenVINO overwrites its own memory at the next call.
         found = self.request.infer({INPUT_NAME: pixels.contiguous().numpy()}, share_inputs=True)
         return as_predictions([torch.from_numpy(found[output]) for output in self.outputs])
 
 
-def _resolve_precision(requested: str) -> str:
-    """As `precision.resolve_precision`, for what OpenVINO computes in."""
-    if requested == "auto":
-        return "bf16" if cpu_computes_bf16() else "fp32"
-    if requested not in PRECISION_HINTS:
-        raise ConfigError(
-            f"precision is {requested!r}; accepted with backend openvino are auto, "
-            f"{', '.join(PRECISION_HINTS)}"
-        )
-    return requested
-
-
 def _convert(openvino: Any, model: DamoYolo) -> Any:
-    """The network as OpenVINO's own model, of any batch and image size."""
+    """The network as an OpenVINO model that takes any batch and image size."""
     with warnings.catch_warnings():
-        # It traces, which PyTorch deprecates; by way of torch.export the same takes several times as long.
+        # It traces the network, which PyTorch deprecates; torch.export takes several times as long.
         warnings.simplefilter("ignore")
         network = openvino.convert_model(
             RawOutputs(model).eval(),
@@ -116,7 +104,7 @@ def _read(core: Any, onnx_file: Path) -> Any:
         return core.read_model(onnx_file)
     except RuntimeError as error:
         raise ConfigError(
-            f"{onnx_file.name} cannot be read by openvino: {error}; build the archive anew"
+            f"{onnx_file.name} cannot be read by openvino: {error}; rebuild the archive"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""OpenVINO's Python package, as it is to be imported: without reports over the network, without ballast.
+"""Import OpenVINO's Python package without its telemetry and without its bridge to torch.compile.
 
-Importing this module is enough; it does not import the package itself.
+Importing this module is enough to switch both off; it does not import the package itself.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import logging
 import sys
 from typing import Any
 
-# It reports its use over the network, from its import on, unless the package that does so cannot be imported.
+# OpenVINO reports its use over the network from its import on, unless its telemetry package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-# TorchServe's base handler imports its bridge for torch.compile, which nothing here uses: seconds at every
-# start of a worker, and a warning of deprecation.
+# TorchServe's base handler imports the bridge, which nothing here uses: it costs seconds at every start of a
+# worker and gives a deprecation warning.
 sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
-# It then warns "OpenVINO is not enabled", meaning that bridge, while the network may run in OpenVINO.
+# Without the bridge the base handler warns "OpenVINO is not enabled", although the network may run in it.
 logging.getLogger("ts.torch_handler.base_handler").setLevel(logging.ERROR)
 
 

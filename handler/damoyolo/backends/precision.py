@@ -1,8 +1,8 @@
-"""Precision: which arithmetic the network runs in.
+"""Decide in which precision the network runs.
 
-Whatever the precision, images enter as whole grey levels (exact in every one of the formats), the
-matrix products accumulate in float32, and all that follows the raw predictions (sigmoid, softmax over the
-distance bins, boxes, NMS) is computed in float32 by `boxes` and `postprocess`.
+Whatever the precision, images enter as integers 0..255 (exact in every format), matrix products accumulate in
+float32, and everything after the raw predictions (sigmoid, softmax over the distance bins, boxes, NMS) is
+computed in float32 by `boxes` and `postprocess`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ PRECISIONS_OF_DEVICE = {
     "cuda": ("fp32", "tf32", "amp", "fp16", "bf16"),
     "cpu": ("fp32", "amp", "bf16"),
 }
+# Of backends that run an ONNX file or a converted network. TensorRT's is fixed when the engine is built.
+PRECISIONS_OF_BACKEND = {"openvino": ("fp32", "bf16"), "onnxruntime": ("fp32",)}
 # amp is autocast in the device's fast 16-bit format.
 AUTOCAST_DTYPE = {"cuda": torch.float16, "cpu": torch.bfloat16}
 WEIGHT_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,10 +29,10 @@ def cpu_computes_bf16() -> bool:
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:
-    """The precision to run `requested` in on `device`; "auto" becomes a concrete one.
+    """The precision of PyTorch on `device`; "auto" becomes a concrete one.
 
-    "auto" is the fastest that kept the AP of the demo weights within 0.003 of float32 where it was
-    measured (README, "Precision"): fp16 on CUDA; on a CPU bf16 where the hardware has it, else fp32.
+    "auto" is the fastest one that kept the AP of the demo weights within 0.003 of float32 in our measurements
+    (README, "Precision"): fp16 on CUDA; on a CPU bf16 where the hardware has it, else fp32.
 
     Raises:
         ConfigError: the device cannot run it.
@@ -45,5 +47,22 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     if requested not in accepted:
         raise ConfigError(
             f"precision is {requested!r}; accepted on {device.type} are auto, {', '.join(accepted)}"
+        )
+    return requested
+
+
+def resolve_backend_precision(requested: str, backend: str) -> str:
+    """The precision of another backend (`PRECISIONS_OF_BACKEND`), "auto" as in `resolve_precision` on a CPU.
+
+    Raises:
+        ConfigError: the backend does not have it.
+    """
+    accepted = PRECISIONS_OF_BACKEND[backend]
+    if requested == "auto":
+        return "bf16" if "bf16" in accepted and cpu_computes_bf16() else "fp32"
+    if requested not in accepted:
+        raise ConfigError(
+            f"precision is {requested!r}; accepted with backend {backend} are auto, {', '.join(accepted)} "
+            "(a quantised ONNX file runs in int8 with each of them)"
         )
     return requested

@@ -1,4 +1,4 @@
-"""PyTorch as the backend: a plain model brought into one precision on one device."""
+"""Run the network in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from damoyolo.structures import RawPredictions
 
 
 class PyTorchBackend:
-    """A network in one precision on one device: grey levels in, raw predictions out.
+    """The network as it is, converted to one precision on one device.
 
     Call with (B, 3, H, W) uint8 RGB on the device; returns RawPredictions in the precision's dtype.
     """
@@ -21,15 +21,15 @@ class PyTorchBackend:
         self.device = device
         self.precision = resolve_precision(precision, device)
         self.weight_dtype = WEIGHT_DTYPE.get(self.precision, torch.float32)
-        # Tensor cores and oneDNN want the channels innermost; without it each convolution reorders its input.
+        # Tensor cores and oneDNN need the channels innermost, or each convolution reorders its input.
         self.model = model.eval().to(device, self.weight_dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> RawPredictions:
         images = pixels.to(self.weight_dtype, memory_format=torch.channels_last)
         if self.device.type == "cuda":
-            # Process-wide flags: set at each call, so that backends of both kinds can live in one process,
-            # and because importing TorchServe's BaseHandler switches TF32 on.
+            # Process-wide flags: set at each call, so that backends of both kinds can share a process, and
+            # because importing TorchServe's BaseHandler switches TF32 on.
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
             torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"
         with torch.autocast(

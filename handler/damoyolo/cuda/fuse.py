@@ -1,8 +1,8 @@
-"""Exact rewrites of a folded network for inference: the same values within rounding, in less time.
+"""Fuse the layers of a folded network for inference: the same values within rounding, in less time.
 
-`rewrite` copies the network and replaces the blocks that it knows; every other block stays in plain form.
-What comes out takes pixels as they are (uint8), can be recorded in a CUDA graph, and can be moved and
-converted with `.to`. It must not run under autocast, which does not know the fused calls.
+`fuse` copies the network and replaces the blocks that it knows; every other block stays as it is. The result
+takes uint8 pixels, can be captured in a CUDA graph, and can be moved and converted with `.to`. It must not
+run under autocast, which does not know the fused calls.
 """
 # mypy: disable-error-code="no-any-return"
 
@@ -30,23 +30,23 @@ from damoyolo.model.neck import FusionStage, RepBlock, RepGfpn
 from damoyolo.structures import RawPredictions
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
-# What pointwise_conv takes at once.
+# Limits of pointwise_conv.
 POINTWISE_INPUTS = 5
 POINTWISE_CHANNEL_MULTIPLE = 8
-HEAD_CHANNEL_MULTIPLE = 8  # cuDNN's 16-bit tensor-core kernels otherwise pad the output in a pass of its own
+HEAD_CHANNEL_MULTIPLE = 8  # otherwise cuDNN's 16-bit tensor-core kernels pad the output in an extra pass
 
 
 @dataclass(frozen=True)
 class FuseOptions:
-    """Which rewrites to apply.
+    """Which fusions to apply.
 
     stem: Focus, its convolution and, where one follows, the 1x1 convolution as one call on the pixels.
     pooling: the maxima of the spatial pyramid pooling in one pass.
-    pointwise: 1x1 convolutions that read their inputs where they are, instead of from a concatenation of
-        upsampled copies; two of them over the same input as one.
-    merged_head: class and distance convolution of a level as one.
-    cudnn_epilogue: bias, shortcut and ReLU inside of cuDNN's convolution; where it is not ReLU, they and the
-        activation in one pass after it.
+    pointwise: 1x1 convolutions read their inputs in place, instead of from a concatenation of upsampled
+        copies; two of them over the same input become one.
+    merged_head: class and distance convolution of a level become one.
+    cudnn_epilogue: bias, shortcut and ReLU inside cuDNN's convolution; with another activation than ReLU, the
+        three in one pass after it.
     """
 
     stem: bool = True
@@ -57,48 +57,48 @@ class FuseOptions:
 
 
 class FusedDamoYolo(DamoYolo):
-    """What `rewrite` makes: pixels in, raw predictions out."""
+    """The network that `fuse` returns: pixels in, raw predictions out."""
 
     def forward(self, pixels: Tensor) -> RawPredictions:
         """Predict for a batch.
 
-        pixels: (B, 3, H, W), RGB, uint8 or any floating-point type with values 0..255; best in
-            channels_last. H and W multiples of 32.
+        pixels: (B, 3, H, W), RGB, uint8 or any floating-point type with values 0..255; channels_last is
+            fastest. H and W multiples of 32.
 
         Returns:
-            Predictions in the type of the weights; with `merged_head` they are views of one tensor a level.
+            Predictions in the type of the weights; with `merged_head` they are views of one tensor per level.
         """
         return self.head(self.neck(self.backbone(pixels)))
 
 
 def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
-    """The rewritten copy of a folded network; the network itself is left alone. All rewrites by default.
+    """A fused copy of a folded network, which itself stays unchanged; by default with all fusions.
 
     Raises:
-        ValueError: the network is in the form as trained.
+        ValueError: the network is not folded.
     """
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise ValueError("the network has BatchNorm; rewrite takes one of build_model(..., folded=True)")
+        raise ValueError("the network has BatchNorm; fuse takes one of build_model(..., folded=True)")
     options = options or FuseOptions()
     plain = copy.deepcopy(model).requires_grad_(False).eval()
     fused = FusedDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
     fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
-        replace_modules(fused, pooled_in_one_pass)
+        replace_modules(fused, fused_pooling)
     if options.pointwise:
         fuse_upsampling(cast(RepGfpn, fused.neck))
         replace_modules(fused, concat_free)
     if options.merged_head:
         fused.head = MergedHead(cast(ZeroHead, fused.head))
     if options.cudnn_epilogue:
-        replace_modules(fused, with_fused_epilogue)
+        replace_modules(fused, fused_epilogue)
     return fused.to(memory_format=torch.channels_last).eval()
 
 
 def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put `replacement(module)` in the place of each module below `root`, where it is not None.
+    """Replace each module below `root` by `replacement(module)` where that is not None.
 
-    From the outside in: what a replacement took over is looked at in turn.
+    From the outside in: the modules inside a replacement are visited in turn.
     """
     for name, child in list(root.named_children()):
         replaced = replacement(child)
@@ -108,13 +108,13 @@ def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Modul
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A copy of a weight that moves with `.to`, laid out for channels_last, and is not trained."""
+    """A copy of a weight that moves with `.to`, is laid out for channels_last and is not trained."""
     memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return nn.Parameter(tensor.detach().clone(memory_format=memory_format), requires_grad=False)
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
-    """The bias of a convolution of a folded network, which all have one."""
+    """The bias of a convolution; in a folded network every convolution has one."""
     assert conv.bias is not None
     return conv.bias
 
@@ -123,7 +123,7 @@ def bias_of(conv: nn.Conv2d) -> Tensor:
 
 
 class PlainStem(nn.Module):
-    """A stem as it is, behind the conversion of pixels to the type of its weights."""
+    """An unchanged stem that first converts pixels to the type of its weights."""
 
     def __init__(self, stem: nn.Module) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class PlainStem(nn.Module):
 
 
 class PixelStem(nn.Module):
-    """Focus and its convolution, perhaps also a 1x1 convolution with the same activation, as one call."""
+    """Focus and its convolution, optionally with a 1x1 convolution of the same activation, as one call."""
 
     def __init__(self, focus: Focus, pointwise: nn.Conv2d | None) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class PixelStem(nn.Module):
         self.activation = ACTIVATION_NAMES[type(focus.conv.act)]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        # Values of another type may lie between the grey levels, which the kernel does not know.
+        # The kernel takes integers 0..255 only; other types may hold values in between.
         stem = focus_stem if pixels.dtype == torch.uint8 else focus_stem_reference
         return stem(
             pixels.contiguous(memory_format=torch.channels_last),
@@ -160,7 +160,7 @@ class PixelStem(nn.Module):
 
 
 class StridedBlockTail(nn.Module):
-    """What is left of a `ResidualBlock` without shortcut when the stem has done its first convolution."""
+    """The rest of a `ResidualBlock` without shortcut whose first convolution was fused into the stem."""
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
@@ -172,17 +172,17 @@ class StridedBlockTail(nn.Module):
 
 
 def focus_weight_on_pixels(weight: Tensor) -> Tensor:
-    """The weight on pixels, (O, 3, 6, 6), of a 3x3 convolution of Focus' grids.
+    """The weight (O, 3, 6, 6) on pixels that equals a 3x3 convolution of the grids of Focus.
 
-    Stride 1 and padding 1 of the grids' 2x2 cells are stride 2 and padding 2 of pixels.
-    Channel (x * 2 + y) * 3 + c of the grids is colour c of the pixel in row y, column x of a 2x2 cell.
+    Stride 1 and padding 1 in cells of 2x2 pixels are stride 2 and padding 2 in pixels.
+    Channel (x * 2 + y) * 3 + c of the grids is colour c of the pixel in row y, column x of a cell.
     """
     cells = weight.view(-1, 2, 2, 3, 3, 3)  # O,12,3,3 -> O,x,y,c,i,j for row i, column j of cells
     return cells.permute(0, 3, 4, 2, 5, 1).reshape(-1, 3, 6, 6)  # O,c,(i,y),(j,x)
 
 
 def fuse_stem(backbone: nn.Module, *, fuse_pointwise: bool) -> None:
-    """Have the stem of a backbone take pixels, and with `fuse` also do the work of what surrounds it."""
+    """Let the stem of a backbone take pixels; with `fuse_pointwise`, also fuse what surrounds it (`stem`)."""
     blocks = next(backbone.children())
     assert isinstance(blocks, nn.ModuleList)
     stem, first_stage = blocks[0], blocks[1]
@@ -192,7 +192,7 @@ def fuse_stem(backbone: nn.Module, *, fuse_pointwise: bool) -> None:
     pointwise = None
     if isinstance(first_stage, Stage):
         first = next(first_stage.block_list.children())
-        # With a shortcut, the output of the stem would be needed a second time.
+        # A shortcut would need the output of the stem a second time.
         if (
             isinstance(first, ResidualBlock)
             and not first.has_shortcut
@@ -218,8 +218,8 @@ class OnePassPyramidPooling(nn.Module):
         return self.conv2(pyramid_max_pool(self.conv1(x)))  # B,C,h,w -> B,C/2 * 4,h,w -> B,C,h,w
 
 
-def pooled_in_one_pass(module: nn.Module) -> nn.Module | None:
-    """The rewrite `pooling`."""
+def fused_pooling(module: nn.Module) -> nn.Module | None:
+    """The fusion `pooling` of one module; None where it does not apply."""
     return OnePassPyramidPooling(module) if isinstance(module, SpatialPyramidPooling) else None
 
 
@@ -227,9 +227,9 @@ def pooled_in_one_pass(module: nn.Module) -> nn.Module | None:
 
 
 class PointwiseConv(nn.Module):
-    """1x1 convolutions with activation over the same inputs, which are concatenated nowhere.
+    """1x1 convolutions with activation over the same inputs, without concatenating them.
 
-    upsampled: for each input, whether it has half of the size and is read twice along both sides.
+    upsampled: for each input, whether it has half the size and each pixel is read 2x2 times.
     """
 
     def __init__(
@@ -255,12 +255,12 @@ class PointwiseConv(nn.Module):
 
 
 def takes_pointwise(channels: Sequence[int]) -> bool:
-    """Whether `PointwiseConv` takes inputs of so many channels."""
+    """Whether `PointwiseConv` takes inputs of these numbers of channels."""
     return len(channels) <= POINTWISE_INPUTS and not any(C % POINTWISE_CHANNEL_MULTIPLE for C in channels)
 
 
-class OnConcatenation(nn.Module):
-    """A convolution of inputs that must be concatenated."""
+class ConcatConv(nn.Module):
+    """A convolution of several inputs that does concatenate them."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class OnConcatenation(nn.Module):
 
 
 class ConcatFreeFusionStage(nn.Module):
-    """`FusionStage` without concatenations, its two projections as one."""
+    """`FusionStage` without concatenations and with its two projections as one."""
 
     def __init__(self, stage: FusionStage, upsampled: tuple[bool, ...] | None = None) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class ConcatFreeFusionStage(nn.Module):
         if takes_pointwise(kept):
             self.conv3 = PointwiseConv([stage.conv3.conv], stage.conv3.act)
         else:
-            self.conv3 = OnConcatenation(stage.conv3)
+            self.conv3 = ConcatConv(stage.conv3)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         bypass, y = self.projections.split(*inputs)  # B,Ci,h,w each -> two of B,C,h,w
@@ -294,7 +294,7 @@ class ConcatFreeFusionStage(nn.Module):
 
 
 class ConcatFreeCspStage(nn.Module):
-    """`CspStage` without the concatenation, its two projections as one."""
+    """`CspStage` without the concatenation and with its two projections as one."""
 
     def __init__(self, stage: CspStage) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class ConcatFreeCspStage(nn.Module):
 
 
 def concat_free(module: nn.Module) -> nn.Module | None:
-    """The rewrite `pointwise` of one module."""
+    """The fusion `pointwise` of one module; None where it does not apply."""
     if isinstance(module, FusionStage):
         return ConcatFreeFusionStage(module)
     if isinstance(module, CspStage):
@@ -320,7 +320,7 @@ def concat_free(module: nn.Module) -> nn.Module | None:
     if (
         isinstance(module, ConvNormAct)
         and module.conv.kernel_size == (1, 1)
-        and isinstance(module.act, nn.SiLU)  # with ReLU, cuDNN has it in one call as well
+        and isinstance(module.act, nn.SiLU)  # with ReLU, cuDNN does it in one call, too
         and takes_pointwise([module.conv.in_channels])
     ):
         return PointwiseConv([module.conv], module.act)
@@ -328,7 +328,7 @@ def concat_free(module: nn.Module) -> nn.Module | None:
 
 
 def fuse_upsampling(neck: RepGfpn) -> None:
-    """The rewrite `pointwise` of the stages of a neck that read the smaller features of the one before."""
+    """The fusion `pointwise` of the two stages of a neck that read upsampled features."""
     neck.add_module("upsample", nn.Identity())
     neck.merge_4 = ConcatFreeFusionStage(cast(FusionStage, neck.merge_4), upsampled=(False, False, True))
     neck.merge_5 = ConcatFreeFusionStage(cast(FusionStage, neck.merge_5), upsampled=(False, True))
@@ -338,7 +338,7 @@ def fuse_upsampling(neck: RepGfpn) -> None:
 
 
 class MergedHead(nn.Module):
-    """`ZeroHead` with one convolution a level; the output channels are distances, classes, padding."""
+    """`ZeroHead` with one convolution per level; its output channels are distances, classes, padding."""
 
     def __init__(self, head: ZeroHead) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ class MergedHead(nn.Module):
 
 
 def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
-    """Convolutions of one input as one, followed by channels of zeros up to a multiple."""
+    """One convolution for several of the same input, its output padded by zeros to a multiple of channels."""
     padding = -sum(conv.out_channels for conv in convs) % channel_multiple
     weight = F.pad(torch.cat([conv.weight for conv in convs]), (0, 0) * 3 + (0, padding))
     bias = F.pad(torch.cat([bias_of(conv) for conv in convs]), (0, padding))
@@ -375,7 +375,7 @@ def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
 class FusedConv(nn.Module):
     """activation(convolution + bias), or activation(convolution + bias + addend).
 
-    With ReLU one call of cuDNN on CUDA, otherwise the convolution and one pass over its output.
+    On CUDA, ReLU takes one call of cuDNN, another activation one pass over the convolution's output.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
@@ -414,7 +414,7 @@ class FusedResidualBlock(nn.Module):
 
 
 class FusedRepBlock(nn.Module):
-    """`RepBlock` of fused convolutions; its sum is one of activated values and stays on its own."""
+    """`RepBlock` of fused convolutions; the sum follows an activation and stays a separate operation."""
 
     def __init__(self, block: RepBlock) -> None:
         super().__init__()
@@ -425,8 +425,8 @@ class FusedRepBlock(nn.Module):
         return self.conv1(self.conv2(x)).add_(x)
 
 
-def with_fused_epilogue(module: nn.Module) -> nn.Module | None:
-    """The rewrite `cudnn_epilogue` of one module; depthwise convolutions stay."""
+def fused_epilogue(module: nn.Module) -> nn.Module | None:
+    """The fusion `cudnn_epilogue` of one module; None for others, such as depthwise convolutions."""
     if isinstance(module, ResidualBlock):
         return FusedResidualBlock(module)
     if isinstance(module, RepBlock):

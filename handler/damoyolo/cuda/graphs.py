@@ -1,4 +1,4 @@
-"""CUDA graphs: warm up on a side stream, capture, replay.
+"""Capture CUDA graphs: warm up on a side stream, then record what is enqueued.
 
 A graph holds the addresses of weights and buffers, not the tensors: whatever it reads must outlive it.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-# Runs before a capture: Triton compiles and tunes, cuDNN chooses its kernels, the allocator settles.
+# Runs before a capture, in which Triton compiles and cuDNN chooses its kernels.
 WARM_UP_RUNS = 3
 
 Result = TypeVar("Result")

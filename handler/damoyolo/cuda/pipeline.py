@@ -1,8 +1,8 @@
-"""The network and the postprocessing of a batch as CUDA graphs: one launch and one wait per batch.
+"""Run network and postprocessing as CUDA graphs, with one wait per batch.
 
-A graph is bound to its shapes and addresses. So there is a pair of graphs for each of a few batch sizes: a
-batch is padded to the next of them, pixels are written to one buffer, and the postprocessing has fixed shapes
-(`cuda.postprocess`). The reference is `pipeline.EagerPipeline`.
+A graph is bound to its shapes and addresses. Therefore there is a pair of graphs for each of a few batch
+sizes, a batch is padded to the next of them, pixels are written to one buffer, and the postprocessing has
+fixed shapes (`cuda.postprocess`). The reference is `pipeline.EagerPipeline`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class GraphPipeline:
     """See `pipeline.Pipeline`.
 
     network: (B, 3, H, W) uint8 channels_last to RawPredictions, in fp16 or bf16 on the device; capturable.
-    batch_sizes: those to capture; the largest is the most that a call may bring.
-    max_candidates, max_kept: of an image, before and after NMS; an image that keeps more is postprocessed by
+    batch_sizes: sizes to capture; the largest is the limit of a call.
+    max_candidates, max_kept: per image, before and after NMS; an image that keeps more is left to
         `postprocess`.
     """
 
@@ -69,7 +69,7 @@ class GraphPipeline:
         self.pixels = canvas.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         self._captured: dict[int, _CapturedBatch] = {}
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then find their memory in the pool that all share, which is
+        # The largest first: the smaller ones then fit into the memory of the pool that all share. Sharing is
         # safe because only one is replayed at a time.
         for batch_size in sorted(set(batch_sizes), reverse=True):
             postprocess = DevicePostprocess(
@@ -92,7 +92,7 @@ class GraphPipeline:
         device: torch.device,
         precision: str,
     ) -> GraphPipeline:
-        """The pipeline of a folded network on the CPU, which is left alone; precision is fp16 or bf16."""
+        """The pipeline of a folded network on the CPU, which stays unchanged; precision is fp16 or bf16."""
         return cls(
             fuse(model).to(device, WEIGHT_DTYPE[precision]),
             model.num_classes,

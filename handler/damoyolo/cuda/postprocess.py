@@ -1,8 +1,8 @@
-"""Postprocessing that never waits: the work of `postprocess` in fixed shapes, fit for a CUDA graph.
+"""Postprocess on the device in fixed shapes, without waiting for it, so that a CUDA graph can hold it.
 
-`postprocess` defines the result. The kernels are sized for the usual image; one that has more candidates or
-detections is marked and goes through `postprocess` afterwards, so that the result is the same for all.
-Needs Triton: import this module where the device is CUDA.
+`postprocess` defines the result. The kernels are sized for the usual image. An image with more candidates or
+detections is marked and goes through `postprocess` afterwards, with the same result.
+Needs Triton: import this module only where the device is CUDA.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from damoyolo.boxes import STRIDES
 from damoyolo.cuda.kernels import detections as kernels
 from damoyolo.postprocess import postprocess
+from damoyolo.preprocess import scale_factors_xyxy
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
-BLOCK = 4096  # logits that a program reads at once: four loads of 16 bytes a thread
+BLOCK = 4096  # logits that a program reads at once: four loads of 16 bytes per thread
 STEP = 512  # of these, the logits that are turned into candidates at once
 SUPPRESSOR_ROWS, SUPPRESSOR_COLUMNS = 32, 64  # pairs of boxes that a program compares
 # Candidates that a program ranks, and keys that it compares them with at once.
@@ -62,9 +63,9 @@ class DevicePostprocess:
         Args:
             batch_size: images of a launch; a batch may have fewer.
             level_sizes_hw: height and width of the levels of strides 8, 16, 32.
-            max_candidates: what `postprocess` gets when it has to help.
-            capacity: candidates of an image beyond which it has to; a power of two, at least 32.
-            max_kept: detections of an image beyond which it has to.
+            max_candidates: of `postprocess`.
+            capacity: most candidates of an image for the kernels; a power of two, at least 32.
+            max_kept: most detections of an image for the kernels.
 
         Raises:
             ValueError: capacity is something else.
@@ -102,19 +103,19 @@ class DevicePostprocess:
         image_sizes_hw: Sequence[tuple[int, int]],
         input_size_hw: tuple[int, int],
     ) -> None:
-        """Enqueue on the current stream, the one of the launch, the copy of what the next launch obeys.
+        """Enqueue the copy of the options for the next launch on the current stream, that of the launch.
 
-        options: one an image, for the first images of the batch; the others get no detections.
+        options: one per image, for the first images of the batch; the others get no detections.
         image_sizes_hw: original height and width of each of these images in pixels.
 
         Raises:
-            ValueError: not one option and size an image, or too many.
+            ValueError: there is not one option and size per image, or there are too many.
         """
         count = len(options)
         if len(image_sizes_hw) != count or count > self.batch_size:
             raise ValueError(
-                f"{count} options and {len(image_sizes_hw)} image sizes; one each is needed for up to "
-                f"{self.batch_size} images"
+                f"{count} options and {len(image_sizes_hw)} image sizes; up to {self.batch_size} images "
+                "need one of each"
             )
         words: NDArray[np.int32] = self._host_control.numpy()  # B, W
         floats = words.view(np.float32)
@@ -124,10 +125,10 @@ class DevicePostprocess:
             floats[:count, kernels.LOGIT_BOUND] = _logit_bounds(thresholds)
             floats[:count, kernels.SCORE_THRESHOLD] = thresholds
             floats[:count, kernels.IOU_THRESHOLD] = [option.iou_threshold for option in options]
-            sizes_hw = np.array(image_sizes_hw, dtype=np.float64)
-            floats[:count, kernels.SCALE_Y] = sizes_hw[:, 0] / input_size_hw[0]
-            floats[:count, kernels.SCALE_X] = sizes_hw[:, 1] / input_size_hw[1]
-            # One more than fits tells that something would be missing.
+            scales_xyxy = scale_factors_xyxy(image_sizes_hw, input_size_hw)
+            floats[:count, kernels.SCALE_X] = scales_xyxy[:, 0]
+            floats[:count, kernels.SCALE_Y] = scales_xyxy[:, 1]
+            # One more than fits shows that detections would be missing.
             words[:count, kernels.LIMIT] = [
                 min(option.max_detections, self.max_kept + 1) for option in options
             ]
@@ -136,12 +137,12 @@ class DevicePostprocess:
         self._control.copy_(self._host_control, non_blocking=True)
 
     def _class_bits(self, options: Sequence[DetectionOptions]) -> NDArray[np.int32]:
-        """(count, words) int32, bit k % 32 of word k // 32 set if class k is asked for."""
-        asked_for = np.zeros((len(options), self.num_classes), dtype=np.uint8)
-        for row, option in zip(asked_for, options, strict=True):
+        """(count, words) int32, bit k % 32 of word k // 32 is set if class k is requested."""
+        requested = np.zeros((len(options), self.num_classes), dtype=np.uint8)
+        for row, option in zip(requested, options, strict=True):
             row[slice(None) if option.class_ids is None else list(option.class_ids)] = 1
         padding = -self.num_classes % 32
-        bits = np.packbits(np.pad(asked_for, ((0, 0), (0, padding))), axis=1, bitorder="little")
+        bits = np.packbits(np.pad(requested, ((0, 0), (0, padding))), axis=1, bitorder="little")
         return bits.view("<i4")
 
     def launch(self, raw: RawPredictions) -> None:
@@ -151,81 +152,93 @@ class DevicePostprocess:
             launch of each dtype and layout: launch once before a capture.
 
         Raises:
-            ValueError: the predictions have other shapes than those announced.
+            ValueError: the shapes of the predictions are not those given to the constructor.
         """
         self._check_shapes(raw)
-        B, K, C = self.batch_size, self.num_classes, self.capacity
-        control_floats = self._control.view(torch.float32)
-        sizes = {"CAPACITY": C, "MAX_CANDIDATES": min(C, self.max_candidates)}
-        blocks = [math.ceil(height * width * K / BLOCK) for height, width in self.level_sizes_hw]
         # Triton launches on the current device, whatever the device of the tensors.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             self._counts.zero_()
-            _run(
-                kernels.find_candidates,
-                (sum(blocks), B),
-                *raw.class_logits,
-                control_floats,
-                self._control,
-                self._counts,
-                self._keys,
-                LEVELS=self._levels(raw.class_logits),
-                K=K,
-                CAPACITY=C,
-                CONTROL_WIDTH=self.control_width,
-                BLOCKS_8=blocks[0],
-                BLOCKS_16=blocks[1],
-                BLOCK=BLOCK,
-                STEP=STEP,
-            )
-            _run(
-                kernels.rank_and_decode,
-                (math.ceil(C / RANK_ROWS), B),
-                *raw.distance_logits,
-                self._counts,
-                self._keys,
-                self._boxes,
-                self._scores,
-                self._class_ids,
-                LEVELS=self._levels(raw.distance_logits),
-                K=K,
-                BIN_COUNT=self.bin_count,
-                PADDED_BINS=1 << (self.bin_count - 1).bit_length(),
-                ROWS=RANK_ROWS,
-                CHUNK=RANK_CHUNK,
-                **sizes,
-            )
-            _run(
-                kernels.find_suppressors,
-                (math.ceil(C / SUPPRESSOR_ROWS), math.ceil(C / SUPPRESSOR_COLUMNS), B),
-                self._boxes,
-                self._class_ids,
-                self._counts,
-                control_floats,
-                self._control,
-                self._suppressors,
-                CONTROL_WIDTH=self.control_width,
-                ROWS=SUPPRESSOR_ROWS,
-                COLUMNS=SUPPRESSOR_COLUMNS,
-                **sizes,
-            )
-            _run(
-                kernels.resolve_and_write,
-                (B,),
-                self._boxes,
-                self._scores,
-                self._class_ids,
-                self._counts,
-                control_floats,
-                self._control,
-                self._suppressors,
-                self._result,
-                CONTROL_WIDTH=self.control_width,
-                MAX_KEPT=self.max_kept,
-                num_warps=16,
-                **sizes,
-            )
+            self._launch_find_candidates(raw.class_logits)
+            self._launch_rank_and_decode(raw.distance_logits)
+            self._launch_nms()
             self._host_result.copy_(self._result, non_blocking=True)
+
+    def _launch_find_candidates(self, class_logits: Sequence[Tensor]) -> None:
+        blocks = [math.ceil(h * w * self.num_classes / BLOCK) for h, w in self.level_sizes_hw]
+        _run(
+            kernels.find_candidates,
+            (sum(blocks), self.batch_size),
+            *class_logits,
+            self._control.view(torch.float32),
+            self._control,
+            self._counts,
+            self._keys,
+            LEVELS=self._levels(class_logits),
+            K=self.num_classes,
+            CAPACITY=self.capacity,
+            CONTROL_WIDTH=self.control_width,
+            BLOCKS_8=blocks[0],
+            BLOCKS_16=blocks[1],
+            BLOCK=BLOCK,
+            STEP=STEP,
+        )
+
+    def _launch_rank_and_decode(self, distance_logits: Sequence[Tensor]) -> None:
+        _run(
+            kernels.rank_and_decode,
+            (math.ceil(self.capacity / RANK_ROWS), self.batch_size),
+            *distance_logits,
+            self._counts,
+            self._keys,
+            self._boxes,
+            self._scores,
+            self._class_ids,
+            LEVELS=self._levels(distance_logits),
+            K=self.num_classes,
+            BIN_COUNT=self.bin_count,
+            PADDED_BINS=1 << (self.bin_count - 1).bit_length(),
+            ROWS=RANK_ROWS,
+            CHUNK=RANK_CHUNK,
+            CAPACITY=self.capacity,
+            MAX_CANDIDATES=min(self.capacity, self.max_candidates),
+        )
+
+    def _launch_nms(self) -> None:
+        control = (self._control.view(torch.float32), self._control)
+        sizes = {
+            "CAPACITY": self.capacity,
+            "MAX_CANDIDATES": min(self.capacity, self.max_candidates),
+            "CONTROL_WIDTH": self.control_width,
+        }
+        row_blocks, column_blocks = (
+            math.ceil(self.capacity / block) for block in (SUPPRESSOR_ROWS, SUPPRESSOR_COLUMNS)
+        )
+        _run(
+            kernels.find_suppressors,
+            (row_blocks, column_blocks, self.batch_size),
+            self._boxes,
+            self._class_ids,
+            self._counts,
+            *control,
+            self._suppressors,
+            ROWS=SUPPRESSOR_ROWS,
+            COLUMNS=SUPPRESSOR_COLUMNS,
+            **sizes,
+        )
+        _run(
+            kernels.resolve_and_write,
+            (self.batch_size,),
+            self._boxes,
+            self._scores,
+            self._class_ids,
+            self._counts,
+            *control,
+            self._suppressors,
+            self._result,
+            MAX_KEPT=self.max_kept,
+            num_warps=16,
+            **sizes,
+        )
 
     def _check_shapes(self, raw: RawPredictions) -> None:
         for levels, channels in (
@@ -233,12 +246,12 @@ class DevicePostprocess:
             (raw.distance_logits, 4 * self.bin_count),
         ):
             shapes = [tuple(logits.shape) for logits in levels]
-            announced = [(self.batch_size, channels, *size_hw) for size_hw in self.level_sizes_hw]
-            if shapes != announced:
-                raise ValueError(f"predictions have shapes {shapes}; made for {announced}")
+            expected = [(self.batch_size, channels, *size_hw) for size_hw in self.level_sizes_hw]
+            if shapes != expected:
+                raise ValueError(f"predictions have shapes {shapes}; expected are {expected}")
 
     def _levels(self, logits: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-        """Of each level its first anchor, height, width, pixels a cell, and the strides of its tensor."""
+        """For each level its first anchor, height, width, pixels per cell, and the strides of its tensor."""
         levels, first_anchor = [], 0
         for level, (height, width), stride in zip(logits, self.level_sizes_hw, STRIDES, strict=True):
             levels.append((first_anchor, height, width, stride, *level.stride()))
@@ -252,16 +265,16 @@ class DevicePostprocess:
         image_sizes_hw: Sequence[tuple[int, int]],
         input_size_hw: tuple[int, int],
     ) -> list[Detections]:
-        """The detections of the last launch, which must be complete: wait for its stream or event before.
+        """The detections of the last launch; wait for its stream or event first.
 
-        Images that outgrew the buffers are computed anew from `raw`, which must still hold the predictions
-        of that launch; the other arguments are those of `set_options`.
+        Images that exceed the buffers are computed again from `raw`, which must still hold the predictions of
+        that launch; the other arguments are those of `set_options`.
         """
         result: NDArray[np.float32] = self._host_result.numpy()  # B, 1 + max_kept, columns
         detections: list[Detections] = []
         for rows, image_size_hw in zip(result, image_sizes_hw, strict=False):  # the batch may be smaller
             returned = min(int(rows[0, kernels.RETURNED]), self.max_kept)
-            kept = rows[1 : 1 + returned].copy()  # the next launch overwrites it
+            kept = rows[1 : 1 + returned].copy()  # the next launch overwrites them
             detections.append(
                 Detections(
                     boxes_xyxy=kept[:, :4],
@@ -284,15 +297,15 @@ class DevicePostprocess:
         return detections
 
     def overflowed(self, count: int) -> list[int]:
-        """Which of the first `count` images of the last launch outgrew the buffers."""
+        """Which of the first `count` images of the last launch exceed the buffers."""
         flags: NDArray[np.float32] = self._host_result.numpy()[:count, 0, int(kernels.OVERFLOWED)]
         return [int(image) for image in np.flatnonzero(flags)]
 
 
 def _logit_bounds(score_thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits that no logit whose float32 sigmoid is above the threshold is below or equal to.
+    """Lower bounds: every logit whose float32 sigmoid is above the threshold is above its bound.
 
-    They spare the kernel nearly all sigmoids; what passes is compared with the threshold itself.
+    They save the kernel nearly all sigmoids; the scores of the rest are compared with the threshold itself.
     """
     lowered = score_thresholds.astype(np.float64) * BOUND_FACTOR
     with np.errstate(divide="ignore"):  # a threshold of 0 gives -inf
@@ -302,5 +315,5 @@ def _logit_bounds(score_thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **settings: Any) -> None:
-    # Multiplications and additions must round one by one, as in torch: see the kernels.
+    # Multiplications and additions must round separately, as in torch: see the kernels.
     kernel[grid](*tensors, enable_fp_fusion=False, **settings)

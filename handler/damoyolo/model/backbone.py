@@ -66,7 +66,7 @@ class Stage(nn.Module):
 
 
 class CspStage(nn.Module):
-    """Halve the size, run residual blocks on half of the width, and join with the other half.
+    """Halve the size, run residual blocks on half of the channels, and concatenate the other half.
 
     The four wrapping convolutions have ReLU, whatever the activation of the blocks inside.
     """

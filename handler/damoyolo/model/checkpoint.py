@@ -1,4 +1,4 @@
-"""Checkpoint files: reading the official form as trained, writing and reading the packaged, folded form."""
+"""Read checkpoints as trained (the official form); write and read the packaged, folded form of an archive."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Differences:
-    """What tells a state dict from the one that a network expects."""
+    """How a state dict differs from the one that a network expects."""
 
     missing: list[str]
     unexpected: list[str]
@@ -101,7 +101,7 @@ def save_packaged(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write the folded form of a checkpoint; equal checkpoints give equal bytes, whatever the path.
 
     Raises:
-        CheckpointError: folding gives values that are not finite.
+        CheckpointError: the folded values are not finite.
     """
     folded = fold_state_dict(checkpoint.state_dict)
     _require_finite(path, folded)
@@ -130,8 +130,8 @@ def load_packaged(path: str | Path) -> DamoYolo:
     if not isinstance(content, dict) or content.get("format") != PACKAGED_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
-            f"{path} is not in the packaged form (found {found!r}, accepted is {PACKAGED_FORMAT!r}); build "
-            "the archive anew from a checkpoint as trained"
+            f"{path} is not in the packaged form (found {found!r}, accepted is {PACKAGED_FORMAT!r}); rebuild "
+            "the archive from a checkpoint as trained"
         )
     name, num_classes = content.get("variant"), content.get("num_classes")
     spec = VARIANTS.get(name) if isinstance(name, str) else None
@@ -144,7 +144,7 @@ def load_packaged(path: str | Path) -> DamoYolo:
     differences = _compare(state_dict, _expected_shapes(spec.name, num_classes, folded=True))
     if differences:
         raise CheckpointError(
-            f"{path} does not hold the folded variant {spec.name} that it says: {differences}"
+            f"{path} does not hold the folded variant {spec.name} that it claims: {differences}"
         )
     _require_finite(path, state_dict)
     model = _without_values(spec, num_classes, folded=True).to_empty(device="cpu")
@@ -162,7 +162,7 @@ def _read(path: str | Path) -> Any:
             f"{path} cannot be read safely: it is damaged, no checkpoint, or holds Python objects beside "
             "tensors and plain values; accepted is what torch.save writes for a state dict"
         ) from error
-    except Exception as error:  # what damaged files raise in torch's reader is not documented
+    except Exception as error:  # torch does not document what its reader raises for damaged files
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({type(error).__name__}); accepted is what torch.save "
             "writes for a state dict"
@@ -232,7 +232,7 @@ def _expected_shapes(variant_name: str, num_classes: int, *, folded: bool) -> Sh
 
 
 def _without_values(variant: VariantSpec, num_classes: int, *, folded: bool) -> DamoYolo:
-    """The network on the meta device: no time goes into values that are replaced or not looked at."""
+    """The network on the meta device: no time is spent on values that are replaced or never read."""
     with torch.device("meta"):
         return build_model(variant, num_classes, folded=folded)
 
@@ -253,7 +253,7 @@ def _require_finite(path: str | Path, state_dict: StateDict) -> None:
     broken = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {len(broken)} tensors are not finite: {_first(broken)}; the weights are of no use, "
+            f"{path}: {len(broken)} tensors are not finite: {_first(broken)}; the weights are unusable, "
             "take another checkpoint"
         )
 

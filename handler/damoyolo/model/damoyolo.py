@@ -1,4 +1,4 @@
-"""DAMO-YOLO: backbone, neck and head in a row (arXiv 2211.15444)."""
+"""DAMO-YOLO: backbone, neck and head in sequence (arXiv 2211.15444)."""
 # mypy: disable-error-code="no-any-return"
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class DamoYolo(nn.Module):
 
 
 def build_model(variant: VariantSpec, num_classes: int, *, folded: bool = False) -> DamoYolo:
-    """A network in evaluation mode, with weights that mean nothing until a state dict is loaded.
+    """A network in evaluation mode with random weights, for a state dict to be loaded.
 
-    folded: build the form of plain convolutions, whose state dict `fold.fold_state_dict` makes; otherwise
-        the form as trained, with the key names and order of the official checkpoints.
+    folded: build the form of plain convolutions, for a state dict of `fold.fold_state_dict`; otherwise the
+        form as trained, with the key names and order of the official checkpoints.
     """
     layers: LayerFactory = FoldedLayers() if folded else TrainedLayers()
     model = DamoYolo(

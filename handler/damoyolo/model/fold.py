@@ -1,7 +1,7 @@
 """Fold a trained state dict into that of plain convolutions with bias; pure functions, computed in float64.
 
-What is linear around a convolution becomes part of it: BatchNorm, the sum of RepConv's two branches, and the
-learned scale of the distance logits.
+Linear operations around a convolution become part of it: BatchNorm, the sum of RepConv's two branches, and
+the learned scale of the distance logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from damoyolo.model.layers import BATCH_NORM_EPS
 
 StateDict = Mapping[str, Tensor]
 
-# The convolution that a BatchNorm follows, by their names; in numbered layers it is the one before.
+# The convolution before a BatchNorm, by name; in numbered layers it has the number before.
 _CONV_OF_NORM = {"bn": "conv", "bn1": "conv1", "dwnorm": "depthwise", "pwnorm": "pointwise"}
 
 
@@ -24,7 +24,7 @@ def fold_state_dict(state_dict: StateDict) -> dict[str, Tensor]:
     """The state dict of `build_model(..., folded=True)` for a state dict of the form as trained.
 
     Returns:
-        New contiguous float32 tensors; the input is left alone.
+        New contiguous float32 tensors; the input is not changed.
     """
     exact = {name: tensor.detach().to(torch.float64) for name, tensor in state_dict.items()}
     folded = fold_scales(fold_rep_convs(fold_batch_norms(exact)))

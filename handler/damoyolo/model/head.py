@@ -1,4 +1,4 @@
-"""ZeroHead: one convolution for the classes and one for the distances on each level, no tower before.
+"""ZeroHead: one convolution for the classes and one for the distances on each level, without a tower.
 
 Source: tinyvision/DAMO-YOLO, damo/base_models/heads/zero_head.py.
 """
@@ -14,7 +14,7 @@ from damoyolo.structures import RawPredictions
 
 
 class DistanceBins(nn.Module):
-    """The bins 0..R, which every checkpoint saves; decoding, outside of the network, is what uses them."""
+    """The bins 0..R, which every checkpoint contains; only decoding, outside the network, uses them."""
 
     def __init__(self, reg_max: int) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ branches, learned scales) and folded (plain convolutions with bias). They differ
 
 Source: tinyvision/DAMO-YOLO, damo/base_models/core/ops.py and damo/base_models/backbones.
 """
-# A call of a module has the type Any, which strict checking would have every forward narrow again.
+# Calling a module returns Any, which strict checking would require every forward to narrow.
 # mypy: disable-error-code="no-any-return"
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-BATCH_NORM_EPS = 1e-3  # of every BatchNorm; torch's own default gives visibly other results
+BATCH_NORM_EPS = 1e-3  # of every BatchNorm; torch's default changes the results visibly
 
 
 class LayerFactory(Protocol):
@@ -39,7 +39,7 @@ class LayerFactory(Protocol):
 
 
 class TrainedLayers:
-    """The layers of a network as trained and as checkpoints hold it."""
+    """The layers of a network as trained, and of its checkpoints."""
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
@@ -59,7 +59,7 @@ class TrainedLayers:
 
 
 class FoldedLayers:
-    """The layers of a folded network: all that is linear around a convolution is part of it."""
+    """The layers of a folded network: linear operations around a convolution are part of it."""
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
@@ -178,7 +178,7 @@ class Focus(nn.Module):
 
 
 class SpatialPyramidPooling(nn.Module):
-    """Maxima over 5x5, 9x9 and 13x13 beside the input; SiLU in every variant."""
+    """The input and its maxima over 5x5, 9x9 and 13x13, concatenated; SiLU in every variant."""
 
     def __init__(self, channels: int, layers: LayerFactory) -> None:
         super().__init__()
@@ -189,13 +189,13 @@ class SpatialPyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         over_5x5 = self.max_5x5(x)
-        over_9x9 = self.max_5x5(over_5x5)  # a maximum of maxima: exactly the wider window, for less work
+        over_9x9 = self.max_5x5(over_5x5)  # a maximum of maxima: exactly the wider window, with less work
         over_13x13 = self.max_5x5(over_9x9)
         return self.conv2(torch.cat([x, over_5x5, over_9x9, over_13x13], dim=1))
 
 
 class ResidualBlock(nn.Module):
-    """Convolution to the hidden width, RepConv back; a shortcut where the size stays."""
+    """Convolution to the hidden width, RepConv back; a shortcut at stride 1."""
 
     def __init__(
         self,
@@ -221,8 +221,8 @@ class ResidualBlock(nn.Module):
 class MobileBlock(nn.Module):
     """Expand by 1x1, depthwise 5x5, project by 1x1; a shortcut where the shape stays, no activation after.
 
-    attention_slot: leave the (empty) place of an attention module in the numbering of the layers, as the
-        checkpoints of the backbones do and those of the necks do not.
+    attention_slot: reserve the number of an (absent) attention module among the layers, as the checkpoints
+        do in the backbones and not in the necks.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The RepGFPN neck: features of three strides are fused downwards and upwards once.
+"""The RepGFPN neck: fuses features of three strides, once top-down and once bottom-up.
 
 Source: tinyvision/DAMO-YOLO, damo/base_models/necks/giraffe_fpn_btn.py.
 """
@@ -65,7 +65,7 @@ def _build_block(channels: int, variant: VariantSpec, layers: LayerFactory) -> n
     if not variant.neck_depthwise:
         hidden_channels = int(channels * variant.neck_hidden_ratio)
         return RepBlock(channels, hidden_channels, variant.activation, layers)
-    hidden_channels = (3 * channels + 4) // 8 * 8  # three times as wide, to the nearest multiple of 8
+    hidden_channels = (3 * channels + 4) // 8 * 8  # three times as wide, rounded to a multiple of 8
     block = MobileBlock(
         channels, hidden_channels, channels, 1, variant.activation, layers, attention_slot=False
     )

@@ -1,4 +1,4 @@
-"""The published DAMO-YOLO variants as typed data; a field holds only what tells them apart.
+"""The published DAMO-YOLO variants as typed data; fields hold only what differs between them.
 
 Source: arXiv 2211.15444 and the configurations of tinyvision/DAMO-YOLO at commit 319572e.
 """
@@ -17,7 +17,7 @@ from damoyolo.errors import ConfigError
 
 
 class BackboneKind(Enum):
-    """Which blocks a TinyNAS backbone is made of."""
+    """The kind of blocks in a TinyNAS backbone."""
 
     RESIDUAL = "residual"
     CSP = "csp"
@@ -26,7 +26,7 @@ class BackboneKind(Enum):
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Some blocks in sequence at one resolution.
+    """Blocks in sequence at one resolution.
 
     hidden_channels: width inside a block (bottleneck of a residual block, expansion of a mobile one).
     """
@@ -61,7 +61,7 @@ class VariantSpec:
     neck_channels: of the outputs at strides 8, 16, 32. neck_blocks: in each fusion stage.
     neck_hidden_ratio: width inside a RepConv block of the neck, relative to its input.
     neck_depthwise: the neck has mobile blocks and depthwise separable convolutions instead.
-    activation: of backbone and neck, a few layers aside that have their own in every variant.
+    activation: of backbone and neck, except for a few layers with a fixed one.
     head_kernel_size: of the prediction convolutions.
     reg_max: R, the largest distance bin. input_size_hw: height and width in pixels as published.
     """

@@ -23,8 +23,8 @@ from lib.cli import ScriptError
 from lib.images import cycled
 from lib.measure.timing import format_table, synchronize
 
+from damoyolo.decode import decode_image
 from damoyolo.detector import Detector
-from damoyolo.preprocess import decode_image
 from damoyolo.service import DetectionService
 from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageClock, StageTimer, no_timing
 

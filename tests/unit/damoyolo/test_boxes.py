@@ -1,14 +1,12 @@
-"""Box arithmetic against float64 and against torchvision's own decisions."""
+"""Box arithmetic against float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-from torch import Tensor
 
-from damoyolo.boxes import anchor_points, boxes_from_distances, decode_predictions, pairwise_iou
+from damoyolo.boxes import anchor_points, boxes_from_distances, decode_predictions
 from damoyolo.structures import RawPredictions
 
 LEVEL_SIZES_HW = ((12, 8), (6, 4), (3, 2))  # of an input of 96 x 64 pixels
@@ -45,12 +43,6 @@ def decode_in_float64(raw: RawPredictions) -> tuple[np.ndarray, np.ndarray]:
                 point = np.array([column * stride, row * stride])
                 boxes.append(np.concatenate((point - expected[:, :2], point + expected[:, 2:]), axis=1))
     return np.stack(scores, axis=1).reshape(B, -1, K), np.stack(boxes, axis=1)
-
-
-def random_boxes(count: int, seed: int = 0, span: float = 60.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator) * span
-    return torch.cat((corner, corner + torch.rand(count, 2, generator=generator) * 50 + 1), dim=1)
 
 
 def test_anchor_points_are_top_left_corners_level_by_level_and_row_by_row() -> None:
@@ -115,32 +107,3 @@ def test_an_empty_batch_decodes_to_empty_tensors() -> None:
     scores, boxes = decode_predictions(random_predictions(batch_size=0, class_count=3))
     assert scores.shape == (0, 126, 3)
     assert boxes.shape == (0, 126, 4)
-
-
-def test_iou_is_the_number_that_torchvision_compares_with_its_threshold() -> None:
-    # At a threshold of exactly the IoU both boxes stay, one step of float32 below it the second goes.
-    first, second = random_boxes(300, seed=1), random_boxes(300, seed=2)
-    overlaps = pairwise_iou(first[:, None], second[:, None]).flatten()
-    overlapping = overlaps > 0
-    assert overlapping.sum() > 100
-    scores = torch.tensor([0.9, 0.8])
-    for a, b, iou in zip(first[overlapping], second[overlapping], overlaps[overlapping], strict=True):
-        pair = torch.stack((a, b))
-        below = torch.nextafter(iou, torch.tensor(0.0))
-        assert len(torchvision.ops.nms(pair, scores, float(iou))) == 2
-        assert len(torchvision.ops.nms(pair, scores, float(below))) == 1
-
-
-def test_iou_of_boxes_without_area_exceeds_no_threshold() -> None:
-    points = torch.tensor([[3.0, 3, 3, 3], [3, 3, 3, 3], [0, 0, 10, 10]])
-    assert not (pairwise_iou(points, points)[:2] > 0).any()
-
-
-def test_iou_keeps_leading_dimensions_and_float32() -> None:
-    a = random_boxes(6, seed=3).reshape(2, 3, 4).half()
-    b = random_boxes(10, seed=4).reshape(2, 5, 4).half()
-    overlaps = pairwise_iou(a, b)
-    assert overlaps.shape == (2, 3, 5)
-    assert overlaps.dtype == torch.float32
-    assert torch.equal(overlaps[1], pairwise_iou(a[1].float(), b[1].float()))
-    assert pairwise_iou(a[:, :0], b).shape == (2, 0, 5)

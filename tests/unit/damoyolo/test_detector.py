@@ -1,46 +1,29 @@
-"""The detector of the demo weights: stages in order, errors in their places, batch equals single."""
+"""The detector of the demo weights: stages in order, an error per image, batch equals single."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from torch import Tensor
 
-from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE, Detector
+from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
-from damoyolo.model.checkpoint import load_checkpoint, save_packaged
 from damoyolo.pipeline import EagerPipeline
-from damoyolo.structures import Detections
-
-SETTINGS = {"variant": "S", "class_names": ["Platelets", "RBC", "WBC"], "precision": "fp32"}
+from damoyolo.structures import Detections, RawPredictions
 
 
 @pytest.fixture(scope="module")
-def archive_dir(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("archive")
-    save_packaged(
-        folder / WEIGHTS_FILE, load_checkpoint(project_dir / "model_store/weights/damoyolo_s_bccd.pth")
-    )
-    (folder / SETTINGS_FILE).write_text(yaml.safe_dump({"handler": SETTINGS}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detector(archive_dir: Path) -> Iterator[Detector]:
-    detector = Detector.from_archive_dir(archive_dir)
+def detector(demo_archive_dir: Path) -> Iterator[Detector]:
+    detector = Detector.from_archive_dir(demo_archive_dir)
     yield detector
     detector.close()
-
-
-@pytest.fixture(scope="module")
-def images(project_dir: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
 
 
 def assert_equal(found: object, expected: object, score_tolerance: float, box_tolerance_px: float) -> None:
@@ -58,14 +41,14 @@ def assert_equal(found: object, expected: object, score_tolerance: float, box_to
 
 
 def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itself(
-    detector: Detector, images: list[bytes]
+    detector: Detector, smears: list[bytes]
 ) -> None:
     options = detector.config.default_options()
-    batch = [images[0], images[1][:4000], images[1], b"", images[2]]
+    batch = [smears[0], smears[1][:4000], smears[1], b"", smears[2]]
     outcomes = detector.detect(batch, [options] * 5)
     assert isinstance(outcomes[1], CorruptImageError)
     assert outcomes[3].__class__.__name__ == "UnsupportedImageError"
-    for slot, image in ((0, images[0]), (2, images[1]), (4, images[2])):
+    for slot, image in ((0, smears[0]), (2, smears[1]), (4, smears[2])):
         assert_equal(outcomes[slot], detector.detect([image], [options])[0], 1e-5, 1e-2)
 
 
@@ -76,7 +59,7 @@ def test_a_batch_of_bad_images_only_and_an_empty_one_are_answered(detector: Dete
 
 
 def test_the_stages_run_in_order_and_without_images_only_the_first(
-    detector: Detector, images: list[bytes]
+    detector: Detector, smears: list[bytes]
 ) -> None:
     seen: list[str] = []
 
@@ -86,7 +69,7 @@ def test_the_stages_run_in_order_and_without_images_only_the_first(
         yield
 
     options = [detector.config.default_options()]
-    detector.detect(images[:1], options, time_stage)
+    detector.detect(smears[:1], options, time_stage)
     detector.detect([b"x"], options, time_stage)
     assert seen == ["preprocess", "network", "postprocess", "preprocess"]
 
@@ -101,10 +84,49 @@ def test_warming_up_runs_every_batch_size(detector: Detector, monkeypatch: pytes
     assert seen == [1, 2]
 
 
-def test_settings_that_do_not_fit_the_weights_are_refused(archive_dir: Path) -> None:
+def test_settings_that_do_not_fit_the_weights_are_refused(
+    demo_archive_dir: Path, demo_settings: dict[str, Any]
+) -> None:
     for change in ({"class_names": ["one"]}, {"variant": "T"}):
-        with pytest.raises(ConfigError, match="build the archive anew"):
-            Detector.from_settings({**SETTINGS, **change}, archive_dir / WEIGHTS_FILE, torch.device("cpu"))
+        with pytest.raises(ConfigError, match="rebuild the archive"):
+            Detector.from_settings(
+                {**demo_settings, **change}, demo_archive_dir / WEIGHTS_FILE, torch.device("cpu")
+            )
+
+
+class FakePipeline:
+    """Takes four images; predicts the first byte of each, which the next call overwrites."""
+
+    max_batch_size = 4
+
+    def __init__(self) -> None:
+        self.result = torch.zeros(4)
+
+    def network_call(self, pixels: Tensor) -> Any:
+        def replay() -> RawPredictions:
+            self.result[: len(pixels)] = pixels[:, 0, 0, 0].float()
+            return RawPredictions((self.result[: len(pixels)],), (self.result[: len(pixels)],))
+
+        return replay
+
+
+def raw_predictions(pipeline: FakePipeline, *values: int) -> RawPredictions:
+    """Of images filled with these values."""
+    pixels = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    detector: Any = SimpleNamespace(pipeline=pipeline)
+    return Detector.raw_predictions(detector, pixels)
+
+
+def test_later_calls_leave_raw_predictions_alone() -> None:
+    pipeline = FakePipeline()
+    first = raw_predictions(pipeline, 7, 8, 9)
+    second = raw_predictions(pipeline, 1)
+    assert [first.class_logits[0].tolist(), first.distance_logits[0].tolist()] == [[7, 8, 9]] * 2
+    assert second.class_logits[0].tolist() == [1]
+
+
+def test_raw_predictions_of_more_images_than_the_pipeline_takes_come_from_several_calls() -> None:
+    assert raw_predictions(FakePipeline(), 1, 2, 3, 4, 5).class_logits[0].tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.gpu
@@ -115,16 +137,16 @@ def test_settings_that_do_not_fit_the_weights_are_refused(archive_dir: Path) -> 
     [("fp32", 0.02, 1.0), ("tf32", 0.02, 1.0), ("amp", 0.02, 1.0), ("fp16", 0.02, 1.0), ("bf16", 0.05, 5.0)],
 )
 def test_a_gpu_finds_what_the_cpu_finds(
-    archive_dir: Path,
+    demo_archive_dir: Path,
     detector: Detector,
-    images: list[bytes],
+    smears: list[bytes],
     precision: str,
     score_tolerance: float,
     box_tolerance_px: float,
 ) -> None:
-    options = [detector.config.default_options()] * len(images)
-    on_gpu = Detector.from_archive_dir(archive_dir, "cuda", precision)
-    expected = detector.detect(images, options)
-    for found, wanted in zip(on_gpu.detect(images, options), expected, strict=True):
+    options = [detector.config.default_options()] * len(smears)
+    on_gpu = Detector.from_archive_dir(demo_archive_dir, "cuda", precision)
+    expected = detector.detect(smears, options)
+    for found, wanted in zip(on_gpu.detect(smears, options), expected, strict=True):
         assert_equal(found, wanted, score_tolerance, box_tolerance_px)
     on_gpu.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from damoyolo import postprocess as postprocess_module
 from damoyolo.boxes import decode_predictions
-from damoyolo.postprocess import Selection, batched_nms_exact, postprocess, select
+from damoyolo.postprocess import Selection, nms_per_group, postprocess, select
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
 INPUT_SIZE_HW = (96, 64)
@@ -114,16 +113,6 @@ def detect(
     return postprocess(raw, options, sizes, INPUT_SIZE_HW, max_candidates)
 
 
-@pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location("golden", shared_dir / "model" / "golden.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("prefix", "score_threshold", "iou_threshold"), [("", 0.05, 0.7), ("nano_", 0.03, 0.65)]
 )
@@ -146,7 +135,7 @@ def test_the_golden_boxes_are_scaled_to_the_original_image(golden: ModuleType, s
     with np.load(shared_dir / "model" / "golden_postprocess.npz") as stored:
         sizes_wh = [stored[f"original_size_{image}"].tolist() for image in range(2)]
         sizes_hw = [(height, width) for width, height in sizes_wh]
-        for image, got in enumerate(postprocess_module._to_host(selection, sizes_hw, (640, 640))):
+        for image, got in enumerate(postprocess_module._per_image(selection, sizes_hw, (640, 640))):
             wanted = stored[f"boxes_original_{image}"]
             np.testing.assert_allclose(got.boxes_xyxy, wanted, rtol=2e-7, atol=0)
 
@@ -161,9 +150,11 @@ def test_the_choice_equals_torchvision_class_by_class(class_count: int, iou_thre
     )
 
 
-def test_64_images_of_80_classes_equal_torchvision_class_by_class() -> None:
+def test_64_images_of_80_classes_with_options_of_their_own_equal_torchvision_class_by_class() -> None:
     scores, boxes = crowd(batch_size=64, anchor_count=100, class_count=80)
-    options = [DetectionOptions(0.8, 0.5, 10**6)] * 64
+    options = [
+        DetectionOptions(0.8, 0.01 * image, 10**6, class_agnostic=image % 4 == 0) for image in range(64)
+    ]
     assert_same(
         per_image(select(scores, boxes, options, NO_LIMIT), 64), torchvision_loop(scores, boxes, options)
     )
@@ -176,35 +167,27 @@ def test_the_last_class_of_64_images_keeps_what_an_offset_in_float32_would_lose(
     group = 64 * 80 - 1
     moved = boxes + torch.tensor(group * 641.0)
     assert torchvision.ops.nms(moved, scores, 0.495).tolist() == [0]
-    kept = batched_nms_exact(boxes, torch.full((2,), group), scores, torch.full((64 * 80,), 0.495))
+    kept = nms_per_group(boxes, torch.full((2,), group), torch.full((64 * 80,), 0.495))
     assert kept.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 32, 10_000])
-def test_the_block_size_has_no_influence(block_size: int) -> None:
+def test_groups_may_be_mixed_unequal_and_empty() -> None:
     scores, boxes = crowd(batch_size=1, anchor_count=1500, class_count=1, objects=30)
+    best_first = scores[0, :, 0].sort(descending=True)
+    boxes = boxes[0][best_first.indices]
     groups = torch.randint(3, (1500,), generator=torch.Generator().manual_seed(0)) * 2  # 1, 3, 5 are empty
-    thresholds = torch.tensor([0.3, 0.3, 0.5, 0.5, 0.7, 0.7])
-    kept = batched_nms_exact(boxes[0], groups, scores[0, :, 0], thresholds, block_size=block_size)
-    assert torch.equal(kept, nms_loop(boxes[0], groups, scores[0, :, 0], thresholds))
+    groups[7] = 6  # alone in its group
+    thresholds = torch.tensor([0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.5])
+    kept = nms_per_group(boxes, groups, thresholds)
+    assert kept[7]
+    assert torch.equal(kept, nms_loop(boxes, groups, best_first.values, thresholds))
 
 
-def test_the_memory_bound_has_no_influence(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, boxes = crowd(batch_size=2, anchor_count=300, class_count=4)
-    options = [DetectionOptions(0.3, 0.5, 10**6)] * 2
-    wanted = select(scores, boxes, options, NO_LIMIT)
-    monkeypatch.setattr(postprocess_module, "PAIR_BUDGET", 1)
-    got = select(scores, boxes, options, NO_LIMIT)
-    assert_same([got[1:]], [wanted[1:]])
-
-
-def test_a_long_chain_of_boxes_that_decide_over_each_other_is_settled_exactly() -> None:
-    # Each box suppresses the next one alone, so that every second stays.
+def test_a_long_chain_of_boxes_that_suppress_one_another_is_resolved_exactly() -> None:
+    # Each box suppresses only the next one, so that every second stays.
     left = torch.arange(200.0)
     boxes = torch.stack((left, torch.zeros(200), left + 2.5, torch.ones(200)), dim=1)
-    kept = batched_nms_exact(
-        boxes, torch.zeros(200, dtype=torch.int64), torch.linspace(1, 0.5, 200), torch.tensor([0.4])
-    )
+    kept = nms_per_group(boxes, torch.zeros(200, dtype=torch.int64), torch.tensor([0.4]))
     assert kept.tolist() == [True, False] * 100
 
 
@@ -268,10 +251,19 @@ def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:
 @pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.7])
 def test_an_iou_equal_to_the_threshold_suppresses_nothing(iou_threshold: float) -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10 * iou_threshold]])
-    groups, scores = torch.zeros(2, dtype=torch.int64), torch.tensor([0.9, 0.8])
-    assert batched_nms_exact(boxes, groups, scores, torch.tensor([iou_threshold])).all()
+    groups, thresholds = torch.zeros(2, dtype=torch.int64), torch.tensor([iou_threshold])
+    assert nms_per_group(boxes, groups, thresholds).all()
     boxes[1, 3] += 0.01
-    assert batched_nms_exact(boxes, groups, scores, torch.tensor([iou_threshold])).tolist() == [True, False]
+    assert nms_per_group(boxes, groups, thresholds).tolist() == [True, False]
+
+
+def test_of_equal_scores_the_earlier_anchor_is_the_better_one() -> None:
+    # Many more equal scores than an unstable sort leaves in order; every box suppresses the next.
+    left = torch.arange(2000.0)
+    boxes = torch.stack((left, torch.zeros(2000), left + 2.5, torch.ones(2000)), dim=1)[None]
+    option = DetectionOptions(0.1, 0.4, 10**6)
+    selection = select(torch.full((1, 2000, 1), 0.5), boxes, [option], NO_LIMIT)
+    assert torch.equal(selection.boxes_xyxy[:, 0], left[::2])
 
 
 def test_equal_scores_come_in_the_order_of_anchors_and_classes() -> None:
@@ -389,7 +381,7 @@ def test_boxes_without_area_suppress_nothing() -> None:
 @pytest.mark.parametrize(
     "option",
     [dataclasses.replace(PLAIN, score_threshold=1.0), dataclasses.replace(PLAIN, class_ids=())],
-    ids=["no score high enough", "no class asked for"],
+    ids=["no score high enough", "no class requested"],
 )
 def test_an_image_without_candidates_has_no_detections(option: DetectionOptions) -> None:
     raw = random_predictions(batch_size=3)
@@ -406,7 +398,7 @@ def test_an_empty_batch_gives_an_empty_list() -> None:
     assert detect(random_predictions(batch_size=0)) == []
 
 
-def test_options_and_sizes_must_be_one_an_image() -> None:
+def test_options_and_sizes_must_be_one_per_image() -> None:
     raw = random_predictions(batch_size=2)
     with pytest.raises(ValueError, match="1 options for 2 images"):
         postprocess(raw, [PLAIN], [INPUT_SIZE_HW] * 2, INPUT_SIZE_HW, NO_LIMIT)

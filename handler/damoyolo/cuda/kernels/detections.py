@@ -1,10 +1,10 @@
-"""Raw predictions to detections in Triton: four kernels in fixed shapes, none of which the host waits for.
+"""Turn raw predictions into detections in Triton: four kernels in fixed shapes, with no wait in between.
 
 Every kernel takes all B images of a batch. The candidates of an image are its (anchor, class) pairs above
-its threshold; memory is for C of them, and an image with more than are allowed takes no further part and is
-marked in the result.
+its threshold. There is memory for C of them; an image with more than allowed is skipped and marked in the
+result.
 
-All arithmetic is float32 and, but for the order of sums inside a softmax, operation for operation that of
+All arithmetic is float32 and, except for the order of sums inside a softmax, operation for operation that of
 `boxes` as torch computes it on CUDA. Run the kernels with `enable_fp_fusion=False`: a multiplication fused
 with an addition rounds once where torch rounds twice, and an IoU could cross its threshold.
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# What an image's row of the control tensor holds, 32 bits each, before the bits of its classes.
+# Columns of the control tensor, 32 bits each; an image has one row, which ends with the bits of its classes.
 LOGIT_BOUND = tl.constexpr(0)  # float32, a little below the logit of the score threshold
 SCORE_THRESHOLD = tl.constexpr(1)  # float32
 IOU_THRESHOLD = tl.constexpr(2)  # float32
@@ -25,12 +25,12 @@ SCALE_X = tl.constexpr(3)  # float32, width of the original image over that of t
 SCALE_Y = tl.constexpr(4)  # float32
 LIMIT = tl.constexpr(5)  # int32, most detections to return
 AGNOSTIC = tl.constexpr(6)  # int32, 1 if boxes of different classes suppress each other
-CLASS_BITS = tl.constexpr(7)  # int32 words; bit k % 32 of word k // 32 is 1 if class k is asked for
+CLASS_BITS = tl.constexpr(7)  # int32 words; bit k % 32 of word k // 32 is 1 if class k is requested
 
-# Columns of the result: a row a detection. An image's first row is its header.
+# Columns of the result, which has one row per detection. An image's first row is its header.
 RESULT_COLUMNS = tl.constexpr(6)  # x1, y1, x2, y2, score, class
 RETURNED = tl.constexpr(0)  # header: number of detections
-OVERFLOWED = tl.constexpr(1)  # header: 1 if the detections are not to be used
+OVERFLOWED = tl.constexpr(1)  # header: 1 if the detections are incomplete
 
 # A key's low half is the flat id with all 31 bits flipped: of equal scores the lower id has the greater key.
 ID_BITS = tl.constexpr(0x7FFFFFFF)
@@ -43,14 +43,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def find_candidates(
-    class_logits_8_ptr,  # one tensor a level, any strides
+    class_logits_8_ptr,  # one tensor per level, any strides
     class_logits_16_ptr,
     class_logits_32_ptr,
     control_floats_ptr,  # B, W float32
     control_words_ptr,  # the same memory as int32
     counts_ptr,  # B int32, zero before
     keys_ptr,  # B, C int64
-    LEVELS: tl.constexpr,  # of each: first anchor, height, width, pixels a cell, strides of B, C, h, w
+    LEVELS: tl.constexpr,  # of each: first anchor, height, width, pixels per cell, strides of B, C, h, w
     K: tl.constexpr,
     CAPACITY: tl.constexpr,
     CONTROL_WIDTH: tl.constexpr,
@@ -59,7 +59,7 @@ def find_candidates(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Count the candidates of each image and write their keys, in no order; grid (blocks, B)."""
+    """Count the candidates of each image and write their keys in any order; grid (blocks, B)."""
     block = tl.program_id(0)
     image = tl.program_id(1)
     floats_ptr = control_floats_ptr + image * CONTROL_WIDTH
@@ -104,7 +104,7 @@ def _scan_level(
     block_logits = _load_class_logits(logits_ptr, block_ids, image, LEVELS, LEVEL, K)
     if tl.max((block_logits > bound).to(tl.int32), axis=0) > 0:  # most blocks end here; NaN is not above
         threshold = tl.load(floats_ptr + SCORE_THRESHOLD)
-        # Read again in small steps: in one, this path would need the registers of many loads in flight.
+        # Read again in small steps: a single step would need registers for many loads in flight.
         for first in range(0, BLOCK, STEP):
             ids = block * BLOCK + first + tl.arange(0, STEP)
             logits = _load_class_logits(logits_ptr, ids, image, LEVELS, LEVEL, K)
@@ -112,10 +112,10 @@ def _scan_level(
             if tl.max(near.to(tl.int32), axis=0) > 0:
                 class_ids = ids % K
                 words = tl.load(words_ptr + CLASS_BITS + class_ids // 32, mask=near, other=0)
-                asked_for = ((words >> (class_ids % 32)) & 1) == 1
+                requested = ((words >> (class_ids % 32)) & 1) == 1
                 scores = tl.div_rn(tl.full([STEP], 1.0, tl.float32), 1.0 + _exp(-logits))
-                hits = near & asked_for & (scores > threshold)
-                # An addition for each hit: they are few, and a sum over the block would make all wait.
+                hits = near & requested & (scores > threshold)
+                # One addition per hit: hits are few, and a sum over the block would stall all threads.
                 slots = tl.atomic_add(count_ptr + tl.zeros([STEP], tl.int32), 1, mask=hits, sem="relaxed")
                 # The bits of positive floats are in the order of the floats.
                 score_bits = scores.to(tl.int32, bitcast=True).to(tl.int64)
@@ -125,7 +125,7 @@ def _scan_level(
 
 @triton.jit
 def _load_class_logits(logits_ptr, ids, image, LEVELS: tl.constexpr, LEVEL: tl.constexpr, K: tl.constexpr):
-    """Logits as float32; id = cell * K + class, so that neighbours lie side by side in channels_last."""
+    """Logits as float32; id = cell * K + class, so that consecutive ids are adjacent in channels_last."""
     cells = ids // K
     WIDTH: tl.constexpr = LEVELS[LEVEL][2]
     places = cells // WIDTH * LEVELS[LEVEL][6] + cells % WIDTH * LEVELS[LEVEL][7] + ids % K * LEVELS[LEVEL][5]
@@ -136,7 +136,7 @@ def _load_class_logits(logits_ptr, ids, image, LEVELS: tl.constexpr, LEVEL: tl.c
 
 @triton.jit
 def rank_and_decode(
-    distance_logits_8_ptr,  # one tensor a level, any strides
+    distance_logits_8_ptr,  # one tensor per level, any strides
     distance_logits_16_ptr,
     distance_logits_32_ptr,
     counts_ptr,  # B int32
@@ -144,7 +144,7 @@ def rank_and_decode(
     boxes_ptr,  # B, 4, C float32, pixels of the network input
     scores_ptr,  # B, C float32
     class_ids_ptr,  # B, C int32
-    LEVELS: tl.constexpr,  # of each: first anchor, height, width, pixels a cell, strides of B, C, h, w
+    LEVELS: tl.constexpr,  # of each: first anchor, height, width, pixels per cell, strides of B, C, h, w
     K: tl.constexpr,
     BIN_COUNT: tl.constexpr,  # R + 1
     PADDED_BINS: tl.constexpr,  # the next power of two
@@ -221,7 +221,7 @@ def _load_bins(
     BIN_COUNT: tl.constexpr,
     PADDED_BINS: tl.constexpr,
 ):
-    """(rows, bins) logits of one side; what the softmax shall not see is -inf."""
+    """(rows, bins) logits of one side; -inf for padding, which the softmax ignores."""
     cells = anchors - LEVELS[LEVEL][0]
     bins = tl.arange(0, PADDED_BINS)
     places = cells // LEVELS[LEVEL][2] * LEVELS[LEVEL][6] + cells % LEVELS[LEVEL][2] * LEVELS[LEVEL][7]
@@ -257,10 +257,10 @@ def find_suppressors(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """For each box the better ones that would suppress it; grid (row blocks, column blocks, B).
+    """For each box the better boxes that would suppress it; grid (row blocks, column blocks, B).
 
-    Bit i % 32 of word i // 32 in row j tells whether box i does it to box j, for i < j. Words with no such i
-    may be left as they were.
+    Bit i % 32 of word i // 32 in row j is 1 if box i would suppress box j, for i < j. Words without such an i
+    may keep earlier contents.
     """
     image = tl.program_id(2)
     first_row = tl.program_id(0) * ROWS
@@ -274,7 +274,7 @@ def find_suppressors(
         better_x1, better_y1, better_x2, better_y2 = _load_boxes(image_boxes_ptr, columns, count, CAPACITY)
         area = (x2 - x1) * (y2 - y1)
         better_area = (better_x2 - better_x1) * (better_y2 - better_y1)
-        # A box that is not finite gives an IoU of 0 or NaN, above no threshold, whatever becomes of NaN here.
+        # A box that is not finite gives an IoU of 0 or NaN, above no threshold, however NaN is handled here.
         width = tl.minimum(better_x2[None, :], x2[:, None]) - tl.maximum(better_x1[None, :], x1[:, None])
         height = tl.minimum(better_y2[None, :], y2[:, None]) - tl.maximum(better_y1[None, :], y1[:, None])
         intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -285,7 +285,7 @@ def find_suppressors(
         better_ids = tl.load(class_ids_ptr + image * CAPACITY + columns, mask=columns < count, other=0)
         agnostic = tl.load(control_words_ptr + image * CONTROL_WIDTH + AGNOSTIC) == 1
         rivals = (better_ids[None, :] == class_ids[:, None]) | agnostic
-        # A product spares most tiles the division: what is above the threshold is above it a little lowered.
+        # A product saves most tiles the division: what exceeds the threshold exceeds a slightly lower one.
         near = intersection > threshold * LOWERED * union
         suppresses = (near & rivals & (columns[None, :] < rows[:, None])).to(tl.int32)
         if tl.max(tl.max(suppresses, axis=1), axis=0) > 0:
@@ -317,7 +317,7 @@ def resolve_and_write(
     """Greedy NMS as a fixed point, and the best boxes that stay, scaled to the original image; grid (B,).
 
     "A box stays if no better one that stays suppresses it": after t rounds the first t boxes are final, and
-    the rounds needed are the longest chain of boxes that decide over each other, in practice a few.
+    the number of rounds is the length of the longest chain of suppressions, in practice a few.
     """
     image = tl.program_id(0)
     count = _usable_count(counts_ptr, image, MAX_CANDIDATES)
@@ -334,7 +334,7 @@ def resolve_and_write(
     changes = 1
     while changes > 0:
         staying = _pack(tl.reshape(stays, [WORDS, 32]), axis=1)
-        # A mask that is the same along a row leaves the loads wide.
+        # A mask that is constant along a row keeps the loads wide.
         suppressors = tl.load(suppressors_ptrs, mask=used, other=0) & staying[None, :]
         suppressed = tl.max((written & (suppressors != 0)).to(tl.int32), axis=1)
         settled = (candidates & (suppressed == 0)).to(tl.int32)
@@ -375,7 +375,7 @@ def _exp(x):
 
 @triton.jit
 def _usable_count(counts_ptr, image, MAX_CANDIDATES: tl.constexpr):
-    """The candidates of an image; none if there are too many."""
+    """The number of candidates of an image; 0 if there are too many."""
     count = tl.load(counts_ptr + image)
     return tl.where(count > MAX_CANDIDATES, 0, count)
 
@@ -397,6 +397,6 @@ def _is_finite(values):
 
 @triton.jit
 def _pack(flags, axis: tl.constexpr):
-    """Words from 32 flags of 0 or 1 along the last axis; their sum is their union, for no two share a bit."""
+    """Words of 32 flags of 0 or 1 along the last axis; their sum is their union, as no two share a bit."""
     shifts = tl.arange(0, 32)
     return tl.sum(flags << (shifts[None, None, :] if axis == 2 else shifts[None, :]), axis=axis)

@@ -1,4 +1,4 @@
-"""What follows a convolution that cuDNN cannot fuse with it: bias, shortcut and activation, in one pass."""
+"""Add bias and shortcut to a convolution's output and activate it, in one pass."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from damoyolo.cuda.kernels import Activation, activate, runs_on_triton
 def add_bias_and_activate(
     x: Tensor, bias: Tensor, activation: Activation, addend: Tensor | None = None
 ) -> Tensor:
-    """activation(x + bias + addend), written over x where a kernel runs.
+    """activation(x + bias + addend); overwrites x where a kernel runs.
 
-    torch adds a bias to each pixel's channels with a kernel that reads single elements, at about a third of
-    the memory's rate, and the activation would be a pass of its own.
+    torch adds a bias per channel with a kernel that reads single elements, at about a third of the memory
+    bandwidth, and would activate in another pass.
 
     x, addend: (B, C, h, w) channels_last. bias: (C,).
     """

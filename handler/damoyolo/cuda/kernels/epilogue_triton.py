@@ -1,4 +1,4 @@
-"""The kernel of `epilogue`: one program for a stretch of memory, whatever the image's size."""
+"""The Triton kernel of `epilogue`: a program takes a range of memory, whatever the size of the image."""
 # Triton ships no types.
 # mypy: ignore-errors
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from damoyolo.cuda.kernels import Activation
 
-BLOCK_SIZE = 2048  # elements a program: sixteen for each of 128 threads, two 16-byte loads
+BLOCK_SIZE = 2048  # elements per program: 16 for each of 128 threads, two 16-byte loads
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def add_bias_and_activate_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    # The start is 64 bits wide, since a batch may have more elements than 32 bits count; what is added to it
-    # is not, so that the division by the channels, the only arithmetic that costs, is one of 32 bits.
+    # The start has 64 bits, since a batch may have more than 2**31 elements; the offsets from it have 32, so
+    # that the division by the channels, the only expensive operation, is one of 32 bits.
     start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
     within = tl.arange(0, BLOCK_SIZE)
     inside = start + within < element_count

@@ -1,4 +1,4 @@
-"""1x1 convolution over a concatenation that is never written, with activation, split into its outputs."""
+"""1x1 convolution with activation of several inputs, without writing their concatenation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def pointwise_conv(
 
     inputs: (B, Ci, h, w) channels_last, or a range of channels of such a tensor; Ci multiples of 8.
     weight: (O, sum of Ci), contiguous. bias: (O,).
-    upsampled: which inputs are (B, Ci, h/2, w/2), to be repeated 2x2; none by default.
-    out_channels: sizes of one or two outputs that sum to O; one of size O by default.
+    upsampled: which inputs are (B, Ci, h/2, w/2) and repeated 2x2; none by default.
+    out_channels: channels of one or two outputs, O together; one of O by default.
 
     Returns:
         (B, Oj, h, w) channels_last for each of `out_channels`; sums and activation are in float32 on CUDA.

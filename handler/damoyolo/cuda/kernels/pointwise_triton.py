@@ -1,7 +1,7 @@
-"""The kernel of `pointwise`: a matrix product whose left side is gathered from up to five tensors.
+"""The Triton kernel of `pointwise`: a matrix product whose left side is gathered from up to five tensors.
 
-Rows are output pixels, columns output channels, and the summed dimension runs over the input channels in
-blocks that never straddle two inputs, so that one pipelined loop serves them all.
+Rows are output pixels, columns are output channels, and the summed dimension runs over the input channels in
+blocks that never span two inputs, so that one pipelined loop handles all of them.
 """
 # Triton ships no types.
 # mypy: ignore-errors
@@ -23,7 +23,7 @@ MAX_ELEMENTS = 2**31 - 1  # of a tensor, since offsets are 32-bit
 
 
 class Tile(NamedTuple):
-    """Work of one program: its rows, columns and depth of a step; the warps; the steps loaded ahead."""
+    """Work of one program: rows, columns, depth of a step; its warps; how many steps are loaded ahead."""
 
     block_m: int
     block_n: int
@@ -33,9 +33,9 @@ class Tile(NamedTuple):
 
 
 def choose_tile(rows: int, out_channels: int) -> Tile:
-    """A fixed choice, so that a worker starts without measuring and every worker rounds alike."""
+    """A fixed choice, so that a worker starts without tuning and all workers round alike."""
     block_n = min(128, max(16, triton.next_power_of_2(out_channels)))
-    # Two programs of 128 rows share a multiprocessor (of 132); a small product needs its rows spread wider.
+    # Two programs of 128 rows share one of 132 multiprocessors; a small product is split into more programs.
     if triton.cdiv(rows, 128) * triton.cdiv(out_channels, block_n) >= 132:
         return Tile(128, block_n, 64, 8, 3)
     return Tile(64, min(64, block_n), 64, 4, 4)
@@ -92,7 +92,7 @@ def pointwise_kernel(
         C4 % BLOCK_K
     ) > 0
 
-    # Programs of the same rows come one after another: the second finds them in the cache.
+    # Programs of the same rows are consecutive: the second finds them in the cache.
     NUM_BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     m = (program // NUM_BLOCKS_N) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,6 +183,56 @@ def pointwise_conv(
     Raises:
         ValueError: shapes, types or layouts that the kernel does not take.
     """
+    B, h, w = _check_and_measure(inputs, weight, upsampled, out_channels)
+    first = inputs[0]
+    rows = B * h * w
+    channels = [x.shape[1] for x in inputs]
+    strides = [pixel_stride(x) for x in inputs]
+    outputs = [
+        torch.empty((B, n, h, w), dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
+        for n in out_channels
+    ]
+    missing = MAX_INPUTS - len(inputs)
+    tile = tile or choose_tile(rows, sum(out_channels))
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(sum(out_channels), tile.block_n),)
+    with torch.cuda.device_of(first):
+        pointwise_kernel[grid](
+            *inputs,
+            *[first] * missing,
+            weight,
+            bias,
+            outputs[0],
+            outputs[-1],
+            rows,
+            h,
+            w,
+            len(inputs),
+            *channels,
+            *[0] * missing,
+            *strides,
+            *[0] * missing,
+            *map(bool, upsampled),
+            *[False] * missing,
+            out_channels[0],
+            sum(out_channels) - out_channels[0],
+            activation,
+            tile.block_m,
+            tile.block_n,
+            tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return tuple(outputs)
+
+
+def _check_and_measure(
+    inputs: Sequence[Tensor], weight: Tensor, upsampled: Sequence[bool], out_channels: Sequence[int]
+) -> tuple[int, int, int]:
+    """Batch size, height and width of the outputs.
+
+    Raises:
+        ValueError: see `pointwise_conv`.
+    """
     first = inputs[0]
     B = first.shape[0]
     h, w = (side * 2 if upsampled[0] else side for side in first.shape[2:])
@@ -210,39 +260,4 @@ def pointwise_conv(
         raise ValueError(
             f"{rows} pixels of up to {max(*strides, *out_channels)} elements exceed 32-bit offsets"
         )
-
-    outputs = [
-        torch.empty((B, n, h, w), dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
-        for n in out_channels
-    ]
-    missing = MAX_INPUTS - len(inputs)
-    tile = tile or choose_tile(rows, shape[0])
-    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(shape[0], tile.block_n),)
-    with torch.cuda.device_of(first):
-        pointwise_kernel[grid](
-            *inputs,
-            *[first] * missing,
-            weight,
-            bias,
-            outputs[0],
-            outputs[-1],
-            rows,
-            h,
-            w,
-            len(inputs),
-            *channels,
-            *[0] * missing,
-            *strides,
-            *[0] * missing,
-            *map(bool, upsampled),
-            *[False] * missing,
-            out_channels[0],
-            shape[0] - out_channels[0],
-            activation,
-            tile.block_m,
-            tile.block_n,
-            tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    return tuple(outputs)
+    return B, h, w

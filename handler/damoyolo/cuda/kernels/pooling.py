@@ -1,4 +1,4 @@
-"""The maxima of spatial pyramid pooling, written straight into the tensor that the next convolution reads."""
+"""Spatial pyramid pooling: write the maxima straight into the tensor that the next convolution reads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The kernels of `pooling`: maxima along the rows, then maxima of those along the columns.
+"""The Triton kernels of `pooling`: maxima along the rows, then maxima of those along the columns.
 
-A maximum over a square is one over columns of maxima over rows: 40 reads for a pixel instead of 169.
+The maximum of a square is the maximum along a column of maxima along rows: 40 reads per pixel instead of 169.
 """
 # Triton ships no types.
 # mypy: ignore-errors

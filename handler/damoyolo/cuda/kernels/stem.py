@@ -1,4 +1,4 @@
-"""The stem on raw pixels: Focus and its convolution, with the 1x1 convolution that follows, in one pass."""
+"""The stem on raw pixels: Focus, its convolution and the 1x1 convolution that follows, in one pass."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def focus_stem(
     dtype: torch.dtype,
     activation: Activation = "relu",
 ) -> Tensor:
-    """A 6x6 convolution of stride 2 and padding 2, and a 1x1 convolution where there is one.
+    """A 6x6 convolution of stride 2 and padding 2, and optionally a 1x1 convolution after it.
 
     pixels: (B, 3, H, W) uint8, channels_last; H and W even.
-    stem_weight: (C1, 3, 6, 6), of pixels 0..255; read as it lies where it is channels_last. stem_bias: (C1,).
-    point_weight: (C2, C1), or None to leave the second convolution out. point_bias: (C2,).
-    dtype: of the arithmetic and of the result; the weights best have it already.
+    stem_weight: (C1, 3, 6, 6), for pixels 0..255; not copied where it is channels_last. stem_bias: (C1,).
+    point_weight: (C2, C1), or None to omit the second convolution. point_bias: (C2,).
+    dtype: of the arithmetic and of the result; weights of this type are not converted.
     activation: after each of the two.
 
     Returns:

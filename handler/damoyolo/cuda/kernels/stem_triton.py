@@ -1,9 +1,9 @@
-"""The kernel of `stem`: matrix products of patches gathered from raw pixels, the first result kept on chip.
+"""The Triton kernel of `stem`: matrix products of patches of raw pixels, the first result kept on chip.
 
-A row of a patch is 18 consecutive bytes (6 pixels of 3 colours). For every second pixel of the output
-it starts at a multiple of 4 bytes, for the others 2 bytes after one. Patches of either kind are read as 6
-rows of 5 words of 4 bytes, the 2 bytes too many weighted by zero. The first, second, third and fourth bytes
-of the words make four matrices, whose products add up to the convolution.
+A row of a patch is 18 consecutive bytes (6 pixels of 3 colours). For every second pixel of the output it
+starts at a multiple of 4 bytes, for the others 2 bytes later. Both kinds of patches are read as 6 rows of 5
+words of 4 bytes, of which the 2 extra bytes have weight zero. The first, second, third and fourth bytes of
+the words form four matrices, whose products add up to the convolution.
 """
 # Triton ships no types.
 # mypy: ignore-errors
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from damoyolo.cuda.kernels import Activation
 
-BLOCK_X, BLOCK_Y = 32, 2  # pixels of one kind, and rows, of one matrix product
-BLOCK_ROWS = 8  # of the output, in one program: the weights are loaded once for all
+BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
+BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
 OUTSIDE = tl.constexpr(-(2**30))
 
 
@@ -33,7 +33,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def byte_as_float(words, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    # Or-ed into the mantissa of 1024.0 a byte is 1024 + byte, exactly; cheaper than a conversion.
+    # A byte or-ed into the mantissa of 1024.0 is exactly 1024 + byte; cheaper than a conversion.
     bits = ((words >> (8 * INDEX)) & 0xFF) | 0x6400
     return (bits.to(tl.int16).to(tl.float16, bitcast=True) - 1024.0).to(DTYPE)
 
@@ -79,7 +79,7 @@ def focus_stem_kernel(
     words_of_row = width * 3 // 4
 
     # A patch starts two pixels above and left of the 2x2 pixels of its output. Its words are numbered from
-    # the first of the image; those left and right of the image get a number far below any other.
+    # the first of the image; those left and right of the image get a large negative number.
     word = tl.arange(0, 32)
     row = (2 * (m // BLOCK_X))[:, None] + (word // 5 - 2)[None, :]
     column = (half_x * 3 - 2 * (1 - odd))[:, None] + (word % 5)[None, :]
@@ -110,7 +110,7 @@ def focus_stem_kernel(
         sums = tl.dot(byte_as_float(patch, 1, dtype), weight_1, sums)
         sums = tl.dot(byte_as_float(patch, 2, dtype), weight_2, sums)
         sums = tl.dot(byte_as_float(patch, 3, dtype), weight_3, sums)
-        # Rounded between the two convolutions, as it would be if it went through memory.
+        # Rounded between the two convolutions, as if it were stored in between.
         result = activated(sums + bias_1[None, :], ACTIVATION).to(dtype)
         exists = ((x < out_width) & (y < out_height))[:, None]
         pixel = ((image * out_height + y) * out_width + x)[:, None]

@@ -1,4 +1,4 @@
-"""A small network with the files that the backends open, on which all of them are tested alike."""
+"""A small network and the files of it that the backends open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.variants import VARIANTS
 
 CLASS_NAMES = ("one", "two", "three")
-Open = Callable[..., Backend]
 
 
 @pytest.fixture(scope="session")
@@ -29,14 +28,14 @@ def network() -> DamoYolo:
 
 @pytest.fixture(scope="session")
 def onnx_dir(network: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as of an unpacked archive, with the ONNX form of the network."""
+    """A folder like an unpacked archive, with the ONNX form of the network."""
     folder = tmp_path_factory.mktemp("archive")
     export_onnx(network, folder / ONNX_FILE, class_names=CLASS_NAMES)
     return folder
 
 
 @pytest.fixture(scope="session")
-def open_golden_backend(network: DamoYolo) -> Open:
+def open_network(network: DamoYolo) -> Callable[..., Backend]:
     """Opens a backend on a copy of the network; settings as keywords."""
 
     def open_it(model_dir: Path | None = None, device: str = "cpu", **settings: object) -> Backend:

@@ -1,4 +1,4 @@
-"""Precisions: which are accepted where, and that none departs far from float32."""
+"""Precisions: which are accepted where, and that each stays near float32."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from damoyolo.backends import precision as accelerate
+from damoyolo.backends import precision as precisions
 from damoyolo.backends.precision import PRECISIONS_OF_DEVICE, resolve_precision
 from damoyolo.backends.pytorch import PyTorchBackend
 from damoyolo.boxes import decode_predictions
 from damoyolo.errors import ConfigError
-from damoyolo.model.damoyolo import DamoYolo, build_model
-from damoyolo.model.variants import VARIANTS
+from damoyolo.model.damoyolo import DamoYolo
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Largest difference of a score from float32, for logits of an untrained network.
 SCORE_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "amp": 2e-2, "fp16": 2e-3, "bf16": 2e-2}
-
-
-@pytest.fixture(scope="module")
-def model() -> DamoYolo:
-    torch.manual_seed(5)
-    return build_model(VARIANTS["T"], 3, folded=True).requires_grad_(False)
 
 
 def pixels(device: torch.device) -> Tensor:
@@ -44,15 +37,15 @@ def check_precision(model: DamoYolo, device: torch.device, precision: str) -> No
 
 
 @pytest.mark.parametrize("precision", PRECISIONS_OF_DEVICE["cpu"])
-def test_every_precision_of_a_cpu_stays_near_float32(model: DamoYolo, precision: str) -> None:
-    check_precision(model, CPU, precision)
+def test_every_precision_of_a_cpu_stays_near_float32(network: DamoYolo, precision: str) -> None:
+    check_precision(network, CPU, precision)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", PRECISIONS_OF_DEVICE["cuda"])
-def test_every_precision_of_a_gpu_stays_near_float32(model: DamoYolo, precision: str) -> None:
-    check_precision(model, CUDA, precision)
+def test_every_precision_of_a_gpu_stays_near_float32(network: DamoYolo, precision: str) -> None:
+    check_precision(network, CUDA, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
@@ -65,7 +58,7 @@ def test_a_precision_that_a_cpu_lacks_is_refused_with_those_it_has(precision: st
 def test_auto_takes_bfloat16_only_where_the_cpu_computes_it(
     monkeypatch: pytest.MonkeyPatch, in_hardware: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(accelerate, "cpu_computes_bf16", lambda: in_hardware)
+    monkeypatch.setattr(precisions, "cpu_computes_bf16", lambda: in_hardware)
     assert resolve_precision("auto", CPU) == expected
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,9 @@ from torch import Tensor, nn
 from damoyolo.cuda.kernels import Activation
 from damoyolo.cuda.kernels.pointwise import pointwise_conv, pointwise_conv_reference
 
-# Sums in float32 that are rounded once: half a step of the format, and what cancellation leaves.
-TOLERANCE = {
-    torch.float16: {"rtol": 2**-11 + 1e-5, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 2**-8 + 1e-5, "atol": 1e-5},
-}
+# Of two computations in float64 of sums of a few hundred products of about one: far above their rounding.
+CLOSE_IN_FLOAT64 = {"rtol": 0.0, "atol": 1e-10}
+Bound = Callable[[int, Tensor, Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,83 +62,94 @@ def make_weights(case: Case) -> tuple[Tensor, Tensor]:
 
 def test_the_plain_form_is_torch_on_the_concatenation() -> None:
     case = CASES[3]
-    first, second, half = make_inputs(case, 2)
-    weight, bias = make_weights(case)
+    first, second, half = (x.double() for x in make_inputs(case, 2))
+    weight, bias = (x.double() for x in make_weights(case))
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
     conv.weight.data, conv.bias.data = weight[:, :, None, None], bias  # type: ignore[union-attr]
     expected = nn.SiLU()(conv(torch.cat([first, second, nn.Upsample(scale_factor=2)(half)], dim=1)))
 
     outputs = pointwise_conv([first, second, half], weight, bias, "silu", case.upsampled, case.out_channels)
 
-    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, **CLOSE_IN_FLOAT64)
     assert [y.shape[1] for y in outputs] == [32, 32]
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
 
 
 def test_one_full_size_input_and_one_output_are_the_default() -> None:
-    x = random_tensor((1, 8, 3, 5), 0)
-    weight, bias = random_tensor((16, 8), 1), random_tensor((16,), 2)
+    x = random_tensor((1, 8, 3, 5), 0).double()
+    weight, bias = random_tensor((16, 8), 1).double(), random_tensor((16,), 2).double()
     outputs = pointwise_conv([x], weight, bias, "none")
     expected = torch.einsum("bchw,oc->bohw", x, weight) + bias[:, None, None]
-    torch.testing.assert_close(outputs, (expected,), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs, (expected,), **CLOSE_IN_FLOAT64)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_rounds_the_plain_float32_result(
-    case: Case, dtype: torch.dtype, kernel_device: torch.device
+def assert_rounded_exact_values(
+    case: Case, batch: int, dtype: torch.dtype, device: torch.device, tile: Any, rounding_bound: Bound
 ) -> None:
+    """The kernel against the plain form in float64, within the rounding of its own arithmetic."""
     from damoyolo.cuda.kernels import pointwise_triton
 
-    if kernel_device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter does not multiply bfloat16")
-    inputs = [x.to(dtype) for x in make_inputs(case, 3)]
+    inputs = [x.to(dtype) for x in make_inputs(case, batch)]
     weight, bias = (x.to(dtype) for x in make_weights(case))
-    expected = pointwise_conv_reference(
-        [x.float() for x in inputs],
-        weight.float(),
-        bias.float(),
+    exact = pointwise_conv_reference(
+        [x.double() for x in inputs],
+        weight.double(),
+        bias.double(),
         case.activation,
+        case.upsampled,
+        case.out_channels,
+    )
+    magnitudes = pointwise_conv_reference(
+        [x.double().abs() for x in inputs],
+        weight.double().abs(),
+        bias.double().abs(),
+        "none",
         case.upsampled,
         case.out_channels,
     )
     outputs = pointwise_triton.pointwise_conv(
-        [x.to(kernel_device) for x in inputs],
-        weight.to(kernel_device),
-        bias.to(kernel_device),
+        [x.to(device) for x in inputs],
+        weight.to(device),
+        bias.to(device),
         case.activation,
         case.upsampled,
         case.out_channels,
+        tile,
     )
-    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
-    for output, exact in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(output.cpu().float(), exact, **TOLERANCE[dtype])
+    for output, values, sums in zip(outputs, exact, magnitudes, strict=True):
+        assert output.dtype == dtype
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        bound = rounding_bound(weight.shape[1], sums, values, dtype)
+        assert ((output.cpu().double() - values).abs() <= bound).all()
 
 
-def test_every_tile_gives_the_same_result(kernel_device: torch.device) -> None:
-    from damoyolo.cuda.kernels import pointwise_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_rounds_the_values_of_the_plain_form(
+    case: Case, dtype: torch.dtype, kernel_device: torch.device, rounding_bound: Bound
+) -> None:
+    if kernel_device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter does not multiply bfloat16")
+    assert_rounded_exact_values(case, 3, dtype, kernel_device, None, rounding_bound)
+
+
+@pytest.mark.parametrize("tile", ["of few rows", "of many rows", "small"])
+def test_every_tile_gives_the_same_result(
+    tile: str, kernel_device: torch.device, rounding_bound: Bound
+) -> None:
     from damoyolo.cuda.kernels.pointwise_triton import Tile, choose_tile
 
-    case = CASES[3]
-    inputs = [x.to(kernel_device, torch.float16) for x in make_inputs(case, 2)]
-    weight, bias = (x.to(kernel_device, torch.float16) for x in make_weights(case))
-    tiles = [choose_tile(120, 64), choose_tile(32 * 80 * 80, 256), Tile(64, 16, 32, 4, 4)]
-    chosen, large, small = (
-        torch.cat(
-            pointwise_triton.pointwise_conv(
-                inputs, weight, bias, case.activation, case.upsampled, case.out_channels, tile
-            ),
-            dim=1,
-        )
-        for tile in tiles
-    )
-    torch.testing.assert_close(large, chosen, **TOLERANCE[torch.float16])
-    torch.testing.assert_close(small, chosen, **TOLERANCE[torch.float16])
+    tiles = {
+        "of few rows": choose_tile(120, 64),
+        "of many rows": choose_tile(32 * 80 * 80, 256),
+        "small": Tile(64, 16, 32, 4, 4),
+    }
+    assert_rounded_exact_values(CASES[3], 2, torch.float16, kernel_device, tiles[tile], rounding_bound)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_call_reads_its_inputs_anew() -> None:
+def test_a_captured_call_reads_its_inputs_again() -> None:
     case = CASES[2]
     inputs = [x.to("cuda", torch.float16) for x in make_inputs(case, 2)]
     weight, bias = (x.to("cuda", torch.float16) for x in make_weights(case))
@@ -151,11 +161,11 @@ def test_a_recorded_call_reads_its_inputs_anew() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = call()
+        captured = call()
     for x in inputs:
         x.neg_()
     graph.replay()
-    torch.testing.assert_close(recorded, call(), rtol=0, atol=0)
+    torch.testing.assert_close(captured, call(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from damoyolo.cuda.kernels import Activation
+from damoyolo.cuda.kernels import Activation, activate
 from damoyolo.cuda.kernels.stem import focus_stem, focus_stem_reference
 
-# The intermediate may round to the neighbouring value, then the second convolution sums about 5 such steps.
-TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
+Bound = Callable[[int, Tensor, Tensor, torch.dtype], Tensor]
 
 
 def pixels(batch: int, height: int, width: int) -> Tensor:
@@ -42,21 +43,55 @@ def weights(
 
 def test_the_plain_form_is_focus_and_its_convolution() -> None:
     images = pixels(2, 12, 20)
-    stem_weight, stem_bias, point_weight, point_bias = weights(16, 24)
+    stem_weight, stem_bias, point_weight, point_bias = (
+        None if x is None else x.double() for x in weights(16, 24)
+    )
+    assert stem_weight is not None
+    assert stem_bias is not None
     assert point_weight is not None
     # Focus: the four pixels of a cell become channels, of which the weight holds those of cell i, j.
-    cells = F.pixel_unshuffle(images.float(), 2)  # B,3,H,W -> B,12,H/2,W/2
+    cells = F.pixel_unshuffle(images.double(), 2)  # B,3,H,W -> B,12,H/2,W/2
     cell_weight = F.pixel_unshuffle(stem_weight, 2)  # stem_channels,3,6,6 -> stem_channels,12,3,3
     hidden = F.relu(F.conv2d(cells, cell_weight, stem_bias, padding=1))
     expected = F.relu(F.conv2d(hidden, point_weight[:, :, None, None], point_bias))
 
-    result = focus_stem(images, stem_weight, stem_bias, point_weight, point_bias, torch.float32)
+    result = focus_stem(images, stem_weight, stem_bias, point_weight, point_bias, torch.float64)
 
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)  # far above the rounding of float64
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+def exact_values_and_bound(
+    images: Tensor,
+    parameters: list[Tensor | None],
+    activation: Activation,
+    dtype: torch.dtype,
+    rounding_bound: Bound,
+) -> tuple[Tensor, Tensor]:
+    """The plain form in float64, and how far the kernel may be from it."""
+    stem_weight, stem_bias, point_weight, point_bias = (None if x is None else x.double() for x in parameters)
+    assert stem_weight is not None
+    assert stem_bias is not None
+
+    def stem(weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+        return focus_stem_reference(images, weight, bias, None, None, torch.float64, activation)
+
+    hidden = stem(stem_weight, stem_bias, activation)
+    magnitudes = stem(stem_weight.abs(), stem_bias.abs(), "none")
+    # A patch is read as 6 rows of 20 bytes, of which 2 are weighted by zero.
+    bound = rounding_bound(6 * 20, magnitudes, hidden, dtype)
+    if point_weight is None or point_bias is None:
+        return hidden, bound
+    kernel = point_weight[:, :, None, None]
+    exact = activate(F.conv2d(hidden, kernel, point_bias), activation)
+    # The first result is rounded to `dtype`. What it is off goes through the second convolution.
+    magnitudes = F.conv2d(hidden.abs() + bound, kernel.abs(), point_bias.abs())
+    own = rounding_bound(point_weight.shape[1], magnitudes, exact, dtype)
+    inherited = 1.1 * F.conv2d(bound, kernel.abs())  # 1.1: the steepest activation
+    return exact, own + inherited * (1 + torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "activation", "size_hw"),
     [
@@ -72,6 +107,7 @@ def test_the_kernel_agrees_with_the_plain_form(
     size_hw: tuple[int, int],
     dtype: torch.dtype,
     kernel_device: torch.device,
+    rounding_bound: Bound,
 ) -> None:
     from damoyolo.cuda.kernels import stem_triton
 
@@ -79,9 +115,7 @@ def test_the_kernel_agrees_with_the_plain_form(
         pytest.skip("the interpreter does not multiply bfloat16")
     images = pixels(2, *size_hw)
     parameters = [None if x is None else x.to(dtype) for x in weights(*channels)]
-    exact = focus_stem_reference(
-        images, *(None if x is None else x.float() for x in parameters), torch.float32, activation
-    )
+    exact, bound = exact_values_and_bound(images, parameters, activation, dtype, rounding_bound)
     result = stem_triton.focus_stem(
         images.to(kernel_device),
         *(None if x is None else x.to(kernel_device) for x in parameters),
@@ -90,7 +124,7 @@ def test_the_kernel_agrees_with_the_plain_form(
     )
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(result.cpu().float(), exact, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+    assert ((result.cpu().double() - exact).abs() <= bound).all()
 
 
 def test_the_kernel_takes_pixels_and_weights_in_any_layout(kernel_device: torch.device) -> None:
