@@ -129,7 +129,10 @@ def _archive_request(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, {"--pictures": "--images", "--batch-ranges": "--profiles"})
+    parser = command_parser(
+        __doc__,
+        {"--pictures": "--images", "--coco-pictures": "--coco-images", "--batch-ranges": "--profiles"},
+    )
     parser.add_argument(
         "--onnx", type=Path, required=True, help="raw predictions, in float32 or quantised to int8"
     )

@@ -34,7 +34,7 @@ def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project
     assert after["jobQueueSize"] == 4 * 48 * 3
     assert after["handler"]["graph_batch_sizes"] == [1, 2, 4, 8, 12, 16, 20, 24, 32, 48]
     assert after["responseTimeout"] == before["responseTimeout"]
-    assert "# Requests that wait when every worker is busy" in written
+    assert "# Requests that wait while every worker is busy" in written
     ServingConfig.from_mapping(after["handler"])
     assert settings_text_with(written, setting) == written
 
