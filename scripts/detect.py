@@ -1,4 +1,4 @@
-"""Send images to a running server: table of detections, JSON lines, drawn images.
+"""Send images to a running server; print the detections, write JSON lines and drawn images.
 
 python scripts/detect.py image.jpg
 python scripts/detect.py folder --recursive --jsonl detections.jsonl --draw output

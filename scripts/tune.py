@@ -3,9 +3,9 @@
     python scripts/tune.py --archive model_store/damoyolo.mar --p99-ms 50 --write output/model-config.yaml
 
 The sweep tries growing batch sizes until the memory is full. The search then starts a TorchServe for each
-setting of batch size, delay and workers that it tries, puts closed loops on it, and keeps the highest rate
-whose p99 is within the budget. The recommended model-config.yaml replaces handler/model-config.yaml, which
-scripts/build_archive.py packs.
+setting of batch size, delay and workers that it tries, measures it with closed loops, and keeps the highest
+rate whose p99 is within the budget. The recommended model-config.yaml replaces handler/model-config.yaml,
+which scripts/build_archive.py packs.
 """
 
 from __future__ import annotations

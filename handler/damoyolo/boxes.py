@@ -1,4 +1,4 @@
-"""Box arithmetic: anchor points and the readable decoding of raw predictions.
+"""Box arithmetic: anchor points and the decoding of raw predictions.
 
 Everything is computed in float32 whatever the input, also under autocast: there is no matrix product here
 that autocast could run in half precision.

@@ -1,4 +1,4 @@
-"""Detect objects in encoded images: calls the stages in their order."""
+"""Detect objects in encoded images by calling the stages in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share. Importing it makes the handler's package importable.
+"""Code shared by the commands. Importing it makes the package `damoyolo` importable.
 
 The handler's folder goes to the end of the search path: a process that runs the modules of an unpacked
 archive puts that archive first, and must not get those of the checkout.

@@ -1,6 +1,6 @@
-"""What the commands have in common on the command line: the parser, argument types, errors and exit codes.
+"""The parser, argument types, errors and exit codes of all commands.
 
-Imports neither torch nor anything that does, so that `--help` and a usage error answer at once. Commands
+Imports neither torch nor anything that imports it, so that `--help` and usage errors are immediate. Commands
 import what they work with in the function that does the work.
 """
 

@@ -1,4 +1,4 @@
-"""Where the project keeps what the commands use."""
+"""Folders and files of the project."""
 
 from __future__ import annotations
 

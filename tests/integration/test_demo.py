@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_the_demo_detects_draws_and_leaves_nothing_running(project_dir: Path) -> None:
     if not (project_dir / ".venv/bin/python").exists():
         pytest.skip("no .venv: scripts/test.sh makes it")

@@ -76,6 +76,7 @@ def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(
     assert set(before + after) == {200}
 
 
+@pytest.mark.slow
 def test_a_second_version_is_served_next_to_the_first(
     server: ServedModel, url: str, smear: bytes, archive: ArchiveReport
 ) -> None:

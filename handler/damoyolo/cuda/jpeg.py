@@ -1,4 +1,4 @@
-"""Decide from its header whether nvJPEG decodes a JPEG to the image that Pillow shows, and decode with it."""
+"""Decode JPEGs with nvJPEG, and tell from the header which ones it decodes like Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use the Triton kernels that an archive carries, compiled for one kind of GPU.
+"""Use the compiled Triton kernels that an archive contains.
 
 Triton looks up kernels by a hash of everything that goes into them, so those compiled for another GPU or by
 another version are not found, and are compiled as if the folder were empty.

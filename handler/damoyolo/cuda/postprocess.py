@@ -1,4 +1,4 @@
-"""Postprocess on the device in fixed shapes, without waiting for it, so that a CUDA graph can hold it.
+"""Postprocess on the device in fixed shapes, without waiting for it, so that a CUDA graph can capture it.
 
 `postprocess` defines the result. The kernels are sized for the usual image. An image with more candidates or
 detections is marked and goes through `postprocess` afterwards, with the same result.

@@ -1,4 +1,4 @@
-"""The blocks that backbone, neck and head are built from.
+"""The building blocks of backbone, neck and head.
 
 A network has two forms with the same blocks: as trained (convolutions followed by BatchNorm, RepConv of two
 branches, learned scales) and folded (plain convolutions with bias). They differ only in the layers that a

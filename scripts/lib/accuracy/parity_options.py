@@ -1,4 +1,4 @@
-"""The comparison of a backend with PyTorch as commands offer it: options, evidence, report.
+"""Options and report of the comparison with PyTorch, shared by two commands.
 
 Imports no torch, so that commands can build their parsers quickly.
 """

@@ -1,4 +1,4 @@
-"""What the commands on ONNX files let the user choose; imports nothing heavy."""
+"""Choices and defaults of the ONNX commands. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantise a network to INT8, except for the blocks that this harms."""
+"""Quantise a network to INT8, except for its sensitive blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options with which several commands name a network."""
+"""Options shared by the commands that load a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build an archive from weights, handler and settings, and verify it before it takes its place."""
+"""Build an archive from weights, handler and settings, and verify it before it replaces an existing one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of `epilogue`: a program takes a range of memory, whatever the size of the image."""
+"""The Triton kernel of `epilogue`: each program processes a contiguous range of memory."""
 # Triton ships no types.
 # mypy: ignore-errors
 

@@ -104,12 +104,12 @@ def openvino_capabilities() -> list[str]:
     ("variant", "name", "has_file"),
     [
         ("S", "openvino", False),
-        ("S", "openvino", True),
         ("S", "onnxruntime", True),
         ("Ns", "openvino", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("S", "openvino", True),
                 ("T", "openvino", False),
                 ("M", "openvino", False),
                 ("M", "onnxruntime", True),

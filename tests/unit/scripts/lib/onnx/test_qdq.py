@@ -44,7 +44,7 @@ def int8_weights(network: onnx.ModelProto) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("variant", ["S", "M"])
+@pytest.mark.parametrize("variant", ["S", pytest.param("M", marks=pytest.mark.slow)])
 def test_every_node_is_in_one_block(
     variant: str, demo_network: onnx.ModelProto, golden_onnx_dir: Callable[[str], Path]
 ) -> None:
