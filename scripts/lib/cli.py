@@ -96,14 +96,6 @@ def name_list(text: str) -> tuple[str, ...]:
     return names
 
 
-def size_wh(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT in pixels."""
-    width, separator, height = text.partition("x")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is WIDTHxHEIGHT, say 1920x1080")
-    return positive_int(width), positive_int(height)
-
-
 def _number(text: str) -> float:
     try:
         return float(text)

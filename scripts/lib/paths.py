@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from lib import HANDLER_DIR as HANDLER_DIR
 
-PROJECT_DIR = Path(__file__).resolve().parents[2]
-HANDLER_DIR = PROJECT_DIR / "handler"
+PROJECT_DIR = HANDLER_DIR.parent
 MODEL_STORE = PROJECT_DIR / "model_store"
 DEMO_ARCHIVE = MODEL_STORE / "damoyolo.mar"
 DEMO_WEIGHTS = MODEL_STORE / "weights" / "damoyolo_s_bccd.pth"

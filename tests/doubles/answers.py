@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from damoyolo.structures import Detections
 
@@ -23,13 +21,6 @@ ONNX = os.environ.get("DAMOYOLO_TEST_ONNX")
 EXACT = PRECISION == "fp32" and ONNX is None
 SCORE_TOLERANCE = 2e-4 if EXACT else 2e-2
 BOX_TOLERANCE_PX = 0.02 if EXACT else 2.0
-
-
-def encode(image: Image.Image, image_format: str = "JPEG", **options: Any) -> bytes:
-    """An image as a file's bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 def assert_same_detections(

@@ -22,7 +22,8 @@ from lib.server.served_archive import ServedModel
 
 from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, Detections
-from doubles.answers import assert_same_detections, encode, iou
+from doubles.answers import assert_same_detections, iou
+from doubles.images import encode
 from doubles.real_server import wait_until
 
 TIMEOUT_S = 120.0

@@ -121,7 +121,7 @@ def test_a_corrupt_neighbour_and_other_formats_share_a_captured_batch(
 ) -> None:
     from PIL import Image
 
-    from doubles.answers import encode
+    from doubles.images import encode
 
     png = encode(Image.linear_gradient("L").convert("RGB"), "PNG")
     batch = [smears[0], smears[1][:5000], png, b"nothing", smears[2]]
