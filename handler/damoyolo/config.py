@@ -34,7 +34,17 @@ class ServingConfig:
     max_detections_limit: largest max_detections of a request.
     max_candidates: how many candidates of an image enter NMS, the best ones; bounds its work.
     max_image_bytes: largest encoded image. max_image_pixels: largest width times height.
-    max_instances: most images in one JSON request.
+    max_image_side: largest width and height. Resizing takes memory for the height times the width of the
+        network's input.
+    max_image_parts: most segments, chunks, blocks, directory entries, strips or tiles that an image file may
+        have in or before its first frame; bounds the work of reading it.
+    max_jpeg_scan_pixels: largest product of the pixels and the scans of a progressive JPEG, because every
+        scan passes over all pixels; an encoder writes about 10 scans.
+    max_rle_pixels: largest BMP coded in run lengths, in pixels and in bytes, which Pillow decodes in Python.
+    max_instances: most images in one JSON request. max_instances_pixels: most pixels of all of them.
+    decode_memory_bytes: memory for the images of a batch that are decoded, resized or drawn at the same time,
+        in a worker, and on CUDA for the pixels on their way to the device and there; images wait until there
+        is room, and one that needs more is processed alone.
     max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
         server ends the worker.
     image_formats: accepted image formats, named as Pillow names them.
@@ -63,7 +73,13 @@ class ServingConfig:
     max_candidates: int = 8192
     max_image_bytes: int = 32 * 1024 * 1024
     max_image_pixels: int = 64_000_000
+    max_image_side: int = 65_535
+    max_image_parts: int = 65_536
+    max_jpeg_scan_pixels: int = 1_280_000_000
+    max_rle_pixels: int = 4_000_000
     max_instances: int = 16
+    max_instances_pixels: int = 64_000_000
+    decode_memory_bytes: int = 2 * 1024**3
     max_response_bytes: int = 32 * 1024 * 1024
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     decode_threads: int = 0
@@ -88,10 +104,16 @@ class ServingConfig:
             "max_candidates",
             "max_image_bytes",
             "max_image_pixels",
+            "max_image_side",
+            "max_image_parts",
+            "max_rle_pixels",
             "max_instances",
+            "max_instances_pixels",
             "max_response_bytes",
         ):
             _require_range(name, getattr(self, name), 1, 2**31 - 1)
+        for name in ("max_jpeg_scan_pixels", "decode_memory_bytes"):
+            _require_range(name, getattr(self, name), 1, 2**63 - 1)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,13 +12,13 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
-from damoyolo.orientation import pillow_transposition, valid_orientation
-
-EncodedImage = bytes | bytearray | memoryview
+from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.formats.essential import EssentialImage
+from damoyolo.orientation import pillow_transposition
 
 # Warning filters belong to the whole process: one thread at a time may change them.
 _warning_filters_lock = threading.Lock()
@@ -33,29 +35,22 @@ def decode_image(encoded: EncodedImage, config: ServingConfig) -> NDArray[np.uin
 
     Raises:
         UnsupportedImageError: not an image of a format in `config.image_formats`.
-        ImageTooLargeError: more bytes or pixels than `config.max_image_bytes`, `config.max_image_pixels`.
+        ImageTooLargeError: more bytes, pixels, parts or scans than the settings allow.
         CorruptImageError: the header can be read, the pixels cannot.
+        MemoryError: this says nothing about the image.
     """
-    require_image_bytes(len(encoded), config)
+    return decode_reduced(reduce_image(encoded, config), config)
+
+
+def decode_reduced(image: EssentialImage, config: ServingConfig) -> NDArray[np.uint8]:
+    """Decode what `reduce_image` made of an image; see `decode_image`."""
     try:
-        with _open(encoded, config) as opened:
-            _require_image_pixels(opened, config)
-            opened.load()
-            transposition = pillow_transposition(_exif_orientation(opened))
-            image = _to_rgb(opened)
-            if transposition is not None:
-                image = image.transpose(transposition)
-            return np.asarray(image)
-    except RequestError:
+        return np.asarray(_read_pixels(image, config))
+    except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             f"the image has too many pixels: {_reason(error)} No setting of the server lifts this limit."
-        ) from error
-    except MemoryError as error:
-        raise ImageTooLargeError(
-            "there is not enough memory to decode the image; "
-            "the server settings max_image_pixels and decode_threads bound what decoding needs"
         ) from error
     # On malformed bytes Pillow's readers raise nearly any exception: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, IndexError, KeyError, TypeError, OverflowError ...
@@ -63,47 +58,53 @@ def decode_image(encoded: EncodedImage, config: ServingConfig) -> NDArray[np.uin
         raise CorruptImageError(f"the image cannot be decoded: {_reason(error)}") from error
 
 
-def require_image_bytes(size_bytes: int, config: ServingConfig) -> None:
-    """Refuse an encoded image that is too large.
+def silence_decoders() -> None:
+    """Let no library write about what clients send: Pillow logs, and libtiff prints a line per damaged row.
 
-    Raises:
-        ImageTooLargeError: names the size and the setting.
+    An image that cannot be decoded still raises. Affects the whole process.
     """
-    if size_bytes > config.max_image_bytes:
-        raise ImageTooLargeError(
-            f"the image has {size_bytes} bytes; at most {config.max_image_bytes} are accepted "
-            "(server setting max_image_bytes)"
-        )
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    Image.init()  # loads the libraries
+    for path in _mapped_files("libtiff"):
+        library = ctypes.CDLL(path)  # the one that is loaded already
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
 
 
-def _open(encoded: EncodedImage, config: ServingConfig) -> ImageFile.ImageFile:
+def _mapped_files(name: str) -> set[str]:
+    try:
+        with open("/proc/self/maps") as maps:
+            return {path for line in maps if name in (path := line[73:].rstrip("\n")).rpartition("/")[2]}
+    except OSError:  # not on Linux: the lines stay
+        return set()
+
+
+def _read_pixels(image: EssentialImage, config: ServingConfig) -> Image.Image:
+    """The decoded image, upright."""
+    with _open(image, config) as opened:
+        if opened.size != image.size_wh:
+            raise CorruptImageError(
+                f"the image says in one place that it has {image.size_wh[0]} x {image.size_wh[1]} pixels and "
+                f"in another {opened.size[0]} x {opened.size[1]}"
+            )
+        opened.load()
+        pixels = _to_rgb(opened)
+        transposition = pillow_transposition(image.orientation)
+        if transposition is not None:
+            pixels = pixels.transpose(transposition)
+        return pixels
+
+
+def _open(image: EssentialImage, config: ServingConfig) -> ImageFile.ImageFile:
     """Read the header only."""
     try:
         with _warnings_ignored():
-            return Image.open(io.BytesIO(encoded), formats=config.image_formats)
+            return Image.open(io.BytesIO(image.data), formats=[image.image_format])
     except UnidentifiedImageError as error:
         raise UnsupportedImageError(
             "the data are no image of an accepted format, or its header is broken; "
             f"accepted are {', '.join(config.image_formats)} (server setting image_formats)"
         ) from error
-
-
-def _require_image_pixels(image: Image.Image, config: ServingConfig) -> None:
-    width, height = image.size
-    if width * height > config.max_image_pixels:
-        raise ImageTooLargeError(
-            f"the image has {width} x {height} = {width * height} pixels; "
-            f"at most {config.max_image_pixels} are accepted (server setting max_image_pixels)"
-        )
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    """1..8; needs the loaded image, because a PNG may carry EXIF data after the pixels."""
-    try:
-        with _warnings_ignored():
-            return valid_orientation(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # viewers show an image with broken EXIF data upright
-        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from damoyolo.config import SETTINGS_FILE, ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
-from damoyolo.decode import EncodedImage
 from damoyolo.errors import ConfigError, RequestError
+from damoyolo.formats import EncodedImage
 from damoyolo.model.checkpoint import load_packaged
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.pipeline import open_pipeline

@@ -1,7 +1,9 @@
-"""Apply EXIF orientations to tensors, to Pillow images, and to the addresses that a kernel reads."""
+"""Read EXIF orientations; apply them to tensors, Pillow images, and the addresses that a kernel reads."""
 
 from __future__ import annotations
 
+import re
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL.Image import Transpose
@@ -34,10 +36,44 @@ _VIEWS = {  # EXIF 2.32, tag 0x0112
     8: _View((1,), True, Transpose.ROTATE_90),
 }
 
+_ORIENTATION = 0x0112
+_INTEGER_OF_TYPE = {3: "H", 4: "I", 8: "h", 9: "i"}  # the integer types of EXIF with more than one byte
+_EXIF_HEADING = re.compile(rb"^(Exif\0\0){1,2}")
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
 
 def valid_orientation(value: object) -> int:
     """The value of an EXIF orientation tag; 1, upright, for one that is not defined, as viewers do."""
     return value if isinstance(value, int) and value in _VIEWS else 1
+
+
+def read_orientation(exif: bytes | None, xmp: bytes | None) -> int:
+    """1..8, from the main directory of EXIF data, else from XMP, else 1. Never raises.
+
+    Only this value is read: libraries that read all of the data can be kept busy for long.
+
+    exif: with or without the heading of six bytes that begins with Exif.
+    """
+    value = _exif_orientation(exif) if exif else None
+    if value is None and xmp and (found := _XMP_ORIENTATION.search(xmp)):
+        value = int(found[1])
+    return valid_orientation(value)
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """The tag of the main directory, as far as the data go; None if there is none."""
+    tiff = _EXIF_HEADING.sub(b"", exif)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return None
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    (entries,) = struct.unpack(order + "H", tiff[directory : directory + 2].ljust(2, b"\0"))
+    table = tiff[directory + 2 : directory + 2 + 12 * entries]
+    for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", table[: len(table) // 12 * 12]):
+        if tag == _ORIENTATION and kind in _INTEGER_OF_TYPE and count == 1:
+            format_char = order + _INTEGER_OF_TYPE[kind]
+            return int(struct.unpack_from(format_char, value)[0])
+    return None
 
 
 def pillow_transposition(orientation: int) -> Transpose | None:

@@ -18,15 +18,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
-from damoyolo.decode import EncodedImage, decode_image
+from damoyolo.decode import decode_image, decode_reduced, silence_decoders
 from damoyolo.errors import RequestError
+from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.formats.essential import EssentialImage
+from damoyolo.memory_budget import MemoryBudget
 from damoyolo.orientation import OrientedImage, shown_pixels
 
 T = TypeVar("T")
+# Sizes (height, width) and errors, by slot.
+Loaded = tuple[dict[int, tuple[int, int]], dict[int, RequestError]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class ImagePreprocessor:
         self.device = device
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
-        Image.init()  # import the readers of rarer formats now, not during a request
+        self._budget = MemoryBudget(config.decode_memory_bytes)
+        silence_decoders()  # and import the readers of rarer formats now, not during a request
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
         """Decode and resize all images at once; a bad one affects no other. An empty batch is fine.
@@ -79,14 +84,15 @@ class ImagePreprocessor:
         # Each thread resizes what it decoded while that is in its cache, and large images do not pile up.
         canvas = torch.empty((len(encoded_images), *self.input_size_hw, 3), dtype=torch.uint8)
 
-        def fill(encoded: EncodedImage, target: Tensor) -> tuple[int, int] | RequestError:
-            image = self._decode(encoded)
-            if isinstance(image, RequestError):
-                return image
-            _resize_into(image, target)
+        def fill(encoded: EncodedImage, target: Tensor) -> tuple[int, int]:
+            reduced = reduce_image(encoded, self.config)
+            with self._budget.reserve(self._bytes_needed(reduced)):
+                image = decode_reduced(reduced, self.config)
+                _resize_into(image, target)
             return image.shape[0], image.shape[1]
 
-        sizes_hw, errors = split_outcomes(enumerate(self._pool.map(fill, encoded_images, canvas)))
+        outcomes = self._pool.map(outcome_of(fill), encoded_images, canvas)
+        sizes_hw, errors = split_outcomes(enumerate(outcomes))
         slots = list(sizes_hw)
         if errors:
             canvas = canvas[slots]
@@ -94,29 +100,54 @@ class ImagePreprocessor:
         return PreparedBatch(pixels, list(sizes_hw.values()), slots, errors)
 
     def _prepare_on_device(self, encoded_images: Sequence[EncodedImage], out: Tensor | None) -> PreparedBatch:
-        decoded, errors = split_outcomes(enumerate(self._pool.map(self._decode, encoded_images)))
-        return self._resized_batch(upload(decoded, self.device), errors, out, resize_reference)
+        def load(slots: Sequence[int], rows: Tensor) -> Loaded:
+            outcomes = self._pool.map(self._decode, [encoded_images[slot] for slot in slots])
+            decoded, errors = split_outcomes(zip(slots, outcomes, strict=True))
+            return resize_in_order(upload(decoded, self.device), rows, resize_reference), errors
 
-    def _decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
-        try:
-            return decode_image(encoded, self.config)
-        except RequestError as error:
-            return error
+        needed, errors = self._bytes_needed_by(dict(enumerate(encoded_images)))
+        return self._prepare_in_groups(needed, errors, out, load)
 
-    def _resized_batch(
+    def _prepare_in_groups(
         self,
-        images: Mapping[int, OrientedImage],
+        needed_bytes: Mapping[int, int],
         errors: dict[int, RequestError],
         out: Tensor | None,
-        resize: Callable[[Sequence[OrientedImage], Tensor], None],
+        load: Callable[[Sequence[int], Tensor], Loaded],
     ) -> PreparedBatch:
-        """Resize images on the device, in the order of their slots, into the first rows of `out`."""
-        slots = sorted(images)
-        in_order = [images[slot] for slot in slots]
-        rows = self._rows(len(slots), out)
-        resize(in_order, rows)
-        pixels = rows.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-        return PreparedBatch(pixels, [image.oriented_size_hw for image in in_order], slots, errors)
+        """Prepare as many images together as fit the memory, which are usually all of a batch.
+
+        needed_bytes: by slot, of the images that are not refused already. errors: of the others.
+        load: decodes the images of some slots and resizes them into the first of the given rows.
+        """
+        rows = self._rows(len(needed_bytes), out)
+        sizes_hw: dict[int, tuple[int, int]] = {}
+        for slots in self._budget.groups(sorted(needed_bytes.items())):
+            if sizes_hw and self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # frees what the last group needed
+            loaded, failed = load(slots, rows[len(sizes_hw) :])
+            sizes_hw |= loaded
+            errors |= failed
+        pixels = rows[: len(sizes_hw)].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+        return PreparedBatch(pixels, list(sizes_hw.values()), list(sizes_hw), dict(sorted(errors.items())))
+
+    def _bytes_needed_by(
+        self, encoded_images: Mapping[int, EncodedImage]
+    ) -> tuple[dict[int, int], dict[int, RequestError]]:
+        """Memory that each image needs, and the errors of those that the header shows to be unacceptable."""
+
+        def needed(encoded: EncodedImage) -> int:
+            return self._bytes_needed(reduce_image(encoded, self.config))
+
+        outcomes = self._pool.map(outcome_of(needed), encoded_images.values())
+        return split_outcomes(zip(encoded_images, outcomes, strict=True))
+
+    def _decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
+        return outcome_of(decode_image)(encoded, self.config)
+
+    def _bytes_needed(self, image: EssentialImage) -> int:
+        """To decode and resize it: resizing first makes an image of its height and the network's width."""
+        return image.decoding_bytes + 3 * max(image.size_wh) * self.input_size_hw[1]
 
     def _rows(self, count: int, out: Tensor | None) -> Tensor:
         """(count, H, W, 3) contiguous uint8 on the device."""
@@ -142,6 +173,18 @@ def scale_factors_xyxy(
     """
     factors_yx = np.array(image_sizes_hw, dtype=np.float64).reshape(-1, 2) / input_size_hw
     return np.tile(factors_yx[:, ::-1], 2).astype(np.float32)  # (B, 2) y, x -> (B, 4) x, y, x, y
+
+
+def outcome_of(function: Callable[..., T]) -> Callable[..., T | RequestError]:
+    """The function with its errors of requests as results."""
+
+    def call(*arguments: object) -> T | RequestError:
+        try:
+            return function(*arguments)
+        except RequestError as error:
+            return error
+
+    return call
 
 
 def split_outcomes(
@@ -170,6 +213,17 @@ def upload(images: Mapping[int, NDArray[np.uint8]], device: torch.device) -> dic
         slot: OrientedImage(part.view(image.shape))
         for (slot, image), part in zip(images.items(), uploaded, strict=True)
     }
+
+
+def resize_in_order(
+    images: Mapping[int, OrientedImage],
+    rows: Tensor,
+    resize: Callable[[Sequence[OrientedImage], Tensor], None],
+) -> dict[int, tuple[int, int]]:
+    """Resize images on the device, in the order of their slots, into the first rows; sizes by slot."""
+    in_order = {slot: images[slot] for slot in sorted(images)}
+    resize(list(in_order.values()), rows[: len(in_order)])
+    return {slot: image.oriented_size_hw for slot, image in in_order.items()}
 
 
 def resize_reference(images: Sequence[OrientedImage], out: Tensor) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from damoyolo.config import ServingConfig
-from damoyolo.decode import EncodedImage, require_image_bytes
-from damoyolo.errors import InvalidOptionError, MissingImageError, RequestError
+from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
+from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.formats.essential import require_image_bytes
 from damoyolo.response import CONTENT_TYPES, OutputFormat
 from damoyolo.structures import DetectionOptions
 
@@ -80,7 +82,7 @@ class RequestParser:
         Raises:
             MissingImageError: no image in any accepted place.
             InvalidOptionError: an option is unknown, malformed or out of range.
-            ImageTooLargeError: an image has more bytes than `config.max_image_bytes`.
+            ImageTooLargeError: an image has more bytes, or several have more pixels, than the settings allow.
             RequestError: broken JSON or base64, or more images than accepted.
         """
         texts = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
@@ -136,10 +138,24 @@ class RequestParser:
                 f"instances has {len(instances)} images; "
                 f"at most {self.config.max_instances} are accepted (server setting max_instances)"
             )
-        return tuple(
+        images = tuple(
             self._from_base64(instance["b64"], f"instances[{position}].b64")
             for position, instance in enumerate(instances)
-        ), True
+        )
+        self._require_pixels(images)
+        return images, True
+
+    def _require_pixels(self, images: tuple[EncodedImage, ...]) -> None:
+        """Refuse a request whose images have too many pixels together; one alone has a limit of its own."""
+        pixels = 0
+        for image in images:
+            with contextlib.suppress(RequestError):  # reported when the image is decoded
+                pixels += reduce_image(image, self.config).pixels
+        if len(images) > 1 and pixels > self.config.max_instances_pixels:
+            raise ImageTooLargeError(
+                f"instances has {len(images)} images of {pixels} pixels in all; at most "
+                f"{self.config.max_instances_pixels} are accepted (server setting max_instances_pixels)"
+            )
 
     def _from_base64(self, value: Any, place: str) -> bytes:
         """Decode strictly: the alphabet with + and /, padded; white space and line breaks are allowed."""

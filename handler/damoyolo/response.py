@@ -27,6 +27,9 @@ CONTENT_TYPES: dict[OutputFormat, str] = {
 # 6 decimals are enough for float32 scores, 2 for boxes in pixels.
 _DETECTION_JSON = '{"class_id":%d,"label":%s,"score":%.6f,"bbox":[%.2f,%.2f,%.2f,%.2f]}'
 
+# Memory of `draw_detections` besides the image: the canvas, and at most as much for the encoded image.
+DRAWING_BYTES_PER_PIXEL = 8
+
 _GOLDEN_RATIO = 0.618034  # steps of it around the colour circle separate neighbouring classes
 _JPEG_MAX_SIDE = 65_500  # pixels; libjpeg's limit
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from damoyolo.decode import EncodedImage, decode_image
+from damoyolo.decode import decode_reduced
 from damoyolo.detector import Detector
 from damoyolo.errors import (
     DeviceLostError,
@@ -19,9 +19,12 @@ from damoyolo.errors import (
     InternalError,
     RequestError,
 )
+from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.memory_budget import MemoryBudget
 from damoyolo.request import ImageRequest, RequestParser
 from damoyolo.response import (
     CONTENT_TYPES,
+    DRAWING_BYTES_PER_PIXEL,
     draw_detections,
     format_error,
     format_json,
@@ -55,6 +58,7 @@ class DetectionService:
         self.detector = detector
         self._parser = RequestParser(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
+        self._drawing_budget = MemoryBudget(detector.config.decode_memory_bytes)  # nothing else decodes then
         self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
 
     def answer(
@@ -169,10 +173,14 @@ class DetectionService:
             detections.append(outcome)
         if request.output_format != "json":
             # Decoded a second time: few requests need it, and the others need not keep their pixels.
-            image = decode_image(request.images[0], config)
-            body = draw_detections(
-                image, detections[0], config.class_names, request.output_format, config.jpeg_quality
-            )
+            reduced = reduce_image(request.images[0], config)
+            with self._drawing_budget.reserve(
+                reduced.decoding_bytes + DRAWING_BYTES_PER_PIXEL * reduced.pixels
+            ):
+                image = decode_reduced(reduced, config)
+                body = draw_detections(
+                    image, detections[0], config.class_names, request.output_format, config.jpeg_quality
+                )
         elif text is not None:
             body = text
         elif request.batched:

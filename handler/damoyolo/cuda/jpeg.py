@@ -12,7 +12,7 @@ from PIL import ExifTags
 from torch import Tensor
 from torchvision.io import ImageReadMode  # importing it registers the operator used below
 
-from damoyolo.decode import EncodedImage
+from damoyolo.formats import EncodedImage
 from damoyolo.orientation import valid_orientation
 
 _START_OF_IMAGE = b"\xff\xd8"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,16 @@ from torch import Tensor
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
-from damoyolo.decode import EncodedImage
+from damoyolo.formats import EncodedImage
 from damoyolo.orientation import OrientedImage
-from damoyolo.preprocess import ImagePreprocessor, PreparedBatch, split_outcomes, upload
+from damoyolo.preprocess import (
+    ImagePreprocessor,
+    Loaded,
+    PreparedBatch,
+    resize_in_order,
+    split_outcomes,
+    upload,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +71,36 @@ class DevicePreprocessor(ImagePreprocessor):
             for slot, encoded in enumerate(encoded_images)
             if (header := self._header_for_device(encoded)) is not None
         }
+
+        def load(slots: Sequence[int], rows: Tensor) -> Loaded:
+            return self._load(encoded_images, slots, headers, rows)
+
+        in_pool = {slot: encoded for slot, encoded in enumerate(encoded_images) if slot not in headers}
+        needed, errors = self._bytes_needed_by(in_pool)
+        needed |= {slot: 3 * header.height * header.width for slot, header in headers.items()}
+        return self._prepare_in_groups(needed, errors, out, load)
+
+    def _load(
+        self,
+        encoded_images: Sequence[EncodedImage],
+        slots: Sequence[int],
+        headers: Mapping[int, JpegHeader],
+        rows: Tensor,
+    ) -> Loaded:
+        """Decode the images of some slots, on the device if they have a header, and resize them."""
         in_pool = {
-            slot: self._pool.submit(self._decode, encoded)
-            for slot, encoded in enumerate(encoded_images)
+            slot: self._pool.submit(self._decode, encoded_images[slot])
+            for slot in slots
             if slot not in headers
         }
-        on_device = self._decode_on_device(encoded_images, headers)
-        for slot in headers.keys() - on_device.keys():
+        for_device = {slot: headers[slot] for slot in slots if slot in headers}
+        on_device = self._decode_on_device(encoded_images, for_device)
+        for slot in for_device.keys() - on_device.keys():
             in_pool[slot] = self._pool.submit(self._decode, encoded_images[slot])
         on_host, errors = split_outcomes((slot, in_pool[slot].result()) for slot in sorted(in_pool))
         try:
             images = on_device | upload(on_host, self.device)
-            return self._resized_batch(images, errors, out, resize_images)
+            return resize_in_order(images, rows, resize_images), errors
         finally:
             self._keep_until_read(list(on_device.values()))
 

@@ -271,14 +271,12 @@ def test_an_image_without_extent_is_refused(width: int, height: int) -> None:
         decode_image(gif, CONFIG)
 
 
-def test_a_lack_of_memory_is_reported_with_the_settings_that_bound_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("damoyolo.decode._to_rgb", fail)
-    with pytest.raises(ImageTooLargeError, match=r"memory.*max_image_pixels"):
+    with pytest.raises(MemoryError):  # the service answers 507
         decode_image(encode(make_pixels(8, 8)), CONFIG)
 
 

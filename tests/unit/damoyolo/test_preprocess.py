@@ -96,7 +96,7 @@ def test_an_error_that_is_not_about_the_image_is_not_hidden(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("damoyolo.preprocess.decode_image", fail)
+    monkeypatch.setattr("damoyolo.preprocess.reduce_image", fail)
     with pytest.raises(ZeroDivisionError):
         preprocessor.prepare([encode(make_pixels(8, 8))])
 
