@@ -42,7 +42,7 @@ class ServingConfig:
         scan passes over all pixels; an encoder writes about 10 scans.
     max_rle_pixels: largest BMP coded in run lengths, in pixels and in bytes, which Pillow decodes in Python.
     max_instances: most images in one JSON request. max_instances_pixels: most pixels of all of them.
-    decode_memory_bytes: memory for the images of a batch that are decoded, resized or drawn at the same time,
+    max_decode_bytes: memory for the images of a batch that are decoded, resized or drawn at the same time,
         in a worker, and on CUDA for the pixels on their way to the device and there; images wait until there
         is room, and one that needs more is processed alone.
     max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
@@ -79,7 +79,7 @@ class ServingConfig:
     max_rle_pixels: int = 4_000_000
     max_instances: int = 16
     max_instances_pixels: int = 64_000_000
-    decode_memory_bytes: int = 2 * 1024**3
+    max_decode_bytes: int = 2 * 1024**3
     max_response_bytes: int = 32 * 1024 * 1024
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     decode_threads: int = 0
@@ -112,7 +112,7 @@ class ServingConfig:
             "max_response_bytes",
         ):
             _require_range(name, getattr(self, name), 1, 2**31 - 1)
-        for name in ("max_jpeg_scan_pixels", "decode_memory_bytes"):
+        for name in ("max_jpeg_scan_pixels", "max_decode_bytes"):
             _require_range(name, getattr(self, name), 1, 2**63 - 1)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)

@@ -61,7 +61,7 @@ class ImagePreprocessor:
         self.device = device
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
-        self._budget = MemoryBudget(config.decode_memory_bytes)
+        self._budget = MemoryBudget(config.max_decode_bytes)
         silence_decoders()  # and import the readers of rarer formats now, not during a request
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:

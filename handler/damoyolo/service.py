@@ -58,7 +58,7 @@ class DetectionService:
         self.detector = detector
         self._parser = RequestParser(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
-        self._drawing_budget = MemoryBudget(detector.config.decode_memory_bytes)  # nothing else decodes then
+        self._drawing_budget = MemoryBudget(detector.config.max_decode_bytes)  # nothing else decodes then
         self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
 
     def answer(

@@ -54,6 +54,16 @@ def progressive_with_scans(count, width=LARGE_SIDE, height=LARGE_SIDE, component
     return base[:-2] + scan * count + b"\xff\xd9"
 
 
+def refinements(count, width=LARGE_SIDE, height=LARGE_SIDE):
+    """A progressive JPEG with scans whose every block is visited, 27,306 blocks for 15 bits."""
+    base = _with_size(_saved(Image.new("RGB", (16, 16)), "JPEG", progressive=True), width, height)
+    runs = "010101010101010" * ((width // 8 + 1) * (height // 8 + 1) // 27306 + 1)
+    runs += "1" * (-len(runs) % 8)
+    body = int(runs, 2).to_bytes(len(runs) // 8, "big").replace(b"\xff", b"\xff\0")
+    table = segment(0xC4, b"\x10\1" + bytes(15) + b"\xe0")
+    return base[:-2] + (table + segment(0xDA, b"\1\1\0\1\x3f\x10") + body) * count + b"\xff\xd9"
+
+
 def _jpegs(flood_bytes):
     small = _saved(Image.new("RGB", (64, 64), (200, 30, 90)), "JPEG")
     start, rest = small[:2], small[2:]
@@ -69,6 +79,10 @@ def _jpegs(flood_bytes):
         progressive_with_scans(5000).replace(b"\xff\xda", b"\xff\xff\xff\xda"),
     )
     yield "jpeg scans in a sequential file", small[:-2] + _fill(segment(0xDA, b"\1\1\0\0\x3f\0"), flood_bytes)
+    yield "jpeg 10 refinements", refinements(9)
+    yield "jpeg 200 refinements", refinements(200)
+    arithmetic = progressive_with_scans(10).replace(b"\xff\xc2", b"\xff\xca", 1)
+    yield "jpeg scans in arithmetic coding", arithmetic
     yield "jpeg many comments", start + _fill(segment(0xFE, b""), flood_bytes) + rest
     yield "jpeg many application segments", start + _fill(segment(0xE5, b"x"), flood_bytes) + rest
     yield "jpeg many exif segments", start + _fill(segment(0xE1, exif[:6] + bytes(200)), flood_bytes) + rest
@@ -320,7 +334,7 @@ def _webp_code_groups(groups=65536, side=1024):
         stream.put(reversed_bits[group >> 8], 8)
     for group in range(groups):
         for _ in range(5):
-            stream.simple_code(group & 127)
+            stream.simple_code(group & 31)
     return webp(riff(b"VP8L", stream.pack()))
 
 
@@ -420,7 +434,7 @@ def tiff_tags(width, height, offsets, counts, rows=None, compression=1, bits=8, 
 def _tiffs(flood_bytes):
     data = bytes(64 * 64)
     plain = tiff_tags(64, 64, [16], [4096])
-    many = {0x9000 + i: (4, [i]) for i in range(25000)}
+    many = {0xBC02 + i: (4, [i]) for i in range(17000)}
     yield "tiff many tags", tiff(plain | many, data)
     overlapping = tiff(
         plain | {0x9000 + i: (7, bytes(8)) for i in range(8000)}, data + bytes(flood_bytes // 8)
@@ -479,6 +493,32 @@ def _tiffs(flood_bytes):
         "tiff packbits",
         tiff(tiff_tags(LARGE_SIDE, LARGE_SIDE, [16], [len(packed)], compression=32773), packed),
     )
+    jpeg = _saved(Image.new("L", (64, 8)), "JPEG")
+    strips = 60000
+    for name, compression, stream in (
+        ("lzma", 34925, _xz(64)),
+        ("deflate", 8, zlib.compress(bytes(64))),
+        ("raw", 1, bytes(64)),
+        ("packbits", 32773, b"\xc1\0"),
+        ("fax", 4, b"\0\x10\1\0\x10\1"),
+        ("jpeg", 7, jpeg),
+        ("old jpeg", 6, jpeg),
+    ):
+        height = strips * (8 if "jpeg" in name else 1)
+        bits = 1 if name == "fax" else 8
+        sizes = [len(stream)] * strips
+        where = [16 + len(stream) * i for i in range(strips)]
+        tags = tiff_tags(64, min(height, 65535), where, sizes, height // strips, compression, bits)
+        yield f"tiff {name} of many strips", tiff(tags, stream * strips)
+        tiles = {k: v for k, v in tags.items() if k not in (273, 278, 279)} | {
+            256: (4, [4096]),
+            257: (4, [height // strips * strips // 64]),
+            322: (4, [64]),
+            323: (4, [height // strips]),
+            324: (4, where),
+            325: (4, sizes),
+        }
+        yield f"tiff {name} of many tiles", tiff(tiles, stream * strips)
     xz = _xz(2**26)
     yield "tiff lzma", tiff(tiff_tags(8000, 8000, [16], [len(xz)], compression=34925), xz)
 

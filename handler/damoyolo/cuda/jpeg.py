@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from PIL import ExifTags
 from torch import Tensor
@@ -84,8 +85,15 @@ def _read_segments(data: memoryview) -> _Segments:
         position = end
         if marker == _START_OF_SCAN:
             _require(segments.keys() >= _REQUIRED)
+            _require(not _has_scan(data[end:]))
             return segments
     raise _NotPlainError
+
+
+def _has_scan(data: memoryview) -> bool:
+    """A further scan, which costs time, may follow; entropy-coded data never look like one."""
+    values = np.frombuffer(data, np.uint8)
+    return bool(((values[:-1] == 0xFF) & (values[1:] == _START_OF_SCAN)).any())
 
 
 def _read_size_hw(segments: _Segments) -> tuple[int, int]:

@@ -19,7 +19,7 @@ class EssentialImage(NamedTuple):
     data: a complete file without metadata.
     size_wh: width and height as stored, before the orientation is applied.
     orientation: EXIF orientation 1..8, from EXIF or XMP.
-    bytes_per_pixel: most memory that decoding takes, in bytes per pixel.
+    bytes_per_pixel, fixed_bytes: most memory that decoding takes, for each pixel and besides.
     """
 
     image_format: str
@@ -27,6 +27,7 @@ class EssentialImage(NamedTuple):
     size_wh: tuple[int, int]
     orientation: int = 1
     bytes_per_pixel: int = DECODED_BYTES_PER_PIXEL
+    fixed_bytes: int = 0
 
     @property
     def pixels(self) -> int:
@@ -35,7 +36,7 @@ class EssentialImage(NamedTuple):
     @property
     def decoding_bytes(self) -> int:
         """Most memory that decoding and resizing take."""
-        return self.pixels * self.bytes_per_pixel
+        return self.pixels * self.bytes_per_pixel + self.fixed_bytes
 
 
 class PartCount:
@@ -52,7 +53,15 @@ class PartCount:
             ImageTooLargeError: there are too many.
         """
         self._count += parts
-        if self._count > self._limit:
+        self.require(self._count)
+
+    def require(self, parts: int) -> None:
+        """Refuse what has more parts than are accepted, without counting them.
+
+        Raises:
+            ImageTooLargeError: there are too many.
+        """
+        if parts > self._limit:
             raise ImageTooLargeError(
                 f"the file of the image has more than {self._limit} parts (segments, chunks, blocks, strips, "
                 "directory entries) that precede or make up its first frame; no more are accepted "

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from damoyolo.config import ServingConfig
-from damoyolo.errors import CorruptImageError, ImageTooLargeError
+from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
 from damoyolo.formats.essential import EssentialImage, PartCount
 from damoyolo.orientation import valid_orientation
 
@@ -26,6 +26,7 @@ _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _PART_TAGS = (_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES)
 _JPEGS = (6, 7)
 _UNCOMPRESSED = 1
+_WEBP = 50001  # every strip may hold 65,536 groups of codes, half a second of work; hardly any file has them
 _BYTES_PER_PIXEL = 24  # the strip or tile, of up to 8 bytes per pixel, besides Pillow's image
 
 # Tag -> most values. Bits, compression, colour and fill order; samples; predictor, fax options; colour map;
@@ -64,6 +65,7 @@ def reduce_tiff(data: bytes, config: ServingConfig, parts: PartCount) -> Essenti
 
     Raises:
         ImageTooLargeError: more entries, strips or tiles, larger tiles, or more JPEG scans than allowed.
+        UnsupportedImageError: compressed as WebP.
         CorruptImageError: a tag with more values than it can have, or strips that overlap.
     """
     layout = _layout(data)
@@ -106,7 +108,7 @@ def _read_entries(data: bytes, layout: _Layout, parts: PartCount) -> dict[int, _
         if not known or entry.tag in kept or entry.kind not in _TYPE_BYTES:
             continue
         if entry.tag in _PART_TAGS:
-            parts.add(entry.values)
+            parts.require(entry.values)
         elif entry.values > _MAX_VALUES.get(entry.tag, 1):
             raise CorruptImageError(f"TIFF tag {entry.tag} has {entry.values} values, which is too many")
         kept[entry.tag] = entry
@@ -158,6 +160,8 @@ def _require_bounded_work(
     compression = _first(tags, _COMPRESSION, _UNCOMPRESSED)
     if compression == _UNCOMPRESSED:
         return
+    if compression == _WEBP:
+        raise UnsupportedImageError("the TIFF is compressed as WebP, which is not accepted")
     sizes = tags.get(_TILE_BYTES if tiled else _STRIP_BYTES)
     if columns * rows * planes > 1 and (sizes is None or not len(sizes)):
         raise CorruptImageError("the TIFF does not say how long its compressed strips or tiles are")

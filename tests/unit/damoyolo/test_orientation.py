@@ -16,10 +16,11 @@ from damoyolo.orientation import (
     OrientedImage,
     locate_pixels,
     pillow_transposition,
+    read_orientation,
     shown_pixels,
     valid_orientation,
 )
-from doubles.images import make_pixels
+from doubles.images import exif, make_pixels
 
 # Stored pixels -> what a viewer shows, from the definition of the EXIF tag.
 VIEWS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
@@ -82,3 +83,29 @@ def test_the_located_pixels_are_the_shown_ones(orientation: int, lay_out: Callab
 def test_a_value_that_is_not_defined_is_upright(value: object) -> None:
     assert valid_orientation(value) == 1
     assert [valid_orientation(defined) for defined in VIEWS] == list(VIEWS)
+
+
+XMP = b'<rdf:Description tiff:Orientation="8"/>'
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("heading", [b"", b"Exif\0\0", b"Exif\0\0Exif\0\0"])
+def test_the_orientation_is_read_from_exif_data(byte_order: str, heading: bytes) -> None:
+    data = exif(6, byte_order).removeprefix(b"Exif\0\0")
+    assert read_orientation(heading + data, XMP) == 6
+    assert (
+        read_orientation(heading + data.replace(b"\x12\1", b"\x13\1").replace(b"\1\x12", b"\1\x13"), XMP) == 8
+    )
+
+
+@pytest.mark.parametrize("data", [None, b"", b"Exif\0\0", b"II*\0", b"II*\0\xff\xff\xff\xff", b"garbage" * 9])
+def test_without_exif_data_the_orientation_of_xmp_counts(data: bytes | None) -> None:
+    assert read_orientation(data, XMP) == 8
+    assert read_orientation(data, b"<tiff:Orientation>3</tiff:Orientation>") == 3
+    assert read_orientation(data, b'tiff:Orientation="9"') == 1
+    assert read_orientation(data, None) == 1
+
+
+def test_the_end_of_exif_data_that_stop_early_is_not_needed() -> None:
+    whole = exif(6)
+    assert [read_orientation(whole[:length], None) for length in range(len(whole))][-4:] == [6] * 4

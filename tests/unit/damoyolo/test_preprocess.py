@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,11 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
+from damoyolo.formats.essential import EssentialImage
 from damoyolo.preprocess import ImagePreprocessor, PreparedBatch, scale_factors_xyxy
 from doubles.images import encode, make_pixels, png_of_header_only
 
@@ -176,3 +179,59 @@ def test_a_mark_is_found_where_the_scale_factors_say(preprocessor: ImagePreproce
     factors = scale_factors_xyxy(batch.image_sizes_hw, INPUT_SIZE_HW)[0]
     # The edges are known to within half an input pixel.
     assert (np.abs(box_xyxy * factors - [40, 150, 80, 180]) <= 0.51 * factors).all()
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
+def test_a_small_budget_of_memory_changes_neither_pixels_nor_order(kind: type[ImagePreprocessor]) -> None:
+    images = [encode(make_pixels(20 + 7 * i, 300 - 9 * i, i), "PNG") for i in range(9)]
+    images[4] = b"bad"
+    results = []
+    for budget_bytes in (1, 400_000, 2**31):
+        preprocessor = kind(
+            ServingConfig(max_decode_bytes=budget_bytes, decode_threads=4), INPUT_SIZE_HW, CPU
+        )
+        results.append(preprocessor.prepare(images))
+        preprocessor.close()
+    for batch in results:
+        assert batch.slots == [0, 1, 2, 3, 5, 6, 7, 8]
+        assert batch.image_sizes_hw == results[-1].image_sizes_hw
+        assert list(batch.errors) == [4]
+        assert torch.equal(batch.pixels, results[-1].pixels)
+
+
+def test_images_are_decoded_at_the_same_time_only_as_far_as_the_budget_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running: list[int] = []
+    most: list[int] = []
+
+    def decode_slowly(image: EssentialImage, config: ServingConfig) -> NDArray[np.uint8]:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.pop()
+        return np.zeros((50, 50, 3), np.uint8)
+
+    monkeypatch.setattr("damoyolo.preprocess.decode_reduced", decode_slowly)
+    encoded = encode(make_pixels(50, 50), "PNG")
+    needed = 20 * 50 * 50 + 3 * 50 * INPUT_SIZE_HW[1]  # 20 bytes per pixel of PNG; the widened image
+    config = ServingConfig(max_decode_bytes=2 * needed, decode_threads=8)
+    preprocessor = ImagePreprocessor(config, INPUT_SIZE_HW, CPU)
+    assert preprocessor.prepare([encoded] * 12).slots == list(range(12))
+    preprocessor.close()
+    assert max(most) <= 2
+
+
+def test_a_lack_of_memory_is_not_blamed_on_an_image(
+    on_cpu: ImagePreprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("damoyolo.preprocess._resize_into", fail)
+    for _ in range(3):  # the bytes of the budget are given back
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+            on_cpu.prepare([encode(make_pixels(8, 8))])

@@ -221,6 +221,21 @@ def test_several_threads_may_prepare_at_once(preprocessor: DevicePreprocessor) -
             assert torch.equal(batch.pixels, expected)
 
 
+def test_images_that_do_not_fit_the_memory_together_are_prepared_one_after_the_other(
+    preprocessor: DevicePreprocessor, decoder: StandInDecoder
+) -> None:
+    expected = preprocessor.prepare(MIXED)
+    decoder.batch_sizes.clear()
+    one_by_one = DevicePreprocessor(ServingConfig(max_decode_bytes=1), INPUT_SIZE_HW, CPU)
+    batch = one_by_one.prepare([*MIXED, b"bad"], network_input(9))
+    one_by_one.close()
+    assert decoder.batch_sizes == [1, 1, 1, 1]
+    assert batch.slots == expected.slots
+    assert list(batch.errors) == [len(MIXED)]
+    assert batch.image_sizes_hw == expected.image_sizes_hw
+    assert torch.equal(batch.pixels, expected.pixels)
+
+
 # ---------------------------------------------------------------------------------------- static buffer
 
 
