@@ -104,7 +104,6 @@ class ServingConfig:
             "max_candidates",
             "max_image_bytes",
             "max_image_pixels",
-            "max_image_side",
             "max_image_parts",
             "max_rle_pixels",
             "max_instances",
@@ -114,6 +113,8 @@ class ServingConfig:
             _require_range(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("max_jpeg_scan_pixels", "max_decode_bytes"):
             _require_range(name, getattr(self, name), 1, 2**63 - 1)
+        # Beyond it, the resize kernel's 32-bit products of a side and the network's would overflow.
+        _require_range("max_image_side", self.max_image_side, 1, 500_000)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads"):

@@ -81,6 +81,11 @@ def _jpegs(flood_bytes):
     yield "jpeg scans in a sequential file", small[:-2] + _fill(segment(0xDA, b"\1\1\0\0\x3f\0"), flood_bytes)
     yield "jpeg 10 refinements", refinements(9)
     yield "jpeg 200 refinements", refinements(200)
+    restarts = segment(0xDD, b"\0\1")
+    honest_scans = refinements(9)
+    yield "jpeg 10 refinements, restart at every block", honest_scans[:2] + restarts + honest_scans[2:]
+    long_frame = segment(0xC0, b"\x08\0\x40\0\x40\3" + bytes(60000))
+    yield "jpeg of many long frames", start + _fill(long_frame, flood_bytes) + rest
     arithmetic = progressive_with_scans(10).replace(b"\xff\xc2", b"\xff\xca", 1)
     yield "jpeg scans in arithmetic coding", arithmetic
     yield "jpeg many comments", start + _fill(segment(0xFE, b""), flood_bytes) + rest
@@ -376,6 +381,9 @@ def _bmps(flood_bytes):
         "bmp rle4 literal pixels",
         bmp(4000, 4000, 4, 2, _fill(b"\0\xfe" + bytes(127) + b"\0", flood_bytes), 16),
     )
+    yield "bmp rle8 at the limit", bmp(2000, 2000, 8, 1, b"\1\1" * 2_000_000)
+    yield "bmp rle4 at the limit", bmp(2000, 2000, 4, 2, (b"\2\x12" * 1000) * 1000 + b"\0\0" * 1000, 16)
+    yield "bmp rle8 lines at the limit", bmp(2000, 2000, 8, 1, b"\1\1\0\0" * 2000)
     yield "bmp one column", bmp(1, 16_000_000, 1, 0, bytes(1000), 2)
     yield "bmp one long row", bmp(63_999_999, 1, 1, 0, bytes(8_000_000), 2)
     yield "bmp vast", bmp(2**31 - 1, 2**31 - 1, 24, 0, b"")

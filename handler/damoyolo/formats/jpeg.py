@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 
 from damoyolo.config import ServingConfig
-from damoyolo.errors import ImageTooLargeError
+from damoyolo.errors import CorruptImageError, ImageTooLargeError
 from damoyolo.formats.essential import DECODED_BYTES_PER_PIXEL, EssentialImage, PartCount
 from damoyolo.orientation import read_orientation
 
@@ -35,6 +35,7 @@ def reduce_jpeg(data: bytes, config: ServingConfig, parts: PartCount) -> Essenti
     """The first image without application data and comments; None if no frame header comes before a scan.
 
     Raises:
+        CorruptImageError: more than one frame header.
         ImageTooLargeError: more parts, or pixels times scans, than the settings allow.
     """
     kept: list[bytes | memoryview] = [data[:2]]
@@ -46,6 +47,8 @@ def reduce_jpeg(data: bytes, config: ServingConfig, parts: PartCount) -> Essenti
     for marker, start, end in _segments(data, parts):
         content = data[start + 4 : end]
         if marker in _FRAMES:
+            if frame:
+                raise CorruptImageError("the JPEG has two frame headers")
             frame_marker, frame = marker, content
         elif marker == _QUANTIZATION:
             parts.add(_TABLE_WEIGHT * (len(content) // _TABLE_BYTES))
