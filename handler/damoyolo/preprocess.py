@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
-from damoyolo.decode import decode_image, decode_reduced, silence_decoders
+from damoyolo.decode import decode_image, decode_reduced, prepare_decoders
 from damoyolo.errors import RequestError
 from damoyolo.formats import EncodedImage, reduce_image
 from damoyolo.formats.essential import EssentialImage
@@ -62,7 +62,7 @@ class ImagePreprocessor:
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         self._budget = MemoryBudget(config.max_decode_bytes)
-        silence_decoders()  # and import the readers of rarer formats now, not during a request
+        prepare_decoders()  # now, not during a request
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
         """Decode and resize all images at once; a bad one affects no other. An empty batch is fine.

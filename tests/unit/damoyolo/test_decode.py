@@ -280,6 +280,16 @@ def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPat
         decode_image(encode(make_pixels(8, 8)), CONFIG)
 
 
+def test_a_large_image_is_copied_in_strips_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = make_pixels(101, 77)
+    monkeypatch.setattr("damoyolo.decode._STRIP_PIXELS", 8 * 1000)  # strips of 12 rows, the last of 5
+    np.testing.assert_array_equal(decode_image(encode(pixels, "BMP"), CONFIG), pixels)
+    monkeypatch.setattr("damoyolo.decode._STRIP_PIXELS", 8)
+    np.testing.assert_array_equal(
+        decode_image(encode(pixels, "PNG", exif=exif_of(6)), CONFIG)[:, ::-1].swapaxes(0, 1), pixels
+    )
+
+
 def test_decoding_in_many_threads_leaves_the_warning_filters_alone() -> None:
     encoded = encode(make_pixels(24, 24), "JPEG")
     filters = list(warnings.filters)

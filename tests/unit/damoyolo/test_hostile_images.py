@@ -14,7 +14,7 @@ from PIL import Image
 
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import read_plain_jpeg_header
-from damoyolo.decode import decode_image, silence_decoders
+from damoyolo.decode import decode_image, prepare_decoders
 from damoyolo.errors import RequestError
 from damoyolo.formats import reduce_image
 from damoyolo.preprocess import ImagePreprocessor
@@ -100,7 +100,7 @@ def test_nvjpeg_is_never_given_further_scans(hostile_files):
 
 
 def test_no_library_writes_about_damaged_images(capfd):
-    silence_decoders()
+    prepare_decoders()
     fax = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8).tobytes()
     for compression in (3, 4, 5, 7, 8, 32773):
         tags = hostile.tiff_tags(640, 2000, [16], [len(fax)], compression=compression, bits=1)

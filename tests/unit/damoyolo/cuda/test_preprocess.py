@@ -423,3 +423,16 @@ def test_memory_of_the_gpu_does_not_grow(
         torch.cuda.synchronize(device)
         free_bytes.append(torch.cuda.mem_get_info(device)[0])
     assert free_bytes[-1] >= free_bytes[20] - 2**20
+
+
+def test_groups_that_follow_each_other_on_a_device_give_the_pixels_of_one_batch(
+    on_device: DevicePreprocessor, device: torch.device, smears: list[bytes]
+) -> None:
+    expected = on_device.prepare([*MIXED, *smears])
+    one_by_one = DevicePreprocessor(ServingConfig(max_decode_bytes=1), (640, 640), device)
+    for _ in range(20):  # memory of an earlier group is used again by a later one
+        batch = one_by_one.prepare([*MIXED, *smears])
+        assert batch.image_sizes_hw == expected.image_sizes_hw
+        # nvJPEG chooses its way by the size of its batch.
+        assert (batch.pixels.int() - expected.pixels.int()).abs().max() <= 2
+    one_by_one.close()
