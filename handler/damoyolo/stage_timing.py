@@ -26,9 +26,9 @@ def no_timing(_stage: str) -> AbstractContextManager[None]:
 class StageClock:
     """Sums the time of each stage; an instance is a `StageTimer`.
 
-    On CUDA a stage is bounded by events on the device's current stream: work counts in the stage that queued it, not
-    where the host happens to wait for it, and timing does not synchronise. Reading does. On a CPU it is
-    bounded by readings of the host's clock.
+    On CUDA a stage is bounded by events on the device's current stream: work counts in the stage that queued
+    it, not where the host happens to wait for it, and timing does not synchronise. Reading does. On a CPU it
+    is bounded by readings of the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -92,7 +92,7 @@ def test_a_wrapper_runs_its_kernels_on_the_device_of_its_tensors(name, monkeypat
 
 
 def calls_of_kernels(tree):
-    """Names of the functions that call `launch`, and the lines that subscript a kernel as Triton's launches do."""
+    """Names of functions that call `launch`, and lines that launch as Triton has it: kernel[grid](...)."""
     launching, lines = set(), []
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
