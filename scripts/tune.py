@@ -7,8 +7,8 @@ setting of batch size, delay and workers that it tries, measures it with closed 
 rate whose p99 is within the budget. The recommended model-config.yaml replaces handler/model-config.yaml,
 which scripts/build_archive.py packs.
 
-With --gpus the search is done for each of these numbers of GPUs in turn. --workers is then per GPU; the workers
-that are printed and written are those of all GPUs together.
+With --gpus the search is done for each of these numbers of GPUs in turn. --workers is then per GPU; the
+workers that are printed and written are those of all GPUs together.
 """
 
 from __future__ import annotations
