@@ -2,8 +2,7 @@
 
 Without it the GPU gives each process a time slice, and no worker fills the pauses of another. The price: a
 fault on a device ends every worker on that device, and until they are gone the service takes no new worker on
-any of its devices (NVIDIA's MPS documentation, "Volta MPS Execution Resource Provisioning" and "Error
-containment").
+any of its devices (NVIDIA's MPS documentation, "Error Containment").
 
 One service serves all GPUs that it sees and numbers them from 0 for its clients. `CUDA_VISIBLE_DEVICES` must
 therefore not reach both as it is: with "0,2" the clients would look for the third of two devices (the same

@@ -167,18 +167,10 @@ def focus_stem(
         stem_weight if point_weight is None else point_weight,  # one of the pair is not read
         stem_bias if point_bias is None else point_bias,
         output,
-        H,
-        W,
-        H // 2,
-        W // 2,
-        C1,
-        C2,
+        *(H, W, H // 2, W // 2, C1, C2),
         activation,
-        BLOCK_X,
-        BLOCK_Y,
-        BLOCK_ROWS,
-        max(16, triton.next_power_of_2(C1)),
-        max(16, triton.next_power_of_2(C2)),
+        *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
+        *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
         num_warps=4,
     )
     return output
