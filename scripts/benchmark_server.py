@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "gpus": ("GPUs", "d"),
-    "workers": ("workers", "d"),
+    "placement": ("workers", ""),
     "load": ("load", ""),
     "requests_per_s": ("requests/s", ".1f"),
     "p50_ms": ("p50 ms", ".2f"),
@@ -136,7 +136,9 @@ def _measure(
         with _served(arguments, setting, gpus) as served:
             batching = served.batching()
             rows = measure_plan(served, plan, _report)
-    return [{**row, **batching, "gpus": gpus} for row in rows]
+    # "8+8": so many workers on each GPU.
+    placement = "+".join(map(str, batching["workers_per_gpu"].values())) or str(batching["workers"])
+    return [{**row, **batching, "placement": placement, "gpus": gpus} for row in rows]
 
 
 def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:

@@ -23,6 +23,12 @@ HANDLER_DIR = Path(__file__).parents[5] / "handler"
 DEVICE = torch.device("cuda:1")
 
 
+@pytest.fixture(autouse=True)
+def _no_device_is_used(monkeypatch):
+    # It allocates on the device of a fake tensor, which a machine with one GPU does not have.
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda _device: None)
+
+
 def half(*shape):
     memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(*shape, dtype=torch.float16, device=DEVICE).to(memory_format=memory_format)
