@@ -234,7 +234,7 @@ def assert_similar(body, expected):
 @pytest.mark.gpu
 @pytest.mark.slow
 @needs_two_gpus
-@pytest.mark.parametrize("mps", [False, True], ids=["time slices", "mps"])
+@pytest.mark.parametrize("mps", [False, True], ids=["time_slices", "mps"])
 def test_every_worker_answers_alike_and_one_gpu_s_can_die_while_the_others_serve(mps, marked_archive, smears):
     images = [encoded for encoded, _ in smears.values()]
     gpus = torch.cuda.device_count()

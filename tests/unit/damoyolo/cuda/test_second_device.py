@@ -96,7 +96,7 @@ def test_a_detector_finds_the_same_on_both_devices(changes, demo_settings, demo_
     expected = detectors[0].detect(batch, options)
     allocated = torch.cuda.memory_allocated(FIRST)
     found = detectors[1].detect(batch, options, clock)
-    assert torch.cuda.memory_allocated(FIRST) == allocated
+    assert torch.cuda.memory_allocated(FIRST) <= allocated
     for one, other in zip(expected, found, strict=True):
         assert len(one) > 10
         answer = {
