@@ -61,7 +61,8 @@ def raw_requests(path, image):
     yield head + length + multipart + b"; boundary=" + b"b" * 5000 + b"\r\n\r\n" + image
     body = b"--b\r\nContent-Disposition: form-data\r\n\r\nno name\r\n--b--\r\n"
     yield head + b"Content-Length: %d\r\n" % len(body) + multipart + b"; boundary=b\r\n\r\n" + body
-    body = b'--b\r\nContent-Disposition: form-data; name="data"\r\nContent-Type: x; charset=?\r\n\r\nx\r\n--b--\r\n'
+    part = b'Content-Disposition: form-data; name="data"\r\nContent-Type: x; charset=?'
+    body = b"--b\r\n" + part + b"\r\n\r\nx\r\n--b--\r\n"
     yield head + b"Content-Length: %d\r\n" % len(body) + multipart + b"; boundary=b\r\n\r\n" + body
     yield head + b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\n%zz=%&%=1"
     yield head + b"X-Detect-Classes: \xff\xfe\x01\r\nContent-Length: 1\r\n\r\nx"

@@ -107,7 +107,7 @@ class HostileClient:
         seconds = time.perf_counter() - start
         for index, neighbour in enumerate(neighbours):
             try:
-                if not _same_answer(neighbour.result(), self._expected[index]):
+                if not same_answer(neighbour.result(), self._expected[index]):
                     problems.append("a neighbour got another answer than alone")
             except ScriptError as error:
                 problems.append(f"a neighbour failed: {error}")
@@ -155,7 +155,7 @@ class HostileClient:
         self._pool.shutdown()
 
 
-def _same_answer(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+def same_answer(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether two answers have the same detections.
 
     Labels, order and number must be equal; scores to 0.02 and boxes to 2 pixels, the rounding of a 16-bit
