@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from damoyolo.model.damoyolo import DamoYolo, build_model
 from damoyolo.model.fold import fold_state_dict
-from damoyolo.model.layers import FoldedLayers, RepConv, TrainedLayers
+from damoyolo.model.layers import LayerFactory, RepConv
 from damoyolo.model.variants import VARIANTS
 
 
@@ -26,9 +26,9 @@ def randomise(module: nn.Module) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_rep_conv_becomes_one_convolution(stride: int) -> None:
     torch.manual_seed(stride)
-    trained = nn.ModuleDict({"block": RepConv(5, 7, stride, TrainedLayers())}).eval()
+    trained = nn.ModuleDict({"block": RepConv(5, 7, stride, LayerFactory(folded=False))}).eval()
     randomise(trained)
-    folded = nn.ModuleDict({"block": FoldedLayers().rep_conv(5, 7, stride)})
+    folded = nn.ModuleDict({"block": LayerFactory(folded=True).rep_conv(5, 7, stride)})
     folded.load_state_dict(fold_state_dict(trained.state_dict()), strict=True)
     assert isinstance(folded["block"], nn.Conv2d)
     x = torch.randn(2, 5, 9, 8, dtype=torch.float64)
