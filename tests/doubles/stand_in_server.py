@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any
 
 
 @dataclass
@@ -32,13 +30,13 @@ class Asked:
     body: bytes
 
 
-def found(*detections: Mapping[str, Any], width: int = 640, height: int = 480) -> Reply:
+def found(*detections, width=640, height=480):
     """The reply of an image with these detections."""
     answer = {"width": width, "height": height, "detections": list(detections)}
     return Reply(body=json.dumps(answer).encode(), headers={"Content-Type": "application/json"})
 
 
-def failed(status: int, kind: str, message: str) -> Reply:
+def failed(status, kind, message):
     """An error reply in the server's form."""
     return Reply(status, json.dumps({"code": status, "type": kind, "message": message}).encode())
 
@@ -46,9 +44,9 @@ def failed(status: int, kind: str, message: str) -> Reply:
 class StandInServer:
     """Serves on a free port of 127.0.0.1 while entered; `answer` is called in a thread of each request."""
 
-    def __init__(self, answer: Callable[[Asked], Reply]) -> None:
-        self.asked: list[Asked] = []
-        self.connections: set[Any] = set()
+    def __init__(self, answer):
+        self.asked = []
+        self.connections = set()
         self.most_at_once = 0
         lock, under_way = threading.Lock(), 0
         stand_in = self
@@ -57,7 +55,7 @@ class StandInServer:
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
 
-            def do_POST(self) -> None:
+            def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 asked = Asked(self.command, self.path, dict(self.headers), body)
                 nonlocal under_way
@@ -86,7 +84,7 @@ class StandInServer:
 
             do_GET = do_PUT = do_POST  # noqa: N815 (names of the base class)
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, format, *args):
                 """Keep quiet."""
 
         class Server(ThreadingHTTPServer):
@@ -94,20 +92,18 @@ class StandInServer:
             block_on_close = False
             request_queue_size = 64
 
-            def handle_error(self, request: Any, client_address: Any) -> None:
+            def handle_error(self, request, client_address):
                 """A client that gave up is no error of the test."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/predictions/damoyolo"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
-    def __enter__(self) -> StandInServer:
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind, error, trace):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -126,13 +122,13 @@ ts_inference_requests_total{{model_name="m",model_version="default",hostname="h"
 class StandInModel(StandInServer):
     """A model "m" with management and metrics: answers after 10 ms, counts batches of four and 5 ms."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(self._answer)
         self.base_url = self.url.removesuffix("/predictions/damoyolo")
         self.workers = 1
         self.worker_status = "READY"
 
-    def _answer(self, asked: Asked) -> Reply:
+    def _answer(self, asked):
         if asked.method == "POST":
             time.sleep(0.01)
             return Reply(body=b'{"detections":[]}')

@@ -1,39 +1,24 @@
 """The whole network against the golden outputs, and how it behaves in a batch and in other formats."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from damoyolo.boxes import decode_predictions
-from damoyolo.model.damoyolo import DamoYolo, build_model
+from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
-from damoyolo.structures import RawPredictions
 
 GOLDEN_VARIANTS = ("T", "S", "M", "Ns")
-GoldenModel = Callable[[str, bool], DamoYolo]
 
 
-def flatten(raw: RawPredictions) -> list[Tensor]:
+def flatten(raw):
     return [*raw.class_logits, *raw.distance_logits]
 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["trained", "folded"])
 @pytest.mark.parametrize("name", GOLDEN_VARIANTS)
-def test_outputs_agree_with_the_golden_ones(
-    name: str,
-    folded: bool,
-    golden: ModuleType,
-    golden_model: GoldenModel,
-    golden_images: Callable[..., Tensor],
-    model_dir: Path,
-) -> None:
+def test_outputs_agree_with_the_golden_ones(name, folded, golden, golden_model, golden_images, model_dir):
     scores, boxes_xyxy = decode_predictions(golden_model(name, folded)(golden_images(name)))
     assert golden.check((scores, boxes_xyxy), model_dir / f"golden_{name}.npz")
 
@@ -46,15 +31,8 @@ def test_outputs_agree_with_the_golden_ones(
 @pytest.mark.parametrize("folded", [False, True], ids=["trained", "folded"])
 @pytest.mark.parametrize("name", GOLDEN_VARIANTS)
 def test_outputs_agree_with_the_golden_ones_on_a_gpu(
-    name: str,
-    folded: bool,
-    memory_format: torch.memory_format,
-    golden: ModuleType,
-    golden_model: GoldenModel,
-    golden_images: Callable[..., Tensor],
-    model_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, folded, memory_format, golden, golden_model, golden_images, model_dir, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = copy.deepcopy(golden_model(name, folded)).to("cuda", memory_format=memory_format)
     images = golden_images(name).to("cuda").contiguous(memory_format=memory_format)
@@ -64,7 +42,7 @@ def test_outputs_agree_with_the_golden_ones_on_a_gpu(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_variant_predicts_three_levels_of_logits(name: str) -> None:
+def test_each_variant_predicts_three_levels_of_logits(name):
     spec = VARIANTS[name]
     with torch.device("meta"):
         raw = build_model(spec, 7, folded=True)(torch.empty(2, 3, 96, 160))
@@ -76,9 +54,7 @@ def test_each_variant_predicts_three_levels_of_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["S", "Ns"])
-def test_a_batch_gives_what_each_image_gives_alone(
-    name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
-) -> None:
+def test_a_batch_gives_what_each_image_gives_alone(name, golden_model, golden_images):
     model = golden_model(name, True)
     images = torch.cat([golden_images(name, key)[..., :128, :192] for key in range(3)])
     batch = flatten(model(images))
@@ -88,9 +64,7 @@ def test_a_batch_gives_what_each_image_gives_alone(
 
 
 @pytest.mark.parametrize("name", ["S", "M", "Ns"])
-def test_forward_leaves_weights_and_input_alone(
-    name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
-) -> None:
+def test_forward_leaves_weights_and_input_alone(name, golden_model, golden_images):
     model = golden_model(name, False)
     images = golden_images(name)[..., :128, :128].clone()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -103,9 +77,7 @@ def test_forward_leaves_weights_and_input_alone(
 
 
 @pytest.mark.parametrize("name", ["S", "M", "Ns"])
-def test_channels_last_changes_nothing_but_rounding(
-    name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
-) -> None:
+def test_channels_last_changes_nothing_but_rounding(name, golden_model, golden_images):
     model = golden_model(name, True)
     images = golden_images(name)[..., :128, :192]
     expected = flatten(model(images))
@@ -119,9 +91,7 @@ def test_channels_last_changes_nothing_but_rounding(
 
 
 @pytest.mark.parametrize("name", ["M", "Ns"])
-def test_bfloat16_weights_and_autocast_stay_near_float32(
-    name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
-) -> None:
+def test_bfloat16_weights_and_autocast_stay_near_float32(name, golden_model, golden_images):
     model = golden_model(name, True)
     images = golden_images(name)[..., :96, :96]
     expected = flatten(model(images))
@@ -137,9 +107,7 @@ def test_bfloat16_weights_and_autocast_stay_near_float32(
 
 
 @pytest.mark.parametrize("name", ["M", "Ns"])
-def test_the_network_compiles_into_one_graph(
-    name: str, golden_model: GoldenModel, golden_images: Callable[..., Tensor]
-) -> None:
+def test_the_network_compiles_into_one_graph(name, golden_model, golden_images):
     model = golden_model(name, True)
     images = golden_images(name)[..., :64, :64]
     expected = flatten(model(images))
