@@ -13,6 +13,7 @@ from damoyolo import backends
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends import precision as precisions
 from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.precision import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -24,7 +25,19 @@ FLOAT32 = [
     ("openvino", "fp32", False),
     ("openvino", "fp32", True),
 ]
-BFLOAT16 = [("pytorch", "bf16", False), ("openvino", "bf16", False), ("openvino", "bf16", True)]
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+REDUCED = [  # also the device
+    ("pytorch", "amp", False, "cpu"),
+    ("pytorch", "bf16", False, "cpu"),
+    ("openvino", "bf16", False, "cpu"),
+    ("openvino", "bf16", True, "cpu"),
+    *(pytest.param("pytorch", each, False, "cuda", marks=ON_A_GPU) for each in PRECISIONS_OF_DEVICE["cuda"]),
+]
+# Largest difference of a score from float32, for logits of an untrained network.
+SCORE_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "amp": 2e-2, "fp16": 2e-3, "bf16": 2e-2}
 SIZES = [(1, 64, 96), (3, 128, 64), (8, 32, 32), (2, 192, 160)]
 
 
@@ -37,9 +50,9 @@ def pixels_of(batch_size, height, width):
 def assert_near(backend, network, pixels, tolerance):
     """Scores within the tolerance of plain float32, boxes within fifty times as many pixels."""
     expected = decode_predictions(network(pixels.float()))
-    scores, boxes_xyxy = decode_predictions(backend(pixels))
-    torch.testing.assert_close(scores, expected[0], rtol=0, atol=tolerance)
-    torch.testing.assert_close(boxes_xyxy, expected[1], rtol=0, atol=50 * tolerance)
+    scores, boxes_xyxy = decode_predictions(backend(pixels.to(backend.device)))
+    torch.testing.assert_close(scores.cpu(), expected[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(boxes_xyxy.cpu(), expected[1], rtol=0, atol=50 * tolerance)
 
 
 @pytest.fixture(scope="module", params=FLOAT32, ids=str)
@@ -66,22 +79,19 @@ def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alon
     assert all(map(torch.equal, together.class_logits, kept))
 
 
-@pytest.mark.parametrize(("name", "precision", "has_file"), BFLOAT16)
-def test_bfloat16_stays_near_it_and_is_not_float32_in_disguise(
-    open_network, network, onnx_dir, name, precision, has_file
+@pytest.mark.parametrize(("name", "precision", "has_file", "device"), REDUCED)
+def test_other_precisions_stay_near_float32_and_16_bits_are_not_float32_in_disguise(
+    open_network, network, onnx_dir, name, precision, has_file, device
 ):
-    backend = open_network(onnx_dir if has_file else None, backend=name, precision=precision)
+    folder = onnx_dir if has_file else None
+    backend = open_network(folder, device, backend=name, precision=precision)
     assert backend.precision == precision
     pixels = pixels_of(2, 96, 128)
-    assert_near(backend, network, pixels, 2e-2)
-    if name == "pytorch" or "BF16" in openvino_capabilities():
+    assert_near(backend, network, pixels, SCORE_TOLERANCE[precision])
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision not in ("fp32", "tf32") and (name == "pytorch" or "BF16" in capabilities):
         with pytest.raises(AssertionError):
             assert_near(backend, network, pixels, 1e-5)
-
-
-def openvino_capabilities():
-    openvino = import_openvino()
-    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 # One variant of each kind of backbone; the slow cases add breadth, not another path through the backends.
@@ -91,24 +101,18 @@ def openvino_capabilities():
         ("S", "openvino", False),
         ("S", "onnxruntime", True),
         ("Ns", "openvino", False),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("S", "openvino", True),
-                ("T", "openvino", False),
-                ("M", "openvino", False),
-                ("M", "onnxruntime", True),
-                ("Ns", "onnxruntime", True),
-            )
-        ),
+        pytest.param("S", "openvino", True, marks=pytest.mark.slow),
+        pytest.param("T", "openvino", False, marks=pytest.mark.slow),
+        pytest.param("M", "openvino", False, marks=pytest.mark.slow),
+        pytest.param("M", "onnxruntime", True, marks=pytest.mark.slow),
+        pytest.param("Ns", "onnxruntime", True, marks=pytest.mark.slow),
     ],
 )
 def test_the_golden_outputs_come_from_every_backend(
     variant, name, has_file, golden, golden_model, golden_images, golden_onnx_dir, model_dir
 ):
-    config = ServingConfig(
-        variant=variant, class_names=tuple(map(str, range(80))), backend=name, precision="fp32"
-    )
+    names = tuple(map(str, range(80)))
+    config = ServingConfig(variant=variant, class_names=names, backend=name, precision="fp32")
     folder = golden_onnx_dir(variant) if has_file else None
     model = copy.deepcopy(golden_model(variant, True))  # others share it, and a backend may change it
     backend = backends.open_backend(model, config, torch.device("cpu"), folder)
@@ -141,9 +145,8 @@ def test_auto_takes_pytorch_for_what_only_pytorch_computes_and_on_a_gpu():
 @pytest.mark.parametrize("library", ["openvino", "onnxruntime"])
 def test_a_missing_library_is_refused_with_what_to_install(open_network, onnx_dir, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(
-        ConfigError, match=rf"backend is '{library}'.*pip install {library}, or set backend to"
-    ):
+    message = rf"backend is '{library}'.*pip install {library}, or set backend to"
+    with pytest.raises(ConfigError, match=message):
         open_network(onnx_dir, backend=library)
 
 
@@ -164,6 +167,14 @@ def test_a_backend_that_cannot_run_is_refused(open_network, onnx_dir):
         open_network(backend="caffe")
 
 
+def rewrite(onnx_dir, folder, change):
+    """Copy the ONNX file with other metadata, or with none."""
+    written = onnx.load(onnx_dir / ONNX_FILE)
+    metadata = {entry.key: entry.value for entry in written.metadata_props}
+    onnx.helper.set_model_props(written, {} if change is None else {**metadata, **change})
+    onnx.save(written, folder / ONNX_FILE)
+
+
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize(
     ("change", "mentions"),
@@ -178,12 +189,7 @@ def test_a_backend_that_cannot_run_is_refused(open_network, onnx_dir):
     ],
 )
 def test_a_file_of_another_network_is_refused(open_network, onnx_dir, tmp_path, backend, change, mentions):
-    written = onnx.load(onnx_dir / ONNX_FILE)
-    metadata = {entry.key: entry.value for entry in written.metadata_props}
-    del written.metadata_props[:]
-    if change is not None:
-        onnx.helper.set_model_props(written, {**metadata, **change})
-    onnx.save(written, tmp_path / ONNX_FILE)
+    rewrite(onnx_dir, tmp_path, change)
     with pytest.raises(ConfigError, match=mentions):
         open_network(tmp_path, backend=backend, precision="fp32")
 
@@ -197,11 +203,7 @@ def test_a_damaged_file_is_refused(open_network, onnx_dir, tmp_path, backend):
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_a_quantised_file_says_so_of_the_backend(open_network, onnx_dir, tmp_path, backend):
-    written = onnx.load(onnx_dir / ONNX_FILE)
-    for entry in written.metadata_props:
-        if entry.key == "precision":
-            entry.value = "int8"
-    onnx.save(written, tmp_path / ONNX_FILE)
+    rewrite(onnx_dir, tmp_path, {"precision": "int8"})
     assert open_network(tmp_path, backend=backend).precision == "int8"
 
 

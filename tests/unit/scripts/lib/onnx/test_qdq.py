@@ -60,7 +60,9 @@ def test_a_sum_belongs_to_the_block_that_ends_with_it(demo_network):
     assert sorted(kinds[name] for name in block.nodes) == ["Add", "Conv", "Conv", "Relu", "Relu"]
 
 
-def test_a_network_of_other_names_is_refused(demo_network):
+def test_a_network_of_other_names_and_no_images_are_refused(demo_network, smear_pixels):
+    with pytest.raises(ScriptError, match="no images to calibrate with; accepted is at least one"):
+        calibrate(demo_network, smear_pixels[:0])
     other = onnx.ModelProto()
     other.CopyFrom(demo_network)
     next(node for node in other.graph.node if node.op_type == "Conv").input[1] = "layer1.weight"
@@ -69,11 +71,6 @@ def test_a_network_of_other_names_is_refused(demo_network):
     del other.graph.node[:]
     with pytest.raises(ScriptError, match="no convolutions"):
         find_blocks(other)
-
-
-def test_calibrating_on_nothing_is_refused(demo_network, smear_pixels):
-    with pytest.raises(ScriptError, match="no images to calibrate with; accepted is at least one"):
-        calibrate(demo_network, smear_pixels[:0])
 
 
 def test_means_of_ranges_lie_within_the_extremes(demo_network, smear_pixels, ranges):
@@ -97,14 +94,11 @@ def test_only_the_chosen_blocks_become_int8(demo_network, ranges):
     onnx.checker.check_model(quantized)
     assert int8_weights(quantized) == expected
     # The convolutions of the others have their weights as they were.
-    floats = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    kept = {node.input[1] for node in demo_network.graph.node if node.op_type == "Conv"} - expected
-    before = {tensor.name: tensor for tensor in demo_network.graph.initializer}
-    for name in kept:
-        assert floats[name].data_type == TensorProto.FLOAT
-        np.testing.assert_array_equal(
-            numpy_helper.to_array(floats[name]), numpy_helper.to_array(before[name])
-        )
+    found, before = (
+        {each.name: each for each in side.graph.initializer} for side in (quantized, demo_network)
+    )
+    for name in {node.input[1] for node in demo_network.graph.node if node.op_type == "Conv"} - expected:
+        assert found[name] == before[name]
     assert int8_weights(demo_network) == set()
 
 
@@ -140,8 +134,7 @@ def test_for_tensorrt_there_are_no_zero_points_and_no_quantised_biases(demo_netw
 
 
 def run_onnxruntime(network, pixels):
-    outputs = open_session(network).run(list(OUTPUT_NAMES), {INPUT_NAME: pixels})
-    return outputs
+    return open_session(network).run(list(OUTPUT_NAMES), {INPUT_NAME: pixels})
 
 
 def run_openvino(network, pixels):

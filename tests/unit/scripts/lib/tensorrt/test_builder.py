@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
 
 from lib.cli import ScriptError
+from lib.onnx.sensitivity import open_session
 from lib.tensorrt.builder import build_engine, read_network, to_float16
 
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata, as_predictions
@@ -81,12 +81,7 @@ def test_the_network_in_float16_takes_uint8_gives_float32_and_nearly_the_same_an
     (cast,) = [node for node in half.graph.node if INPUT_NAME in node.input]
     assert cast.op_type == "Cast"  # the only operator of which TensorRT takes uint8
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        half.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    outputs = session.run(list(OUTPUT_NAMES), {INPUT_NAME: smear_pixels})
+    outputs = open_session(half).run(list(OUTPUT_NAMES), {INPUT_NAME: smear_pixels})
     assert {each.dtype for each in outputs} == {np.dtype(np.float32)}
     found = decode_predictions(as_predictions([torch.from_numpy(each) for each in outputs]))
     with torch.inference_mode():
@@ -97,16 +92,17 @@ def test_the_network_in_float16_takes_uint8_gives_float32_and_nearly_the_same_an
     assert not torch.equal(found[0], expected[0])
 
 
-def test_a_file_that_tensorrt_cannot_read_is_refused_with_the_node(path):
-    fake_tensorrt.failing.add("parse")
-    with pytest.raises(ScriptError, match=r"no importer for this operator \(node node_odd, Odd\)"):
-        build(path)
-
-
-@pytest.mark.parametrize("call", ["build_serialized_network", "add_optimization_profile"])
-def test_a_build_that_fails_says_so(path, call):
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("parse", r"no importer for this operator \(node node_odd, Odd\)"),
+        ("add_optimization_profile", "its own log lines above say why"),
+        ("build_serialized_network", "its own log lines above say why"),
+    ],
+)
+def test_a_build_that_fails_says_so(path, call, message):
     fake_tensorrt.failing.add(call)
-    with pytest.raises(ScriptError, match="its own log lines above say why"):
+    with pytest.raises(ScriptError, match=message):
         build(path)
 
 
@@ -118,7 +114,7 @@ def test_sizes_that_make_no_profile_are_refused(path):
             build(path, batch_sizes=batch_sizes)
 
 
-def test_other_files_and_other_outputs_are_refused(path, tmp_path):
+def test_other_files_and_other_outputs_are_refused(path):
     fake_tensorrt.write_onnx(path, dataclasses.replace(METADATA, form="detections"))
     with pytest.raises(ScriptError, match=r"outputs 'detections'; accepted .*export_onnx\.py --outputs raw"):
         read_network(path)
