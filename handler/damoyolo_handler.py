@@ -14,6 +14,7 @@ import torch
 from damoyolo.backends import openvino_import  # noqa: F401  (must come before TorchServe's base handler)
 
 # isort: split
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
@@ -30,6 +31,14 @@ from damoyolo.stage_timing import StageClock
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
+# Counters of the handler: unit, and dimensions after those of every metric. deploy/metrics.yaml declares them
+# to the server; a server without that file drops them unless model_metrics_auto_detect is set.
+COUNTERS = {
+    "batches_total": ("Count", ()),
+    "batched_requests_total": ("Count", ()),
+    "request_errors_total": ("Count", ("Kind",)),
+    "stage_seconds_total": ("Seconds", ("Stage",)),
+}
 
 
 class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
@@ -103,7 +112,13 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         self.counters.add(increments)
 
     def _send_counter(self, name: str, dimensions: tuple[str, ...], value: float) -> None:
-        metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
+        try:
+            metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
+        except MetricsCacheKeyError:  # the server's metrics file does not declare it
+            unit, own_dimensions = COUNTERS[name]
+            metric = self.metrics.add_metric_to_cache(
+                name, unit, ["ModelName", "Level", *own_dimensions], MetricTypes.COUNTER
+            )
         metric.add_or_update(value, [self.model_name, "Model", *dimensions])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import ts
 import yaml
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
@@ -20,7 +22,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.errors import DeviceLostError
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
-from damoyolo_handler import DamoYoloHandler, _share_machine
+from damoyolo_handler import COUNTERS, DamoYoloHandler, _share_machine
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +233,46 @@ def test_counters_name_the_model_and_carry_every_stage(
     assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
 
 
-def test_every_counter_is_declared_to_the_server(service: Service) -> None:
-    for name, dimensions in (
-        ("batches_total", ()),
-        ("batched_requests_total", ()),
-        ("request_errors_total", ("InvalidOption",)),
-        ("stage_seconds_total", ("network",)),
-    ):
-        service.handler._send_counter(name, dimensions, 1.0)
+def test_every_counter_is_declared_to_the_server(project_dir: Path) -> None:
+    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]["counter"]
+    assert {metric["name"]: (metric["unit"], metric["dimensions"]) for metric in declared} == {
+        name: (unit, ["ModelName", "Level", *dimensions]) for name, (unit, dimensions) in COUNTERS.items()
+    }
+
+
+def test_a_server_with_its_own_metrics_file_gets_the_same_lines(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ts.metrics.caching_metric")
+    lines = []
+    for metrics in (service.handler.metrics, _stock_metrics()):
+        caplog.clear()
+        monkeypatch.setattr(service.handler, "metrics", metrics)
+        for name, (_, dimensions) in COUNTERS.items():
+            service.handler._send_counter(name, ("x",) * len(dimensions), 1.0)
+        lines.append([message.rpartition(",")[0] for message in caplog.messages if "[METRICS]" in message])
+    assert len(lines[0]) == len(COUNTERS)
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("metrics", [None, "stock"])
+def test_metrics_that_the_server_lacks_fail_no_request(
+    service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch, metrics: str | None
+) -> None:
+    image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    monkeypatch.setattr(service.handler, "metrics", _stock_metrics() if metrics else None)
+    monkeypatch.setattr(service.handler.counters, "_sent_at", float("-inf"))
+    ((_, status, _, _),) = read_answers(service.predict([wire_request("a", image)]))
+    assert status == 200
+
+
+def _stock_metrics() -> MetricsCacheYamlImpl:
+    """The metrics of a server without this project's file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves closing the file to Python
+        metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs/metrics.yaml"))
+    metrics.initialize_cache()
+    return metrics
 
 
 def test_a_lost_device_ends_the_worker(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
