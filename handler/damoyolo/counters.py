@@ -69,4 +69,4 @@ class CounterTotals:
     def _log_first_failure(self, error: Exception) -> None:
         if not self._failure_logged:
             self._failure_logged = True
-            logger.warning("counters are incomplete from now on: %s", type(error).__name__, exc_info=error)
+            logger.error("counters are incomplete from now on", exc_info=error)
