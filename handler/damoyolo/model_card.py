@@ -30,9 +30,19 @@ def describe_model(detector: Detector, weights: Path, archive_version: str) -> d
         "device": _device_name(detector.device),
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "image_formats": list(config.image_formats),
-        "limits": {name: value for name, value in config.to_mapping().items() if name.startswith("max_")},
+        "limits": _limits(config),
         "options": _options(config),
         "versions": _versions(archive_version, detector.pipeline.name),
+    }
+
+
+def _limits(config: ServingConfig) -> dict[str, Any]:
+    """Every setting that bounds a request; max_detections is the default of an option."""
+    settings = config.to_mapping()
+    return {
+        name: value
+        for name, value in settings.items()
+        if name.startswith("max_") and name != "max_detections"
     }
 
 
@@ -46,7 +56,7 @@ def _options(config: ServingConfig) -> dict[str, Any]:
             "minimum": 1,
             "maximum": config.max_detections_limit,
         },
-        "classes": {"default": None, "names": "class_names", "ids": [0, len(config.class_names) - 1]},
+        "classes": {"default": "all", "names": "class_names", "ids": [0, len(config.class_names) - 1]},
         "class_agnostic": {"default": False},
         "format": {"default": "json", "accepted": list(CONTENT_TYPES)},
     }
