@@ -1,6 +1,6 @@
 """No answer can end the worker or shift the answers of a batch: the handler behind TorchServe's own encoder.
 
-The cases are those of TorchServe 0.12 that end a worker or make it wait for ever: a content type, reason phrase
+The cases are those of TorchServe 0.12 that end a worker or make it wait for ever: a content type, phrase
 or header that is not one line of ASCII (its length is counted in characters and sent in bytes), a status that
 is no int or no status, an item that is no bytes or larger than the server sends, a list of another length.
 """
