@@ -28,6 +28,7 @@ from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.failures import is_alive
 from damoyolo.model_card import describe_model
+from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
 from damoyolo.stage_timing import StageClock
 from damoyolo.worker_log import protect_log
@@ -65,9 +66,12 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
         device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
-        settings = context.model_yaml_config.get("handler") or {}
+        settings = dict(context.model_yaml_config.get("handler") or {})
+        config = ServingConfig.from_mapping(settings)
+        # A larger answer would end the worker. A server without this project's settings takes less.
+        settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
         workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
-        _share_machine(device, ServingConfig.from_mapping(settings), workers)
+        _share_machine(device, config, workers)
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
             use_compiled_kernels(model_dir)

@@ -37,12 +37,12 @@ def describe_model(detector: Detector, weights: Path, archive_version: str) -> d
 
 
 def _limits(config: ServingConfig) -> dict[str, Any]:
-    """Every setting that bounds a request; max_detections is the default of an option."""
+    """Every setting that bounds what a request may ask for; max_detections is the default of an option."""
     settings = config.to_mapping()
     return {
         name: value
         for name, value in settings.items()
-        if name.startswith("max_") and name != "max_detections"
+        if (name.startswith("max_") or name.endswith("_bytes")) and name != "max_detections"
     }
 
 

@@ -45,6 +45,7 @@ _BOOL_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
 _JSON_TYPE = "application/json"
 _WHITE_SPACE = " \t\r\n"
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_MAX_TEXT = 65_536  # characters of an option; a list of a million classes takes seconds
 _MAX_DIGITS = 64  # of a number; Python takes quadratic time for the digits of an int
 # Values and names in a JSON document; a million of them take a second and much memory.
 _MAX_JSON_ITEMS = 100_000
@@ -257,6 +258,8 @@ def _form_value(name: str, value: Any, content_type: str) -> Any:
             raise InvalidOptionError(f"{name} is {_quoted(value)}; UTF-8 text is accepted") from error
         if content_type.startswith(_JSON_TYPE):
             return _parse_json(value, name)
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        raise InvalidOptionError(f"{name} has {len(value)} characters; at most {_MAX_TEXT} are accepted")
     return _Text(value.strip(_WHITE_SPACE)) if isinstance(value, str) else value
 
 

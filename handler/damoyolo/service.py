@@ -130,9 +130,9 @@ class DetectionService:
             failure = self._classify(error)
             if len(images) == 1:
                 return [self._refusal(error, failure, "processing an image")]
-            logger.warning("a batch of %d failed and is halved", len(images), exc_info=error)
         # After the exception is gone, which holds what the failed call had allocated.
         if failure is Failure.OUT_OF_MEMORY:
+            logger.warning("a batch of %d needs more memory than is free; halving it", len(images))
             free_cached_memory(self.detector.device)
         half = len(images) // 2
         first = self._detect(images[:half], options[:half], time_stage)
@@ -201,7 +201,8 @@ class DetectionService:
         if len(body) > config.max_response_bytes:
             raise ImageTooLargeError(
                 f"the answer as {request.output_format} has {len(body)} bytes; at most "
-                f"{config.max_response_bytes} are sent (server setting max_response_bytes); "
+                f"{config.max_response_bytes} are sent (settings max_response_bytes of the archive and "
+                "max_response_size of the server); "
                 "format jpeg is smaller than png, and json smaller than both"
             )
         return Answer(body, CONTENT_TYPES[request.output_format])

@@ -78,7 +78,7 @@ class RecordLimit(logging.Filter):
         with self._lock:
             suppressed = self._records - self._max_records
             self._began_at, self._records = time.monotonic(), 0
-        logger.warning("left out %d lines of the last %.0f s", suppressed, self._interval_s)
+        logger.warning("left out %d messages of the last %.0f s", suppressed, self._interval_s)
 
 
 class LineFormatter(logging.Formatter):

@@ -411,6 +411,14 @@ def test_a_multipart_field_may_be_json() -> None:
     assert "JSON" in str(refusal({"data": bytearray(b"[]")}, {"data": as_json}))
 
 
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_a_text_too_long_for_any_option_is_refused_unread(name: str) -> None:
+    for text in ("1," * 5_000_000, "x" * 65_537):
+        error = refusal({"data": bytearray(IMAGE), name: bytearray(text.encode())})
+        assert type(error) is InvalidOptionError
+        assert f"{name} has {len(text)} characters; at most 65536" in str(error)
+
+
 def test_hundreds_of_fields_and_odd_names_are_refused_in_short() -> None:
     odd = ["\x00", "\n[METRICS]x.Count:1", "a" * 70_000, "\ud800", "💥", "data\r\n", "__class__", " body"]
     for names in (odd, [f"field{i}" for i in range(5000)]):

@@ -117,7 +117,7 @@ def test_a_flood_is_bounded_and_counted(worker_log):
             time.sleep(0.02)
     finally:
         reported.removeHandler(logger.handlers[0])
-    assert "left out 997 lines" in lines_of(stream)[3]
+    assert "left out 997 messages" in lines_of(stream)[3]
     logger.error("failed again")
     assert "failed again" in lines_of(stream)[4]
     assert limit._records == 2
