@@ -42,7 +42,7 @@ def _limits(config: ServingConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings.items()
-        if (name.startswith("max_") or name.endswith("_bytes")) and name != "max_detections"
+        if name.startswith("max_") and name != "max_detections"
     }
 
 
