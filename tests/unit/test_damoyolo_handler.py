@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import operator
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -45,9 +47,13 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
     threads = torch.get_num_threads()
     made = Service("damoyolo", str(model_dir), manifest, handler.handle, None, 8, metrics_cache=metrics)
     made.set_cl_socket(None)
-    handler.initialize(made.context)
     made.handler = handler
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_DECODE_INPUT_REQUEST", "true")  # the handler changes it; restored afterwards
+        handler.initialize(made.context)
+        assert os.environ["TS_DECODE_INPUT_REQUEST"] == "false"
+        yield made
+    logging.captureWarnings(False)
     handler.service.close()
     torch.set_num_threads(threads)
 

@@ -65,10 +65,12 @@ def service(tmp_path_factory):
     threads = torch.get_num_threads()
     made = Service("damoyolo", str(folder), manifest, handler.handle, None, 8, metrics_cache=_Metrics())
     made.set_cl_socket(None)
-    handler.initialize(made.context)
-    handler.service.detector.close()
-    handler.service.detector = ScriptedDetector(handler.service.detector)
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_DECODE_INPUT_REQUEST", "true")  # the handler changes it; restored afterwards
+        handler.initialize(made.context)
+        handler.service.detector.close()
+        handler.service.detector = ScriptedDetector(handler.service.detector)
+        yield made
     handler.service.close()
     torch.set_num_threads(threads)
     logging.captureWarnings(False)
