@@ -52,6 +52,11 @@ def is_alive(device: torch.device) -> bool:
     """Whether the device still computes. Call it once at start, when there is memory for what it needs."""
     if device.type != "cuda":
         return True
+    # Twice, because the first call may report what an earlier one left behind; a lost device fails every call.
+    return _try_device(device) or _try_device(device)
+
+
+def _try_device(device: torch.device) -> bool:
     try:
         _probe(device).add_(1)
         torch.cuda.synchronize(device)

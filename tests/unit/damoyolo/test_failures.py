@@ -90,6 +90,20 @@ def test_a_device_is_lost_if_the_smallest_work_fails_but_not_for_lack_of_memory(
     assert is_alive(CUDA) is alive
 
 
+def test_an_error_left_behind_by_an_earlier_call_is_no_lost_device(monkeypatch):
+    left = [accelerator_error("CUDA error: invalid argument", code=1)]
+
+    class Probe:
+        def add_(self, _):
+            if left:
+                raise left.pop()
+
+    monkeypatch.setattr(failures, "_probe", lambda _: Probe())
+    monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
+    assert is_alive(CUDA)
+    assert not left
+
+
 def test_a_cpu_is_never_lost_and_has_nothing_to_give_back(monkeypatch):
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: pytest.fail("called"))
     assert is_alive(CPU)
