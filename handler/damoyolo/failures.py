@@ -52,7 +52,7 @@ def is_alive(device: torch.device) -> bool:
     """Whether the device still computes. Call it once at start, when there is memory for what it needs."""
     if device.type != "cuda":
         return True
-    # Twice, because the first call may report what an earlier one left behind; a lost device fails every call.
+    # Twice: the first call may report what an earlier one left behind, while a lost device fails every call.
     return _try_device(device) or _try_device(device)
 
 
