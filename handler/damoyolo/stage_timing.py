@@ -54,10 +54,10 @@ class StageClock:
     def read_seconds(self) -> dict[str, float]:
         """Seconds per stage since the last reading; waits for the device on CUDA."""
         totals: dict[str, float] = {}
-        if self._on_cuda and self._bounds:
-            self._bounds[-1][2].synchronize()
-        for stage, start, end in self._bounds:
+        bounds, self._bounds = self._bounds, []
+        if self._on_cuda and bounds:
+            bounds[-1][2].synchronize()
+        for stage, start, end in bounds:
             seconds = start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
             totals[stage] = totals.get(stage, 0.0) + seconds
-        self._bounds.clear()
         return totals

@@ -23,6 +23,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
 from damoyolo.decode import EncodedImage
+from damoyolo.failures import Failure, classify
 from damoyolo.orientation import OrientedImage
 from damoyolo.preprocess import ImagePreprocessor, PreparedBatch, split_outcomes, upload
 
@@ -99,9 +100,9 @@ class DevicePreprocessor(ImagePreprocessor):
         try:
             with torch.cuda.stream(self._decode_stream):  # None has no effect
                 planes = decode_jpegs(buffers, self.device)
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
-            raise
         except RuntimeError as error:
+            if classify(error, self.device) is not Failure.OTHER:
+                raise
             logger.warning("nvJPEG refused a batch of %d (%s); decoding it on the CPU", len(buffers), error)
             return {}
         if self._decode_stream is not None:
