@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 from damoyolo.backends import openvino_import  # noqa: F401  (must come before TorchServe's base handler)
 
 # isort: split
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
@@ -24,12 +26,24 @@ from damoyolo.cuda.kernel_cache import use_compiled_kernels
 from damoyolo.cuda.startup_lock import exclusive_device_lock
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
-from damoyolo.service import DetectionService
+from damoyolo.failures import is_alive
+from damoyolo.model_card import describe_model
+from damoyolo.server_settings import read_max_response_size
+from damoyolo.service import Answer, DetectionService
 from damoyolo.stage_timing import StageClock
+from damoyolo.worker_log import protect_log
 
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
+# Counters of the handler: unit, and dimensions after those of every metric. deploy/metrics.yaml declares them
+# to the server; a server without that file drops them unless model_metrics_auto_detect is set.
+COUNTERS = {
+    "batches_total": ("Count", ()),
+    "batched_requests_total": ("Count", ()),
+    "request_errors_total": ("Count", ("Kind",)),
+    "stage_seconds_total": ("Seconds", ("Stage",)),
+}
 
 
 class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
@@ -52,58 +66,93 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
         device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
-        settings = context.model_yaml_config.get("handler") or {}
+        settings = dict(context.model_yaml_config.get("handler") or {})
+        config = ServingConfig.from_mapping(settings)
+        # A larger answer would end the worker. A server without this project's settings takes less.
+        settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
         workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
-        _share_machine(device, ServingConfig.from_mapping(settings), workers)
+        _share_machine(device, config, workers)
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
             use_compiled_kernels(model_dir)
         with exclusive_device_lock(device):
             detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
             detector.warm_up(detector.config.warmup_batch_sizes)
+            is_alive(device)
         backend = detector.pipeline
         logger.info("the network runs in %s, %s, on %s", backend.name, backend.precision, device)
 
-        self.service = DetectionService(detector)
+        manifest = context.manifest["model"]
+        version = str(manifest.get("modelVersion", ""))
+        card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
+        self.service = DetectionService(detector, json.dumps(card).encode("ascii"))
         self.clock = StageClock(device)
-        self.model_name = str(context.manifest["model"]["modelName"])
+        self.model_name = str(manifest["modelName"])
         self.metrics = context.metrics
         self.counters = CounterTotals(self._send_counter, METRICS_INTERVAL_S)
+        # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        protect_log()
         self.initialized = True
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
-        """The body of each row, in the order of the rows; status and content type go to the context."""
-        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        """The body of each row, in the order of the rows; status and content type go to the context.
+
+        Nothing that a request or the device does raises here: TorchServe would give all rows the same error.
+        """
         try:
-            answers = self.service.answer(data, headers, self.clock)
+            answers = self._answer(data, context)
         except DeviceLostError:
             # Every later CUDA call of this process would fail too, while the server considers the worker
             # healthy. If it ends, the server starts a new one.
-            logger.exception("the device is lost; ending this worker")
+            logger.critical("the device is lost; ending this worker", exc_info=True)
             logging.shutdown()
             os._exit(1)
-        errors: Counter[str] = Counter()
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, answer.content_type)
-            if answer.error is not None:
-                context.set_response_status(code=answer.error.status, phrase=answer.error.reason, idx=index)
-                errors[answer.error.kind] += 1
-        self._count(len(data), errors)
+            # The server's own phrase for 200 is empty, which some clients take for an error.
+            code, phrase = (answer.error.status, answer.error.reason) if answer.error else (200, "OK")
+            context.set_response_status(code=code, phrase=phrase, idx=index)
         return [answer.body for answer in answers]
 
-    def _count(self, requests: int, errors: Counter[str]) -> None:
+    def _answer(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[Answer]:
+        """One answer per row, counted.
+
+        Raises:
+            DeviceLostError: wherever an error of the device surfaced, timing included.
+        """
+        try:
+            headers = [context.get_all_request_header(index) for index in range(len(data))]
+            answers = self.service.answer(data, headers, self.clock)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            answers = [self.service.answer_failure(error, "answering a batch")] * len(data)
+        try:
+            self._count(answers)
+        except Exception as error:
+            self.service.answer_failure(error, "counting a batch")
+        return answers
+
+    def _count(self, answers: Sequence[Answer]) -> None:
         increments: dict[CounterKey, float] = {
             ("batches_total", ()): 1.0,
-            ("batched_requests_total", ()): float(requests),
+            ("batched_requests_total", ()): float(len(answers)),
         }
-        increments |= {("request_errors_total", (kind,)): float(count) for kind, count in errors.items()}
-        increments |= {
-            ("stage_seconds_total", (stage,)): seconds for stage, seconds in self.clock.read_seconds().items()
-        }
+        for kind, count in Counter(answer.error.kind for answer in answers if answer.error).items():
+            increments["request_errors_total", (kind,)] = float(count)
+        for stage, seconds in self.clock.read_seconds().items():
+            increments["stage_seconds_total", (stage,)] = seconds
         self.counters.add(increments)
 
     def _send_counter(self, name: str, dimensions: tuple[str, ...], value: float) -> None:
-        metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
+        try:
+            metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
+        except MetricsCacheKeyError:  # the server's metrics file does not declare it
+            unit, own_dimensions = COUNTERS[name]
+            metric = self.metrics.add_metric_to_cache(
+                name, unit, ["ModelName", "Level", *own_dimensions], MetricTypes.COUNTER
+            )
         metric.add_or_update(value, [self.model_name, "Model", *dimensions])
 
 

@@ -7,6 +7,11 @@ With --archive it starts its own TorchServe on free ports, with the given batchi
 archive's. Closed loops by --concurrency; open loops by --rates, or by --rate-shares of the best closed loop.
 The limits: --limit-network, the bare network without a server at the same batch size ("measure", or a known
 number of images/s), and --limit-empty, the same server under the same load with a handler that does nothing.
+
+    python scripts/benchmark_server.py --archive model_store/damoyolo.mar --gpus 1 2 2 1 --workers 8 --mps
+
+With --gpus each number of GPUs gets a server of its own, in this order; a number may come several times. Then
+--workers, --concurrency, --rates and --processes are per GPU: two GPUs get twice of each.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +31,12 @@ from lib.paths import SAMPLE_IMAGES
 if TYPE_CHECKING:
     from lib.archive.members import BatchingSetting
     from lib.load.worker import Load
-    from lib.measure.served_load import Row
+    from lib.measure.served_load import LoadPlan, Row
     from lib.server.served_archive import ServedModel
 
 COLUMNS = {
+    "gpus": ("GPUs", "d"),
+    "placement": ("workers", ""),
     "load": ("load", ""),
     "requests_per_s": ("requests/s", ".1f"),
     "p50_ms": ("p50 ms", ".2f"),
@@ -41,8 +49,10 @@ COLUMNS = {
     "gpu_percent": ("GPU %", ".0f"),
     "busy_cores": ("cores", ".1f"),
     "generator_busy_share": ("generator", ".0%"),
+    "generator_cores": ("its cores", ".1f"),
     "of_network": ("of network", ".1%"),
     "of_empty": ("of empty", ".1%"),
+    "of_one_gpu": ("of 1 GPU", ".2f"),
 }
 
 
@@ -55,13 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if not arguments.archive and (arguments.limit_empty or arguments.limit_network == "measure"):
         parser.error("--limit-empty and --limit-network measure need --archive")
+    if arguments.gpus and not arguments.archive:
+        parser.error("--gpus needs --archive: the GPUs of a running server are settled")
     if arguments.mps and not arguments.archive:
         parser.error("--mps needs --archive: a running server has it or not")
 
     from lib.images import read_images
     from lib.load.worker import Load
-    from lib.measure.served_load import LoadPlan, add_limits, measure_empty, measure_plan, network_rate
+    from lib.measure.served_load import LoadPlan, add_limits, add_scaling, network_rate
+    from lib.server.gpus import first_gpus
 
+    for gpus in arguments.gpus:
+        first_gpus(gpus)  # refuses before anything is measured
     images = read_images(arguments.images)
     setting = _batching_setting(arguments)
     load = Load(
@@ -79,18 +94,51 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     if network_per_s == "measure" and setting is not None:
         network_per_s = network_rate(arguments.archive, images, setting.batch_size, arguments.device)
         print(f"network alone: {network_per_s:.1f} images/s at batch {setting.batch_size}", flush=True)
-    with _served(arguments, setting) as served:
-        batching = served.batching()
-        rows = measure_plan(served, plan, _report)
+    rows = [row for gpus in arguments.gpus or [None] for row in _measure(arguments, setting, plan, gpus)]
     empty_rows: list[Row] = []
     if arguments.limit_empty and setting is not None:
         answer_bytes = round(max(row["mean_answer_bytes"] for row in rows))
-        empty_rows = measure_empty(arguments.archive, setting, answer_bytes, plan)
-    empty_per_s = {row["connections"]: row["requests_per_s"] for row in empty_rows if not row["errors"]}
-    add_limits(rows, network_per_s, empty_per_s)
-    _show(arguments, rows + empty_rows, {**batching, **_facts(arguments, load)})
+        for gpus in sorted(set(arguments.gpus)) or [None]:
+            empty_rows += _measure(arguments, setting, plan, gpus, answer_bytes)
+    for gpus in set(arguments.gpus) or {None}:
+        measured = [row for row in rows if row["gpus"] == gpus]
+        empty = [row for row in empty_rows if row["gpus"] == gpus and not row["errors"]]
+        empty_per_s = {row["connections"]: row["requests_per_s"] for row in empty}
+        add_limits(measured, network_per_s and network_per_s * (gpus or 1), empty_per_s)
+    if arguments.gpus:
+        add_scaling(rows)
+        add_scaling(empty_rows)
+    _show(arguments, rows + empty_rows, _facts(arguments, load))
     if arguments.plot:
-        _plot(arguments.plot, rows, batching, network_per_s, empty_per_s)
+        _plot(arguments.plot, rows)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    setting: BatchingSetting | None,
+    plan: LoadPlan,
+    gpus: int | None,
+    empty_answer_bytes: int | None = None,
+) -> list[Row]:
+    """The rows of one server. setting, plan: for one GPU; None of `gpus` is all, with settings as they are.
+
+    empty_answer_bytes: measure the empty handler with answers of this size instead.
+    """
+    from lib.measure.served_load import measure_empty, measure_plan
+    from lib.server.gpus import gpu_environment
+
+    if gpus is not None and setting is not None:
+        setting, plan = replace(setting, workers=gpus * setting.workers), plan.for_gpus(gpus)
+    if empty_answer_bytes is not None and setting is not None:
+        with gpu_environment(gpus, mps=False) as environment:
+            rows, batching = measure_empty(arguments.archive, setting, empty_answer_bytes, plan, environment)
+    else:
+        with _served(arguments, setting, gpus) as served:
+            batching = served.batching()
+            rows = measure_plan(served, plan, _report)
+    # "8+8": so many workers on each GPU.
+    placement = "+".join(map(str, batching["workers_per_gpu"].values())) or str(batching["workers"])
+    return [{**row, **batching, "placement": placement, "gpus": gpus} for row in rows]
 
 
 def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:
@@ -108,9 +156,11 @@ def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:
 
 
 @contextlib.contextmanager
-def _served(arguments: argparse.Namespace, setting: BatchingSetting | None) -> Iterator[ServedModel]:
+def _served(
+    arguments: argparse.Namespace, setting: BatchingSetting | None, gpus: int | None
+) -> Iterator[ServedModel]:
     """The server to measure: the running one, or its own."""
-    from lib.server.mps import cuda_mps
+    from lib.server.gpus import gpu_environment
     from lib.server.served_archive import ServedModel, serve_with_setting
 
     if setting is None:
@@ -121,9 +171,10 @@ def _served(arguments: argparse.Namespace, setting: BatchingSetting | None) -> I
             arguments.model,
         )
         return
-    print(f"starting TorchServe with {arguments.archive}, {setting}", flush=True)
+    on = "" if gpus is None else f", GPUs {gpus}"
+    print(f"starting TorchServe with {arguments.archive}, {setting}{on}", flush=True)
     with (
-        cuda_mps(arguments.mps) as environment,
+        gpu_environment(gpus, arguments.mps) as environment,
         serve_with_setting(arguments.archive, setting, environment) as served,
     ):
         yield served
@@ -165,30 +216,25 @@ def _show(arguments: argparse.Namespace, rows: Sequence[Row], facts: Mapping[str
         append_json_rows(arguments.json, rows, facts)
 
 
-def _plot(
-    path: Path,
-    rows: Sequence[Row],
-    batching: Mapping[str, Any],
-    network_per_s: float | None,
-    empty_per_s: Mapping[int, float],
-) -> None:
+def _plot(path: Path, rows: Sequence[Row]) -> None:
     from lib.measure.plots import RatePoint, plot_latency_against_throughput
 
-    series = {
-        name: [
-            RatePoint(row["requests_per_s"], row["p50_ms"], row["p99_ms"], row["load"].split()[1])
-            for row in rows
-            if (row["rate_per_s"] is None) == closed and row["p99_ms"] is not None
-        ]
-        for name, closed in (("closed loop", True), ("open loop", False))
+    series: dict[str, list[RatePoint]] = {}
+    for row in rows:
+        loop = "closed loop" if row["rate_per_s"] is None else "open loop"
+        name = loop if row["gpus"] is None else f"GPUs {row['gpus']}, {loop}"
+        if row["p99_ms"] is not None:
+            point = RatePoint(row["requests_per_s"], row["p50_ms"], row["p99_ms"], row["load"].split()[1])
+            series.setdefault(name, []).append(point)
+    limits = {
+        name if row["gpus"] is None else f"{name}, GPUs {row['gpus']}": row[key]
+        for row in rows
+        for name, key in (("network alone", "network_per_s"), ("empty handler", "empty_per_s"))
+        if row[key] is not None
     }
-    limits = {} if network_per_s is None else {"network alone": network_per_s}
-    if empty_per_s:
-        limits["empty handler"] = max(empty_per_s.values())
-    title = f"batch {batching['batch_size']}, delay {batching['delay_ms']} ms, workers {batching['workers']}"
-    plot_latency_against_throughput(
-        path, {name: points for name, points in series.items() if points}, title, limits_per_s=limits
-    )
+    workers = ", ".join(str(workers) for workers in dict.fromkeys(row["workers"] for row in rows))
+    title = f"batch {rows[0]['batch_size']}, delay {rows[0]['delay_ms']} ms, workers {workers}"
+    plot_latency_against_throughput(path, series, title, limits_per_s=limits)
 
 
 def _network_limit(text: str) -> float | str:
@@ -210,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive_int, metavar="N")
     add("--max-batch-delay", type=positive_int, metavar="MS")
     add("--workers", type=positive_int, metavar="N")
+    add("--gpus", nargs="+", type=positive_int, default=[], metavar="N", help="servers with N GPUs in turn")
     add("--mps", action="store_true", help="workers share a GPU by NVIDIA MPS")
     add("--limit-empty", action="store_true", help="measure the empty handler too")
     add("--device", help="of --limit-network measure (default: cuda where there is one)")

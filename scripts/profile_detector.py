@@ -68,7 +68,7 @@ def _run_for_nsys(arguments: argparse.Namespace, service: DetectionService, imag
     answer = answer_call(service, images, largest)
     for _ in range(arguments.warm_up):
         answer(no_timing)
-    run_with_nvtx(answer, batches)
+    run_with_nvtx(answer, service.detector.device, batches)
     print(f"{batches} batches of {largest} with NVTX ranges")
 
 

@@ -12,6 +12,7 @@ scripts/lib/onnx/sensitivity.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -45,15 +46,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from lib.onnx.export import to_onnx
     from lib.onnx.quantization import image_paths, quantize, read_pixels
 
-    request = QuantizationRequest(
-        arguments.max_loss,
-        arguments.target,
-        arguments.ranges,
-        arguments.calibration_images,
-        arguments.check_images,
-        arguments.keep_float,
-        arguments.progress,
-    )
+    fields = dataclasses.fields(QuantizationRequest)
+    request = QuantizationRequest(**{each.name: getattr(arguments, each.name) for each in fields})
     paths = image_paths(arguments.calibration, request.calibration_images + request.check_images)
     model, class_names = load_network(arguments)
     height, width = arguments.input_size or model.variant.input_size_hw
@@ -98,7 +92,6 @@ def _report(
     print(f"{arguments.output}: DAMO-YOLO-{variant} in INT8 for {request.target}, {size_mb:.1f} MB")
     if arguments.report is not None:
         _write_report(arguments, request, variant, result, rows)
-        print(f"report: {arguments.report}")
     if arguments.plot is not None:
         from lib.measure.plots import BlockBar, plot_sensitivity
 
@@ -120,9 +113,7 @@ def _write_report(
     content = {
         "variant": variant,
         "weights": arguments.weights,
-        "max_loss": request.max_loss,
-        "target": request.target,
-        "ranges": request.ranges,
+        **{name: getattr(request, name) for name in ("max_loss", "target", "ranges")},
         "calibration_images": result.calibration_count,
         "check_images": result.check_count,
         "always_float32": request.float_blocks,
@@ -134,14 +125,12 @@ def _write_report(
     }
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     arguments.report.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"report: {arguments.report}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    renamed = {
-        "--calibration-pictures": "--calibration-images",
-        "--check-pictures": "--check-images",
-    }
-    parser = command_parser(__doc__, renamed_options=renamed)
+    renamed = {"--calibration-pictures": "--calibration-images", "--check-pictures": "--check-images"}
+    parser = command_parser(__doc__, renamed)
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -191,6 +180,7 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check-images", type=positive_int, default=16, help="(%(default)s)")
     parser.add_argument(
         "--keep-float",
+        dest="float_blocks",
         type=name_list,
         default=ALWAYS_FLOAT,
         metavar="A,B",

@@ -37,6 +37,8 @@ class Detector:
     def __init__(
         self, model: DamoYolo, config: ServingConfig, device: torch.device, model_dir: Path | None = None
     ) -> None:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device is {device}; CUDA devices found: {torch.cuda.device_count()}")
         self.config = config
         self.device = device
         self.input_size_hw = config.input_size_hw or model.variant.input_size_hw

@@ -1,6 +1,6 @@
 """Read the encoded images and the options of a request from a row of TorchServe.
 
-A row maps field names to a bytearray, a str, or a parsed JSON document. The image comes
+A row maps field names to a bytearray; it may also hold str or parsed JSON. The image comes
 
 - as the raw body (field `body`) of any content type,
 - as one multipart field `data`, `body` or `image`,
@@ -13,6 +13,8 @@ Options have the same name everywhere (`OPTION_NAMES`). The first place that has
 2. a form field or query parameter beside the image, as text,
 3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
 4. the server's default; for `format`, the Accept header first.
+
+Everywhere a number is written as in JSON. JSON is read strictly: no NaN, no name twice in an object.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import binascii
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,13 @@ _HEADER_PREFIX = "x-detect-"
 _OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
 _FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
 _BOOL_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
+_JSON_TYPE = "application/json"
+_WHITE_SPACE = " \t\r\n"
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_MAX_TEXT = 65_536  # characters of an option; a list of a million classes takes seconds
+_MAX_DIGITS = 64  # of a number; Python takes quadratic time for the digits of an int
+# Values and names in a JSON document; a million of them take a second and much memory.
+_MAX_JSON_ITEMS = 100_000
 _ACCEPTED_FORMS = (
     "send the encoded image as the request body, as multipart field data, body or image, or as base64 in "
     'JSON: {"image": "..."} or {"instances": [{"b64": "..."}]}'
@@ -86,9 +96,10 @@ class RequestParser:
             RequestError: broken JSON or base64, or more images than accepted.
         """
         texts = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-        content = self._image_field(row, texts)
-        values = _header_options(texts) | _form_options(row)
-        document = _json_document(content)
+        field = self._image_field(row, texts)
+        content = row[field]
+        values = _header_options(texts) | _form_options(row, headers)
+        document = _json_document(content, _content_type(headers, field, texts))
         images: tuple[EncodedImage, ...]
         if document is None:
             image = _as_image(content)
@@ -106,7 +117,7 @@ class RequestParser:
             )
         return ImageRequest(images, self._options(values), output_format, batched)
 
-    def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> Any:
+    def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> str:
         found = [name for name in _IMAGE_FIELDS if name in row]
         if len(found) > 1:
             raise RequestError(
@@ -117,7 +128,7 @@ class RequestParser:
             if "form-urlencoded" in header_texts.get("content-type", ""):
                 hint = " (its content type is a form; with curl use -T, or -H 'Content-Type: image/jpeg')"
             raise MissingImageError(f"the request has no image{hint}; {_ACCEPTED_FORMS}")
-        return row[found[0]]
+        return found[0]
 
     def _document_images(self, document: Mapping[str, Any]) -> tuple[tuple[EncodedImage, ...], bool]:
         if "image" in document and "instances" in document:
@@ -196,7 +207,7 @@ class RequestParser:
 
     def _max_detections(self, value: Any) -> int:
         limit = self.config.max_detections_limit
-        number = _parse_number(value, int) if isinstance(value, _Text) else value
+        number = _parse_number(value) if isinstance(value, _Text) else value
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= limit:
             raise InvalidOptionError(
                 f"max_detections is {_quoted(value)}; a whole number from 1 to {limit} is accepted "
@@ -205,7 +216,9 @@ class RequestParser:
         return number
 
     def _class_ids(self, value: Any) -> tuple[int, ...]:
-        entries = [entry.strip() for entry in value.split(",")] if isinstance(value, str) else value
+        entries = (
+            [entry.strip(_WHITE_SPACE) for entry in value.split(",")] if isinstance(value, str) else value
+        )
         if not isinstance(entries, list) or not entries or entries == [""]:
             raise InvalidOptionError(
                 f"classes is {_quoted(value)}; class names or ids are accepted, separated by commas or as a "
@@ -218,7 +231,7 @@ class RequestParser:
         last_id = len(self._id_of_class) - 1
         if isinstance(entry, str) and entry in self._id_of_class:
             return self._id_of_class[entry]
-        class_id = _parse_number(entry, int) if isinstance(entry, str) else entry
+        class_id = _parse_number(entry) if isinstance(entry, str) else entry
         if isinstance(class_id, int) and not isinstance(class_id, bool) and 0 <= class_id <= last_id:
             return class_id
         names = list(self._id_of_class)
@@ -241,23 +254,29 @@ def _header_options(header_texts: Mapping[str, str]) -> dict[str, Any]:
             raise InvalidOptionError(
                 f"unknown header {_quoted(name)}; known are {', '.join(sorted(_OPTION_OF_HEADER))}"
             )
-    return {_OPTION_OF_HEADER[name]: _Text(value.strip()) for name, value in found.items()}
+    return {_OPTION_OF_HEADER[name]: _Text(value.strip(_WHITE_SPACE)) for name, value in found.items()}
 
 
-def _form_options(row: Mapping[str, Any]) -> dict[str, Any]:
+def _form_options(row: Mapping[str, Any], headers: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in row.items() if name not in _IMAGE_FIELDS + _IGNORED_FIELDS}
     _refuse_unknown(fields, "field")
-    return {name: _form_text(name, value) for name, value in fields.items()}
+    return {
+        name: _form_value(name, value, _content_type(headers, name, {})) for name, value in fields.items()
+    }
 
 
-def _form_text(name: str, value: Any) -> Any:
-    """The text of a form field; one that is already parsed, as a JSON part is, stays as it is."""
+def _form_value(name: str, value: Any, content_type: str) -> Any:
+    """The text of a form field, or the value of one that is JSON."""
     if isinstance(value, bytes | bytearray | memoryview):
         try:
             value = bytes(value).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InvalidOptionError(f"{name} is {_quoted(value)}; UTF-8 text is accepted") from error
-    return _Text(value.strip()) if isinstance(value, str) else value
+        if content_type.startswith(_JSON_TYPE):
+            return _parse_json(value, name)
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        raise InvalidOptionError(f"{name} has {len(value)} characters; at most {_MAX_TEXT} are accepted")
+    return _Text(value.strip(_WHITE_SPACE)) if isinstance(value, str) else value
 
 
 def _document_options(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,27 +293,86 @@ def _refuse_unknown(fields: Mapping[str, Any], what: str) -> None:
             )
 
 
-def _json_document(content: Any) -> Mapping[str, Any] | None:
+def asks_for_model_card(row: Mapping[str, Any], headers: Mapping[str, Any]) -> bool:
+    """Whether the row is TorchServe's question for a description, which comes with a header and no content.
+
+    A client can send that header too; beside an image it has no effect.
+    """
+    return headers.get("describe") == "True" and not any(row.values())
+
+
+def _content_type(headers: Mapping[str, Any], field: str, header_texts: Mapping[str, str]) -> str:
+    """Of a multipart field; else of the request. Lower case."""
+    of_field = headers.get(field)
+    found = of_field.get("content-type") if isinstance(of_field, Mapping) else None
+    return (found if isinstance(found, str) and found else header_texts.get("content-type", "")).lower()
+
+
+def _json_document(content: Any, content_type: str) -> Mapping[str, Any] | None:
     """The JSON object in the content, or None if it is an image.
 
-    TorchServe parses JSON only if the content type is exactly application/json. Otherwise the first character
-    decides: no image format begins with a brace.
+    Clients send JSON with all kinds of content types. Then the first character decides: no image format
+    begins with a brace.
     """
     if isinstance(content, str | bytes | bytearray | memoryview):
         opening = content[:64].encode() if isinstance(content, str) else bytes(content[:64])
-        if not opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        looks_like_json = opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+        if not looks_like_json and not content_type.startswith(_JSON_TYPE):
             return None
-        try:
-            content = json.loads(bytes(content) if isinstance(content, memoryview) else content)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"the request begins like JSON but is not valid: {_quoted(str(error))}; {_ACCEPTED_FORMS}"
-            ) from error
+        content = _parse_json(content, "the JSON document")
     if not isinstance(content, Mapping):
         raise RequestError(
             f"the JSON document is {_quoted(content)}; an object is accepted: {_ACCEPTED_FORMS}"
         )
     return content
+
+
+def _parse_json(content: str | bytes | bytearray | memoryview, what: str) -> Any:
+    """Read JSON strictly and in bounded time.
+
+    Raises:
+        RequestError: says what is wrong, and never quotes the content.
+    """
+    try:
+        text = content if isinstance(content, str) else str(content, "utf-8-sig")
+        if sum(map(text.count, ",:[{")) > _MAX_JSON_ITEMS:
+            raise _InvalidJsonError(f"more than {_MAX_JSON_ITEMS} values and names")
+        return json.loads(
+            text,
+            object_pairs_hook=_unique_names,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int,
+        )
+    except _InvalidJsonError as error:
+        reason = str(error)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 at byte {error.start}"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos}"
+    except RecursionError:
+        reason = "nested too deeply"
+    raise RequestError(f"{what} is not valid JSON: {reason}; {_ACCEPTED_FORMS}")
+
+
+class _InvalidJsonError(Exception):
+    """JSON that Python's reader would accept."""
+
+
+def _unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _InvalidJsonError("an object has a name twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _InvalidJsonError(f"{name} is no JSON number")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise _InvalidJsonError(f"a number of more than {_MAX_DIGITS} digits")
+    return int(digits)
 
 
 def _as_image(content: Any) -> EncodedImage:
@@ -307,15 +385,16 @@ def _as_image(content: Any) -> EncodedImage:
     return image
 
 
-def _parse_number(text: str, number_type: type[int] | type[float]) -> int | float | None:
-    try:
-        return number_type(text)
-    except ValueError:
+def _parse_number(text: str) -> int | float | None:
+    """The value of a number as JSON has it, None for any other text; Python's own functions accept more."""
+    if len(text) > _MAX_DIGITS or not _NUMBER.fullmatch(text):
         return None
+    number: int | float = json.loads(text)
+    return number
 
 
 def _number_0_to_1(name: str, value: Any) -> float:
-    number = _parse_number(value, float) if isinstance(value, _Text) else value
+    number = _parse_number(value) if isinstance(value, _Text) else value
     # The comparison also refuses NaN.
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 1:
         raise InvalidOptionError(f"{name} is {_quoted(value)}; a number from 0 to 1 is accepted")
@@ -350,7 +429,7 @@ def _format_of_accept(accept: str) -> OutputFormat:
         quality = 1.0
         for parameter in parameters:
             if parameter.startswith("q="):
-                quality = _parse_number(parameter[2:], float) or 0.0
+                quality = _parse_number(parameter[2:]) or 0.0
         if not 0 < quality <= 1:  # also NaN
             continue
         output_format = _FORMAT_OF_CONTENT_TYPE.get(media_type, "json")

@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from damoyolo.decode import decode_reduced
 from damoyolo.detector import Detector
 from damoyolo.errors import (
@@ -19,9 +17,10 @@ from damoyolo.errors import (
     InternalError,
     RequestError,
 )
+from damoyolo.failures import Failure, classify, free_cached_memory
 from damoyolo.formats import EncodedImage, reduce_image
 from damoyolo.memory_budget import MemoryBudget
-from damoyolo.request import ImageRequest, RequestParser
+from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.response import (
     CONTENT_TYPES,
     DRAWING_BYTES_PER_PIXEL,
@@ -36,8 +35,6 @@ from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)
 
-Outcome = Detections | RequestError
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -48,14 +45,21 @@ class Answer:
     error: RequestError | None = None
 
 
+Outcome = Detections | RequestError
+Parsed = ImageRequest | RequestError | Answer
+
+
 class DetectionService:
     """Answers batches of requests with a detector.
+
+    model_card: JSON that answers a request for the model's description.
 
     Not for several threads at once: one batch at a time.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, model_card: bytes = b"{}") -> None:
         self.detector = detector
+        self._model_card = model_card
         self._parser = RequestParser(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
         self._drawing_budget = MemoryBudget(detector.config.max_decode_bytes)  # nothing else decodes then
@@ -84,14 +88,39 @@ class DetectionService:
         with time_stage(RESPOND):
             return self._respond_to_all(requests, outcomes)
 
-    def _parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest | RequestError:
+    def answer_failure(self, error: Exception, doing: str) -> Answer:
+        """The answer to a request that failed unexpectedly; the log gets the error.
+
+        doing: what failed, for log and client.
+
+        Raises:
+            DeviceLostError: this process cannot answer any further batch.
+        """
+        refusal = self._refusal(error, self._classify(error), doing)
+        return Answer(format_error(refusal), CONTENT_TYPES["json"], refusal)
+
+    def _classify(self, error: Exception) -> Failure:
+        failure = classify(error, self.detector.device)
+        if failure is Failure.DEVICE_LOST:
+            raise DeviceLostError(str(error)) from error
+        return failure
+
+    def _refusal(self, error: Exception, failure: Failure, doing: str) -> RequestError:
+        if failure is Failure.OUT_OF_MEMORY:
+            logger.warning("too little free memory: %s", doing, exc_info=error)
+            return DeviceMemoryError(f"the server has too little free memory: {doing}")
+        logger.error("unexpected failure: %s", doing, exc_info=error)
+        return InternalError(f"the server failed; its log has the cause: {doing}")
+
+    def _parse(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Parsed:
         try:
+            if asks_for_model_card(row, headers):
+                return Answer(self._model_card, CONTENT_TYPES["json"])
             return self._parser.parse(row, headers)
         except RequestError as error:
             return error
-        except Exception:
-            logger.exception("unexpected failure while reading a request")
-            return InternalError("the server failed to read this request; its log has the cause")
+        except Exception as error:
+            return self.answer_failure(error, "reading a request")
 
     def _detect(
         self, images: list[EncodedImage], options: list[DetectionOptions], time_stage: StageTimer
@@ -102,26 +131,20 @@ class DetectionService:
         try:
             return self.detector.detect(images, options, time_stage)
         except Exception as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise DeviceLostError(str(error)) from error
-            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            failure = self._classify(error)
             if len(images) == 1:
-                logger.exception("failure on a single image")
-                if out_of_memory:
-                    return [DeviceMemoryError("too little free memory on the device for this image")]
-                return [InternalError("the server failed on this image; its log has the cause")]
-            logger.warning("a batch of %d failed (%s); halving it", len(images), type(error).__name__)
-            if out_of_memory and self.detector.device.type == "cuda":
-                torch.cuda.empty_cache()
+                return [self._refusal(error, failure, "processing an image")]
+        # After the exception is gone, which holds what the failed call had allocated.
+        if failure is Failure.OUT_OF_MEMORY:
+            logger.warning("a batch of %d needs more memory than is free; halving it", len(images))
+            free_cached_memory(self.detector.device)
         half = len(images) // 2
         first = self._detect(images[:half], options[:half], time_stage)
         return first + self._detect(images[half:], options[half:], time_stage)
 
-    def _respond_to_all(
-        self, requests: list[ImageRequest | RequestError], outcomes: Iterator[Outcome]
-    ) -> list[Answer]:
-        jobs: list[tuple[ImageRequest | RequestError, list[Outcome]]] = [
-            (request, [] if isinstance(request, RequestError) else [next(outcomes) for _ in request.images])
+    def _respond_to_all(self, requests: list[Parsed], outcomes: Iterator[Outcome]) -> list[Answer]:
+        jobs: list[tuple[Parsed, list[Outcome]]] = [
+            (request, [next(outcomes) for _ in request.images] if isinstance(request, ImageRequest) else [])
             for request in requests
         ]
         # Formatting JSON holds the interpreter lock, so threads only help where images are drawn.
@@ -130,9 +153,7 @@ class DetectionService:
         texts = self._format_together(jobs)
         return [self._respond(*job, text=texts.get(index)) for index, job in enumerate(jobs)]
 
-    def _format_together(
-        self, jobs: Sequence[tuple[ImageRequest | RequestError, list[Outcome]]]
-    ) -> dict[int, bytes]:
+    def _format_together(self, jobs: Sequence[tuple[Parsed, list[Outcome]]]) -> dict[int, bytes]:
         """The JSON bodies of successful requests of one image, by index of the job."""
         images = {
             index: outcomes[0]
@@ -143,26 +164,24 @@ class DetectionService:
         }
         try:
             texts = format_json_each(list(images.values()), self.detector.config.class_names)
-        except Exception:
+        except Exception as error:
             # Each is then written by itself, so that only the request that causes the failure has it.
-            logger.exception("unexpected failure while writing the answers of a batch")
+            self.answer_failure(error, "writing the answers of a batch")
             return {}
         return dict(zip(images, texts, strict=True))
 
-    def _respond(
-        self, request: ImageRequest | RequestError, outcomes: list[Outcome], text: bytes | None = None
-    ) -> Answer:
+    def _respond(self, request: Parsed, outcomes: list[Outcome], text: bytes | None = None) -> Answer:
         """text: the body, if it is already written."""
+        if isinstance(request, Answer):
+            return request
         try:
             if isinstance(request, RequestError):
                 raise request
             return self._format(request, outcomes, text)
         except RequestError as error:
             return Answer(format_error(error), CONTENT_TYPES["json"], error)
-        except Exception:
-            logger.exception("unexpected failure while writing an answer")
-            internal = InternalError("the server failed to write this answer; its log has the cause")
-            return Answer(format_error(internal), CONTENT_TYPES["json"], internal)
+        except Exception as error:
+            return self.answer_failure(error, "writing an answer")
 
     def _format(self, request: ImageRequest, outcomes: list[Outcome], text: bytes | None) -> Answer:
         config = self.detector.config
@@ -190,7 +209,8 @@ class DetectionService:
         if len(body) > config.max_response_bytes:
             raise ImageTooLargeError(
                 f"the answer as {request.output_format} has {len(body)} bytes; at most "
-                f"{config.max_response_bytes} are sent (server setting max_response_bytes); "
+                f"{config.max_response_bytes} are sent (settings max_response_bytes of the archive and "
+                "max_response_size of the server); "
                 "format jpeg is smaller than png, and json smaller than both"
             )
         return Answer(body, CONTENT_TYPES[request.output_format])

@@ -1,14 +1,8 @@
 """Comparing detections of two sources, and images as files."""
 
-from __future__ import annotations
-
 import os
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from damoyolo.structures import Detections
 
 # float32 makes one image's result independent of its neighbours to within rounding (a server answers to
 # hundredths of a pixel). Another precision can be tried with this variable: kernels chosen by batch size
@@ -24,19 +18,15 @@ BOX_TOLERANCE_PX = 0.02 if EXACT else 2.0
 
 
 def assert_same_detections(
-    answer: dict[str, Any],
-    expected: Detections,
-    score_tolerance: float = SCORE_TOLERANCE,
-    box_tolerance_px: float = BOX_TOLERANCE_PX,
-    score_threshold: float = 0.25,
-) -> None:
+    answer, expected, score_tolerance=SCORE_TOLERANCE, box_tolerance_px=BOX_TOLERANCE_PX, score_threshold=0.25
+):
     """A server's answer holds the detections `expected`, whatever the order among nearly equal scores.
 
     Only a detection whose score lies within the tolerance of the threshold may be there in one alone.
     """
     height, width = expected.image_size_hw
     assert (answer["width"], answer["height"]) == (width, height)
-    boxes: NDArray[np.float32] = expected.boxes_xyxy.clip(0, [width, height, width, height])
+    boxes = expected.boxes_xyxy.clip(0, [width, height, width, height])
     unmatched = set(range(len(expected)))
     for found in answer["detections"]:
         match = min(
@@ -54,7 +44,7 @@ def assert_same_detections(
     assert not missing, f"missing: {[(expected.class_ids[i], expected.scores[i]) for i in missing]}"
 
 
-def iou(box_a: list[float], box_b: list[float]) -> float:
+def iou(box_a, box_b):
     """Intersection over union of two xyxy boxes."""
     width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
     height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])

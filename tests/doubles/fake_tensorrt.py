@@ -5,40 +5,33 @@ is described by the plan alone. `test_the_stand_in_has_nothing_that_the_real_mod
 the real module where that is installed. Names and signatures are those of TensorRT 10.16.1 and 11.4.0.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import enum
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections import UserList
 
 import numpy as np
 import onnx
-import pytest
+import onnx.parser
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from onnx import helper, numpy_helper
 
 from damoyolo.backends import tensorrt as tensorrt_backend
-from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetadata
-from damoyolo.structures import RawPredictions
+from damoyolo.backends.onnx_metadata import OUTPUT_NAMES
+from damoyolo.boxes import STRIDES
 
 __version__ = "11.4.0.106"
 
-Network = Callable[[Tensor], RawPredictions]
-
 # What a test may set: the network that engines run, and the calls that fail.
-network: Network | None = None
-failing: set[str] = set()
-calls: list[str] = []
+network = None
+failing = set()
+calls = []
 
 
-def install(monkeypatch: pytest.MonkeyPatch, engine_network: Network | None = None) -> None:
+def install(monkeypatch, engine_network=None):
     """Let `import tensorrt` give this module, as if new, and let the CPU pass for a GPU."""
     global network
     network = engine_network
@@ -48,15 +41,15 @@ def install(monkeypatch: pytest.MonkeyPatch, engine_network: Network | None = No
     monkeypatch.setattr(tensorrt_backend, "Gpu", Gpu)
 
 
-def _call(name: str) -> bool:
+def _call(name):
     """Record a call; whether it succeeds."""
     calls.append(name)
     return name not in failing
 
 
-class DataType(enum.Enum):
-    FLOAT = 0
-    UINT8 = 5
+def _require_type(value, *types):
+    if type(value) not in types:
+        raise TypeError("incompatible function arguments")
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -70,88 +63,58 @@ class BuilderFlag(enum.Enum):
 class Logger:
     WARNING = 2
 
-    def __init__(self, min_severity: int = WARNING) -> None:
-        self.min_severity = min_severity
+    def __init__(self, min_severity):
+        pass
 
 
-class IHostMemory:
-    """A buffer, as in the real module through the buffer protocol, which Python 3.10 lacks for classes."""
-
-    def __new__(cls, content: bytes) -> Any:
-        return memoryview(content)
-
-
-class Dims:
+class Dims(UserList):
     """Sizes; a sequence, but no tuple."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self._shape = tuple(shape)
-
-    def __len__(self) -> int:
-        return len(self._shape)
-
-    def __getitem__(self, index: int) -> int:
-        return self._shape[index]
 
 
 class IOptimizationProfile:
-    def __init__(self) -> None:
-        self._shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
-
-    def set_shape(self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]) -> None:
-        self._shapes[input] = (tuple(min), tuple(opt), tuple(max))
+    def set_shape(self, input, min, opt, max):
+        self._shapes = {input: (min, opt, max)}
 
 
 class INetworkDefinition:
-    def __init__(self, flags: int = 0) -> None:
+    def __init__(self, flags=0):
         self._strongly_typed = bool(flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self._content: bytes | None = None
 
 
 class ParserError:
-    def desc(self) -> str:
-        return "no importer for this operator"
-
-    def node(self) -> int:
-        return 7
-
-    def node_name(self) -> str:
-        return "node_odd"
-
-    def node_operator(self) -> str:
-        return "Odd"
+    desc = staticmethod(lambda: "no importer for this operator")
+    node = staticmethod(lambda: 7)
+    node_name = staticmethod(lambda: "node_odd")
+    node_operator = staticmethod(lambda: "Odd")
 
 
 class OnnxParser:
-    def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
-        self._network = network
-        self.num_errors = 0
+    num_errors = 0
 
-    def get_error(self, index: int) -> ParserError:
+    def __init__(self, network, logger):
+        self._network = network
+
+    def get_error(self, index):
         return ParserError()
 
-    def parse(self, model: bytes) -> bool:
-        if not isinstance(model, bytes):
-            raise TypeError("incompatible function arguments")
+    def parse(self, model):
+        _require_type(model, bytes)
         self._network._content = model
-        done = _call("parse")
-        self.num_errors = int(not done)
-        return done
+        self.num_errors = int("parse" in failing)
+        return _call("parse")
 
 
 class IBuilderConfig:
-    def __init__(self) -> None:
+    def __init__(self):
         self._flags = {BuilderFlag.TF32}
-        self._profiles: list[IOptimizationProfile] = []
+        self._profiles = []
 
-    def clear_flag(self, flag: BuilderFlag) -> None:
+    def clear_flag(self, flag):
         self._flags.discard(flag)
 
-    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
-        if not _call("add_optimization_profile"):
-            return -1
+    def add_optimization_profile(self, profile):
         self._profiles.append(profile)
-        return len(self._profiles) - 1
+        return len(self._profiles) - 1 if _call("add_optimization_profile") else -1
 
 
 class Builder:
@@ -159,175 +122,130 @@ class Builder:
     create_builder_config = IBuilderConfig
     create_optimization_profile = IOptimizationProfile
 
-    def __init__(self, logger: Logger) -> None:
-        if not isinstance(logger, Logger):
-            raise TypeError("incompatible function arguments")
+    def __init__(self, logger):
+        _require_type(logger, Logger)
 
-    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Any:
-        """A plan that describes the engine."""
+    def build_serialized_network(self, network, config):
+        """A plan that describes the engine, as a buffer and not as bytes."""
         if not _call("build_serialized_network"):
             return None
-        assert network._content is not None, "nothing was parsed"
         assert network._strongly_typed, "TensorRT 10 would choose types by itself"
-        model = onnx.load_model_from_string(network._content)
-        sides = {
-            each.name: [dim.dim_value or -1 for dim in each.type.tensor_type.shape.dim]
-            for each in (*model.graph.input, *model.graph.output)
-        }
+        graph = onnx.load_model_from_string(network._content).graph
         content = {
-            "shapes": sides,
-            "inputs": [each.name for each in model.graph.input],
+            "input": graph.input[0].name,
+            "channels": {each.name: each.type.tensor_type.shape.dim[1].dim_value for each in graph.output},
             "profiles": [profile._shapes for profile in config._profiles],
             "tf32": BuilderFlag.TF32 in config._flags,
-            "weight_types": sorted({each.data_type for each in model.graph.initializer}),
+            "weight_types": sorted({each.data_type for each in graph.initializer}),
         }
-        return IHostMemory(json.dumps(content).encode())
+        return memoryview(json.dumps(content).encode())
 
 
 class Runtime:
-    def __init__(self, logger: Logger) -> None:
-        if not isinstance(logger, Logger):
-            raise TypeError("incompatible function arguments")
+    def __init__(self, logger):
+        _require_type(logger, Logger)
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine):
         return ICudaEngine(json.loads(serialized_engine)) if _call("deserialize_cuda_engine") else None
 
 
 class ICudaEngine:
-    def __init__(self, content: dict[str, Any]) -> None:
+    def __init__(self, content):
         self._content = content
-        self._names = list(content["shapes"])
 
-    @property
-    def num_io_tensors(self) -> int:
-        return len(self._names)
-
-    @property
-    def num_optimization_profiles(self) -> int:
-        return len(self._content["profiles"])
-
-    def get_tensor_name(self, index: int) -> str:
-        return self._names[index]
-
-    def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType.UINT8 if name in self._content["inputs"] else DataType.FLOAT
-
-    def get_tensor_shape(self, name: str) -> Dims:
-        return Dims(self._content["shapes"][name])
-
-    def create_execution_context(self) -> IExecutionContext | None:
-        return IExecutionContext(self) if _call("create_execution_context") else None
+    def create_execution_context(self):
+        return IExecutionContext(self._content) if _call("create_execution_context") else None
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine) -> None:
-        self._engine = engine
+    def __init__(self, content):
+        self._content = content
         self._profile = 0
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
+        self._shape = None
+        self._addresses = {}
 
     @property
-    def active_optimization_profile(self) -> int:
+    def active_optimization_profile(self):
         return self._profile
 
-    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return False
+    def set_optimization_profile_async(self, profile_index, stream_handle):
         self._profile = profile_index
-        self._shapes.clear()  # as the real one does
+        self._shape = None  # as the real one does
         return _call("set_optimization_profile_async")
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if type(shape) not in (tuple, list, Dims):
-            raise TypeError("incompatible function arguments")
-        low, _, high = self._engine._content["profiles"][self._profile][name]
+    def set_input_shape(self, name, shape):
+        _require_type(shape, tuple, list, Dims)
+        low, _, high = self._content["profiles"][self._profile][name]
         if not all(a <= side <= b for a, side, b in zip(low, shape, high, strict=True)):
             return False
-        self._shapes[name] = tuple(shape)
+        self._shape = shape
         return _call("set_input_shape")
 
-    def get_tensor_shape(self, name: str) -> Dims:
-        """Sizes of an output follow from the input; -1 where that is not set."""
-        if name in self._engine._content["inputs"] or not self._shapes:
-            return Dims(self._shapes.get(name, self._engine._content["shapes"][name]))
-        (images,) = self._shapes.values()
+    def get_tensor_shape(self, name):
+        """Of an output; sizes follow from the input, and are -1 where that is not set."""
+        count, _, height, width = self._shape or (-1,) * 4
         stride = int(name.rpartition("_")[2])
-        channels = self._engine._content["shapes"][name][1]
-        return Dims((images[0], channels, images[2] // stride, images[3] // stride))
+        return Dims((count, self._content["channels"][name], height // stride, width // stride))
 
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self._engine._names:
-            return False
+    def set_tensor_address(self, name, memory):
         self._addresses[name] = memory
         return _call("set_tensor_address")
 
-    def execute_async_v3(self, stream_handle: int) -> bool:
+    def execute_async_v3(self, stream_handle):
         if not _call("execute_async_v3"):
             return False
         assert stream_handle != 0, "the default stream makes TensorRT synchronise the device"
-        assert network is not None, "the test set no network"
-        (input_name,) = self._engine._content["inputs"]
         # An engine sees plain rows at an address, whatever strides the tensor had.
-        pixels = _memory(self._addresses[input_name], self._shapes[input_name], torch.uint8).clone()
-        names = [name for name in self._engine._names if name != input_name]
-        raw = network(pixels)
-        for name, values in zip(names, (*raw.class_logits, *raw.distance_logits), strict=True):
+        raw = network(_memory(self._addresses[self._content["input"]], self._shape, torch.uint8).clone())
+        outputs = (*raw.class_logits, *raw.distance_logits)
+        for name, values in zip(self._content["channels"], outputs, strict=True):
             shape = tuple(self.get_tensor_shape(name))
             _memory(self._addresses[name], shape, torch.float32).copy_(values.reshape(shape))
         return True
 
 
-def _memory(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    buffer = (ctypes.c_char * size).from_address(address)
+def _memory(address, shape, dtype):
+    buffer = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
 
 
 class Gpu:
     """In place of `damoyolo.backends.tensorrt.Gpu`: the CPU, under another name."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.name = "Stand-in GPU"
-        self.compute_capability = "9.0"
+    name = "Stand-in GPU"
+    compute_capability = "9.0"
 
-    def selected(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def __init__(self, device):
+        self.selected = contextlib.nullcontext
 
     @contextlib.contextmanager
-    def stream(self) -> Iterator[int]:
+    def stream(self):
         calls.append("stream begins")
         yield 7
         calls.append("stream ends")
 
 
-def public_names() -> Iterator[tuple[str, str | None]]:
-    """Each class of this stand-in, alone and with each of its public attributes."""
+def public_names():
+    """Each class of this stand-in, and each of its public attributes after a dot."""
     for name, value in list(globals().items()):
         if isinstance(value, type) and value.__module__ == __name__ and value is not Gpu:
-            yield name, None
+            yield name
             members = value.__members__ if issubclass(value, enum.Enum) else vars(value)
-            for attribute in members:
-                if not attribute.startswith("_"):
-                    yield name, attribute
+            yield from (f"{name}.{attribute}" for attribute in members if not attribute.startswith("_"))
 
 
-def write_onnx(path: Path, metadata: OnnxMetadata) -> Path:
+def write_onnx(path, metadata):
     """A file with the inputs, outputs and metadata of the network, but one convolution for each output."""
-    generator = np.random.default_rng(1)
     channels = [metadata.num_classes] * 3 + [4 * (metadata.reg_max + 1)] * 3
-    nodes = [helper.make_node("Cast", [INPUT_NAME], ["pixels"], name="cast", to=TensorProto.FLOAT)]
-    weights, outputs = [], []
-    for name, count in zip(OUTPUT_NAMES, channels, strict=True):
-        stride = int(name.rpartition("_")[2])
-        values = (generator.standard_normal((count, 3, stride, stride)) / 50 / stride).astype(np.float32)
-        weights.append(numpy_helper.from_array(values, f"{name}.weight"))
-        inputs = ["pixels", f"{name}.weight"]
-        nodes.append(helper.make_node("Conv", inputs, [name], name=f"{name}.conv", strides=[stride, stride]))
-        shape = ["batch", count, None, None]
-        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    images = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["batch", 3, "height", "width"])
-    graph = helper.make_graph(nodes, "network", [images], outputs, weights)
+    outputs, nodes, weights = [], ["pixels = Cast <to = 1> (images)"], []
+    for name, count, stride in zip(OUTPUT_NAMES, channels, STRIDES * 2, strict=True):
+        outputs.append(f"float[batch, {count}, height_{stride}, width_{stride}] {name}")
+        nodes.append(f"{name} = Conv <strides = [{stride}, {stride}]> (pixels, {name}_weight)")
+        values = np.zeros((count, 3, stride, stride), np.float32)
+        weights.append(numpy_helper.from_array(values, f"{name}_weight"))
+    signature = f"(uint8[batch, 3, height, width] images) => ({', '.join(outputs)})"
+    graph = onnx.parser.parse_graph(f"network {signature} {{ {' '.join(nodes)} }}")
+    graph.initializer.extend(weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, metadata.to_metadata())
     onnx.save(model, path)

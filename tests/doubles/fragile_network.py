@@ -1,7 +1,5 @@
 """A network equivalent to the demo network, with one block that is sensitive to INT8."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -11,9 +9,7 @@ FRAGILE = "backbone.block_list.2.block_list.1"
 ALL_BUT_ONE_STAGE = ("head", "neck", *(f"backbone.block_list.{index}" for index in (0, 1, 3, 4, 5)))
 
 
-def with_fragile_block(
-    network: onnx.ModelProto, name: str = FRAGILE, factor: float = 2.0**12
-) -> onnx.ModelProto:
+def with_fragile_block(network, name=FRAGILE, factor=2.0**12):
     """The same function, with one channel inside a residual block much larger than its neighbours.
 
     ReLU commutes with a positive factor, so the next convolution undoes it, exactly for a power of two.

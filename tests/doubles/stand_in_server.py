@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any
 
 
 @dataclass
@@ -32,84 +30,84 @@ class Asked:
     body: bytes
 
 
-def found(*detections: Mapping[str, Any], width: int = 640, height: int = 480) -> Reply:
+def found(*detections, width=640, height=480):
     """The reply of an image with these detections."""
     answer = {"width": width, "height": height, "detections": list(detections)}
     return Reply(body=json.dumps(answer).encode(), headers={"Content-Type": "application/json"})
 
 
-def failed(status: int, kind: str, message: str) -> Reply:
+def failed(status, kind, message):
     """An error reply in the server's form."""
     return Reply(status, json.dumps({"code": status, "type": kind, "message": message}).encode())
 
 
-class StandInServer:
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        reply = self.server.reply_to(
+            Asked(self.command, self.path, dict(self.headers), body), self.client_address
+        )
+        if reply.drop:
+            self.wfile.write(reply.body)
+            self.close_connection = True
+            return
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(reply.body)))
+        if reply.status >= 400:  # as TorchServe does
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    do_GET = do_PUT = do_POST  # noqa: N815 (names of the base class)
+
+    def log_message(self, format, *args):
+        """Keep quiet."""
+
+
+class StandInServer(ThreadingHTTPServer):
     """Serves on a free port of 127.0.0.1 while entered; `answer` is called in a thread of each request."""
 
-    def __init__(self, answer: Callable[[Asked], Reply]) -> None:
-        self.asked: list[Asked] = []
-        self.connections: set[Any] = set()
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, answer):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/predictions/damoyolo"
+        self.asked = []
+        self.connections = set()
         self.most_at_once = 0
-        lock, under_way = threading.Lock(), 0
-        stand_in = self
+        self._answer, self._lock, self._under_way = answer, threading.Lock(), 0
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
+    def reply_to(self, asked, client):
+        """Record a request and answer it."""
+        with self._lock:
+            self.asked.append(asked)
+            self.connections.add(client)
+            self._under_way += 1
+            self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            return self._answer(asked)
+        finally:
+            with self._lock:
+                self._under_way -= 1
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                asked = Asked(self.command, self.path, dict(self.headers), body)
-                nonlocal under_way
-                with lock:
-                    stand_in.asked.append(asked)
-                    stand_in.connections.add(self.client_address)
-                    under_way += 1
-                    stand_in.most_at_once = max(stand_in.most_at_once, under_way)
-                try:
-                    reply = answer(asked)
-                finally:
-                    with lock:
-                        under_way -= 1
-                if reply.drop:
-                    self.wfile.write(reply.body)
-                    self.close_connection = True
-                    return
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(reply.body)))
-                if reply.status >= 400:  # as TorchServe does
-                    self.send_header("Connection", "close")
-                self.end_headers()
-                self.wfile.write(reply.body)
+    def handle_error(self, request, client_address):
+        """A client that gave up is no error of the test."""
 
-            do_GET = do_PUT = do_POST  # noqa: N815 (names of the base class)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Keep quiet."""
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = False
-            request_queue_size = 64
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client that gave up is no error of the test."""
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/predictions/damoyolo"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> StandInServer:
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
         self._thread.join()
 
 
@@ -126,13 +124,13 @@ ts_inference_requests_total{{model_name="m",model_version="default",hostname="h"
 class StandInModel(StandInServer):
     """A model "m" with management and metrics: answers after 10 ms, counts batches of four and 5 ms."""
 
-    def __init__(self) -> None:
-        super().__init__(self._answer)
+    def __init__(self):
+        super().__init__(self._model_answer)
         self.base_url = self.url.removesuffix("/predictions/damoyolo")
         self.workers = 1
         self.worker_status = "READY"
 
-    def _answer(self, asked: Asked) -> Reply:
+    def _model_answer(self, asked):
         if asked.method == "POST":
             time.sleep(0.01)
             return Reply(body=b'{"detections":[]}')

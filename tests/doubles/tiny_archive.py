@@ -1,9 +1,6 @@
 """An unpacked archive of a small untrained network, for tests that need a real detector quickly."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import torch
 
@@ -22,7 +19,7 @@ SETTINGS = {
 }
 
 
-def write_tiny_archive(folder: Path) -> Path:
+def write_tiny_archive(folder):
     """Write it into a new folder, with the project's modules."""
     folder.mkdir()
     torch.manual_seed(0)

@@ -1,27 +1,24 @@
 """Ways in which a backend can be wrong without an error; each changes correct predictions of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from damoyolo.structures import RawPredictions
 
 Wrong = Callable[[RawPredictions], RawPredictions]
 
 
-def _with_classes(raw: RawPredictions, change: Callable[[Tensor], Tensor]) -> RawPredictions:
+def _with_classes(raw, change):
     return RawPredictions(tuple(map(change, raw.class_logits)), raw.distance_logits)
 
 
-def _with_distances(raw: RawPredictions, change: Callable[[Tensor], Tensor]) -> RawPredictions:
+def _with_distances(raw, change):
     return RawPredictions(raw.class_logits, tuple(map(change, raw.distance_logits)))
 
 
-def _without_class(index: int) -> Wrong:
-    def change(logits: Tensor) -> Tensor:
+def _without_class(index):
+    def change(logits):
         changed = logits.clone()
         changed[:, index] = -9.0  # a score of 0.0001
         return changed
@@ -29,20 +26,20 @@ def _without_class(index: int) -> Wrong:
     return lambda raw: _with_classes(raw, change)
 
 
-def _first_nan(logits: Tensor) -> Tensor:
+def _first_nan(logits):
     changed = logits.clone()
     changed[-1, 0, 0, 0] = torch.nan
     return changed
 
 
-def _in_batches_only(raw: RawPredictions) -> RawPredictions:
+def _in_batches_only(raw):
     """Wrong in one profile: the last image of a batch of two or more gets the boxes of the first."""
     if len(raw.class_logits[0]) == 1:
         return raw
     return _with_distances(raw, lambda logits: torch.cat((logits[:-1], logits[:1])))
 
 
-WRONG_BACKENDS: dict[str, Wrong] = {
+WRONG_BACKENDS = {
     "sides swapped": lambda raw: _with_distances(raw, lambda logits: logits.roll(logits.shape[1] // 4, 1)),
     "boxes shifted by a bin": lambda raw: _with_distances(raw, lambda logits: logits.roll(1, 1)),
     "boxes shifted by a cell": lambda raw: _with_distances(raw, lambda logits: logits.roll(1, 3)),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import operator
+import os
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import ts
 import yaml
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
 from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
-from damoyolo.errors import DeviceLostError
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
-from damoyolo_handler import DamoYoloHandler, _share_machine
+from damoyolo_handler import COUNTERS, DamoYoloHandler, _share_machine
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +47,20 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
     threads = torch.get_num_threads()
     made = Service("damoyolo", str(model_dir), manifest, handler.handle, None, 8, metrics_cache=metrics)
     made.set_cl_socket(None)
-    handler.initialize(made.context)
     made.handler = handler
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_DECODE_INPUT_REQUEST", "true")  # the handler changes it; restored afterwards
+        handler.initialize(made.context)
+        assert os.environ["TS_DECODE_INPUT_REQUEST"] == "false"
+        yield made
+    logging.captureWarnings(False)
     handler.service.close()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def smear(project_dir: Path) -> bytes:
+    return (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,7 @@ def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(
         yield
         events.append("unlock")
 
+    monkeypatch.setattr("damoyolo_handler.describe_model", lambda *_: {})
     monkeypatch.setattr("damoyolo_handler.exclusive_device_lock", lock)
     monkeypatch.setattr("damoyolo_handler.Detector.from_settings", load)
     monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
@@ -171,7 +185,9 @@ def read_answers(message: bytes) -> list[tuple[str, int, bytes, dict[str, str]]]
         position += length
         data()  # content type
         status = number()
-        data()  # reason
+        reason = data().decode("ascii")
+        assert reason == ("OK" if status == 200 else reason)
+        assert reason
         headers = {data().decode(): data().decode() for _ in range(number())}
         answers.append((request_id, status, data(), headers))
     return answers
@@ -231,32 +247,114 @@ def test_counters_name_the_model_and_carry_every_stage(
     assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
 
 
-def test_every_counter_is_declared_to_the_server(service: Service) -> None:
-    for name, dimensions in (
-        ("batches_total", ()),
-        ("batched_requests_total", ()),
-        ("request_errors_total", ("InvalidOption",)),
-        ("stage_seconds_total", ("network",)),
-    ):
-        service.handler._send_counter(name, dimensions, 1.0)
+def test_every_counter_is_declared_to_the_server(project_dir: Path) -> None:
+    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]["counter"]
+    assert {metric["name"]: (metric["unit"], metric["dimensions"]) for metric in declared} == {
+        name: (unit, ["ModelName", "Level", *dimensions]) for name, (unit, dimensions) in COUNTERS.items()
+    }
 
 
-def test_a_lost_device_ends_the_worker(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    class ProcessEnded(BaseException):
-        """In place of the end of the process."""
+def test_a_server_with_its_own_metrics_file_gets_the_same_lines(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ts.metrics.caching_metric")
+    lines = []
+    for metrics in (service.handler.metrics, _stock_metrics()):
+        caplog.clear()
+        monkeypatch.setattr(service.handler, "metrics", metrics)
+        for name, (_, dimensions) in COUNTERS.items():
+            service.handler._send_counter(name, ("x",) * len(dimensions), 1.0)
+        lines.append([message.rpartition(",")[0] for message in caplog.messages if "[METRICS]" in message])
+    assert len(lines[0]) == len(COUNTERS)
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("metrics", [None, "stock"])
+def test_metrics_that_the_server_lacks_fail_no_request(
+    service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch, metrics: str | None
+) -> None:
+    image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
+    monkeypatch.setattr(service.handler, "metrics", _stock_metrics() if metrics else None)
+    monkeypatch.setattr(service.handler.counters, "_sent_at", float("-inf"))
+    ((_, status, _, _),) = read_answers(service.predict([wire_request("a", image)]))
+    assert status == 200
+
+
+def _stock_metrics() -> MetricsCacheYamlImpl:
+    """The metrics of a server without this project's file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves closing the file to Python
+        metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs/metrics.yaml"))
+    metrics.initialize_cache()
+    return metrics
+
+
+class ProcessEnded(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that no longer computes; ending the process raises `ProcessEnded`."""
 
     def end(code: int) -> None:
         assert code == 1
         raise ProcessEnded
 
-    def lose(*_: Any) -> None:
-        raise DeviceLostError("CUDA error: unspecified launch failure")
-
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setattr("logging.shutdown", lambda: None)
-    monkeypatch.setattr(service.handler.service, "answer", lose)
+    monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+# Object and method of the handler, and the statuses of a good and a bad request if only that method fails.
+PLACES = [
+    ("service", "answer", [500, 500]),
+    ("service.detector", "detect", [500, 500]),
+    ("service.detector.preprocessor", "prepare", [500, 500]),
+    ("service.detector.pipeline", "detect", [500, 415]),
+    ("service", "_respond_to_all", [500, 500]),
+    ("clock", "_mark", [500, 500]),
+    ("clock", "read_seconds", [200, 415]),
+    ("counters", "add", [200, 415]),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "_statuses"), PLACES)
+def test_a_lost_device_ends_the_worker_wherever_it_surfaces(
+    service: Service, lost_device: None, smear: bytes, monkeypatch: Any, owner: str, name: str, _statuses: Any
+) -> None:
+    monkeypatch.setattr(operator.attrgetter(owner)(service.handler), name, fail)
     with pytest.raises(ProcessEnded):
-        service.predict([wire_request("a", b"x")])
+        service.predict([wire_request("a", smear)])
+
+
+@pytest.mark.parametrize(("owner", "name", "statuses"), PLACES)
+def test_the_same_failure_of_a_living_device_leaves_the_worker_serving(
+    service: Service, smear: bytes, monkeypatch: Any, owner: str, name: str, statuses: list[int]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(operator.attrgetter(owner)(service.handler), name, fail)
+        answers = read_answers(service.predict([wire_request("a", smear), wire_request("b", b"broken")]))
+    assert [status for _, status, _, _ in answers] == statuses
+    assert all(b"launch failure" not in body for _, _, body, _ in answers)
+    ((_, status, _, _),) = read_answers(service.predict([wire_request("a", smear)]))
+    assert status == 200
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_outside_of_detection_is_507(
+    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(service.handler.service, "_respond_to_all", fail)
+    answers = read_answers(service.predict([wire_request("a", b"x"), wire_request("b", b"y")]))
+    assert [status for _, status, _, _ in answers] == [507, 507]
 
 
 def test_the_entry_file_defines_exactly_one_class(project_dir: Path) -> None:

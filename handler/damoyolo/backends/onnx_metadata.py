@@ -90,8 +90,14 @@ def weights_digest(model: DamoYolo) -> str:
     return digest.hexdigest()
 
 
-def check_compatible(metadata: OnnxMetadata, path: Path, config: ServingConfig, model: DamoYolo) -> None:
-    """Refuse a file that was exported from another network than the archive's.
+def check_compatible(
+    metadata: OnnxMetadata,
+    path: Path,
+    config: ServingConfig,
+    model: DamoYolo,
+    precisions: Sequence[str] = ("fp32", "int8"),
+) -> None:
+    """Refuse a file that was made from another network than the archive's, or in another precision.
 
     Raises:
         ConfigError: names what differs.
@@ -102,10 +108,12 @@ def check_compatible(metadata: OnnxMetadata, path: Path, config: ServingConfig, 
         if found != wanted:
             raise ConfigError(
                 f"{path.name} is of {name} {_shown(found)}, settings and weights of the archive are of "
-                f"{_shown(wanted)}; export it again from these weights, or build the archive without it"
+                f"{_shown(wanted)}; make it again from these weights, or build the archive without it"
             )
-    if metadata.precision not in ("fp32", "int8"):
-        raise ConfigError(f"{path.name} is of precision {metadata.precision!r}; accepted are fp32 and int8")
+    if metadata.precision not in precisions:
+        raise ConfigError(
+            f"{path.name} is of precision {metadata.precision!r}; accepted are {' and '.join(precisions)}"
+        )
 
 
 class RawOutputs(nn.Module):

@@ -25,9 +25,8 @@ from damoyolo.backends.onnx_metadata import (
     OUTPUT_NAMES,
     OnnxMetadata,
     as_predictions,
-    metadata_of,
+    check_compatible,
 )
-from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
@@ -106,21 +105,12 @@ class EngineMetadata:
             )
 
     def require_network(self, model: DamoYolo, config: ServingConfig, input_size_hw: tuple[int, int]) -> None:
-        """Refuse an engine of another network, precision or input size.
-
-        model: of the archive, folded, on the CPU, in float32.
+        """Refuse an engine of another network (`check_compatible`), precision or input size.
 
         Raises:
             ConfigError: with the difference.
         """
-        expected = metadata_of(model, config.class_names)
-        for name in ("variant", "class_names", "reg_max", "weights_digest"):
-            found, wanted = getattr(self.network, name), getattr(expected, name)
-            if found != wanted:
-                raise ConfigError(
-                    f"the TensorRT engine is of {name} {found}, settings and weights of the archive of "
-                    f"{wanted}; build the engine again: {REBUILD_COMMAND}"
-                )
+        check_compatible(self.network, Path(ENGINE_FILE), config, model, ("fp32", "fp16", "int8"))
         if config.precision not in ("auto", self.network.precision):
             raise ConfigError(
                 f"precision is {config.precision!r}, the TensorRT engine is {self.network.precision}; set "
@@ -236,10 +226,15 @@ class TensorRTBackend:
         self._logger = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._logger)
         with self._gpu.selected():
-            self._engine = _made(self._runtime.deserialize_cuda_engine(plan), "load the engine")
-            self._require_interface(trt)
+            self._engine = _done(
+                self._runtime.deserialize_cuda_engine(plan),
+                f"load the engine (build it again: {REBUILD_COMMAND})",
+                ConfigError,
+            )
             # One context for all profiles: each would reserve the memory of the largest profile.
-            self._context = _made(self._engine.create_execution_context(), "make an execution context")
+            self._context = _done(
+                self._engine.create_execution_context(), "make an execution context", ConfigError
+            )
 
     @classmethod
     def from_archive_dir(
@@ -282,34 +277,17 @@ class TensorRTBackend:
         profile = bisect.bisect_left(self.metadata.batch_sizes, len(pixels))
         if context.active_optimization_profile != profile:
             # On the same stream as the execution, which orders the two. Resets the input shape.
-            _require(context.set_optimization_profile_async(profile, stream), f"take profile {profile}")
+            _done(context.set_optimization_profile_async(profile, stream), f"take profile {profile}")
         shape = tuple(pixels.shape)
-        _require(context.set_input_shape(INPUT_NAME, shape), f"take an input of {shape}")
+        _done(context.set_input_shape(INPUT_NAME, shape), f"take an input of {shape}")
         outputs = {
             name: torch.empty(tuple(context.get_tensor_shape(name)), dtype=torch.float32, device=self.device)
             for name in OUTPUT_NAMES
         }
         for name, tensor in {INPUT_NAME: pixels, **outputs}.items():
-            _require(context.set_tensor_address(name, tensor.data_ptr()), f"take the memory of {name}")
-        _require(context.execute_async_v3(stream), f"run a batch of {len(pixels)}")
+            _done(context.set_tensor_address(name, tensor.data_ptr()), f"take the memory of {name}")
+        _done(context.execute_async_v3(stream), f"run a batch of {len(pixels)}")
         return outputs
-
-    def _require_interface(self, trt: ModuleType) -> None:
-        """Refuse inputs, outputs and profiles other than the metadata says."""
-        engine, network = self._engine, self.metadata.network
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        found = {name: (engine.get_tensor_dtype(name), engine.get_tensor_shape(name)[1]) for name in names}
-        channels = [network.num_classes] * len(STRIDES) + [4 * (network.reg_max + 1)] * len(STRIDES)
-        wanted = {INPUT_NAME: (trt.DataType.UINT8, 3)}
-        wanted |= {
-            name: (trt.DataType.FLOAT, count) for name, count in zip(OUTPUT_NAMES, channels, strict=True)
-        }
-        profiles = engine.num_optimization_profiles, len(self.metadata.batch_sizes)
-        if found != wanted or profiles[0] != profiles[1]:
-            raise ConfigError(
-                f"the TensorRT engine has the inputs and outputs (type, channels) {found} and {profiles[0]} "
-                f"profiles; accepted are {wanted} and {profiles[1]}. Build it again: {REBUILD_COMMAND}"
-            )
 
 
 def machine_of(gpu: Gpu, trt: ModuleType) -> Machine:
@@ -317,16 +295,8 @@ def machine_of(gpu: Gpu, trt: ModuleType) -> Machine:
     return Machine(str(trt.__version__), gpu.name, gpu.compute_capability)
 
 
-def _made(value: Any, what: str) -> Any:
-    """Refuse None, which TensorRT returns where it failed."""
-    if value is None:
-        raise ConfigError(
-            f"TensorRT could not {what}; its own log lines above say why. Build it again: {REBUILD_COMMAND}"
-        )
-    return value
-
-
-def _require(done: bool, what: str) -> None:
-    """Refuse False, which TensorRT returns where it failed."""
-    if not done:
-        raise RuntimeError(f"TensorRT could not {what}; its own log lines above say why")
+def _done(result: Any, what: str, error: type[Exception] = RuntimeError) -> Any:
+    """Refuse None and False, which TensorRT returns where it failed."""
+    if result is None or result is False:
+        raise error(f"TensorRT could not {what}; its own log lines above say why")
+    return result

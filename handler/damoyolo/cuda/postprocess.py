@@ -7,7 +7,6 @@ Needs Triton: import this module only where the device is CUDA.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from damoyolo.boxes import STRIDES
 from damoyolo.cuda.kernels import detections as kernels
+from damoyolo.cuda.kernels import launch
 from damoyolo.postprocess import postprocess
 from damoyolo.preprocess import scale_factors_xyxy
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
@@ -155,13 +155,11 @@ class DevicePostprocess:
             ValueError: the shapes of the predictions are not those given to the constructor.
         """
         self._check_shapes(raw)
-        # Triton launches on the current device, whatever the device of the tensors.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            self._counts.zero_()
-            self._launch_find_candidates(raw.class_logits)
-            self._launch_rank_and_decode(raw.distance_logits)
-            self._launch_nms()
-            self._host_result.copy_(self._result, non_blocking=True)
+        self._counts.zero_()
+        self._launch_find_candidates(raw.class_logits)
+        self._launch_rank_and_decode(raw.distance_logits)
+        self._launch_nms()
+        self._host_result.copy_(self._result, non_blocking=True)
 
     def _launch_find_candidates(self, class_logits: Sequence[Tensor]) -> None:
         blocks = [math.ceil(h * w * self.num_classes / BLOCK) for h, w in self.level_sizes_hw]
@@ -316,4 +314,4 @@ def _logit_bounds(score_thresholds: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _run(kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **settings: Any) -> None:
     # Multiplications and additions must round separately, as in torch: see the kernels.
-    kernel[grid](*tensors, enable_fp_fusion=False, **settings)
+    launch(kernel, grid, *tensors, enable_fp_fusion=False, **settings)

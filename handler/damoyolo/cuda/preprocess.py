@@ -22,6 +22,7 @@ from torch import Tensor
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
+from damoyolo.failures import Failure, classify
 from damoyolo.formats import EncodedImage
 from damoyolo.orientation import OrientedImage
 from damoyolo.preprocess import (
@@ -124,9 +125,9 @@ class DevicePreprocessor(ImagePreprocessor):
         try:
             with torch.cuda.stream(self._decode_stream):  # None has no effect
                 planes = decode_jpegs(buffers, self.device)
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
-            raise
         except RuntimeError as error:
+            if classify(error, self.device) is not Failure.OTHER:
+                raise
             logger.warning("nvJPEG refused a batch of %d (%s); decoding it on the CPU", len(buffers), error)
             return {}
         if self._decode_stream is not None:

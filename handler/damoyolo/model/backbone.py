@@ -105,16 +105,12 @@ def build_backbone(variant: VariantSpec, layers: LayerFactory) -> nn.Module:
     spec, activation = variant.backbone, variant.activation
     if spec.kind is BackboneKind.CSP:
         return _build_csp(spec, activation, layers)
-    if spec.kind is BackboneKind.RESIDUAL:
 
-        def block(in_channels: int, stage: StageSpec, stride: int) -> nn.Module:
-            hidden, out = stage.hidden_channels, stage.out_channels
+    def block(in_channels: int, stage: StageSpec, stride: int) -> nn.Module:
+        hidden, out = stage.hidden_channels, stage.out_channels
+        if spec.kind is BackboneKind.RESIDUAL:
             return ResidualBlock(in_channels, hidden, out, 1, stride, activation, layers)
-    else:
-
-        def block(in_channels: int, stage: StageSpec, stride: int) -> nn.Module:
-            hidden, out = stage.hidden_channels, stage.out_channels
-            return MobileBlock(in_channels, hidden, out, stride, activation, layers, attention_slot=True)
+        return MobileBlock(in_channels, hidden, out, stride, activation, layers, attention_slot=True)
 
     return TinyNas(_build_stem(spec, activation, layers), _build_stages(spec, block, layers))
 

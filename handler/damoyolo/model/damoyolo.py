@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from damoyolo.model.backbone import build_backbone
 from damoyolo.model.head import ZeroHead
-from damoyolo.model.layers import FoldedLayers, LayerFactory, TrainedLayers
+from damoyolo.model.layers import LayerFactory
 from damoyolo.model.neck import RepGfpn
 from damoyolo.model.variants import VariantSpec
 from damoyolo.structures import RawPredictions
@@ -44,7 +44,7 @@ def build_model(variant: VariantSpec, num_classes: int, *, folded: bool = False)
     folded: build the form of plain convolutions, for a state dict of `fold.fold_state_dict`; otherwise the
         form as trained, with the key names and order of the official checkpoints.
     """
-    layers: LayerFactory = FoldedLayers() if folded else TrainedLayers()
+    layers = LayerFactory(folded)
     model = DamoYolo(
         backbone=build_backbone(variant, layers),
         neck=RepGfpn(variant, layers),

@@ -12,7 +12,7 @@ Source: tinyvision/DAMO-YOLO, damo/base_models/core/ops.py and damo/base_models/
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,60 +20,34 @@ from torch import Tensor, nn
 BATCH_NORM_EPS = 1e-3  # of every BatchNorm; torch's default changes the results visibly
 
 
-class LayerFactory(Protocol):
+@dataclass(frozen=True)
+class LayerFactory:
     """Makes the layers that differ between the two forms of a network."""
+
+    folded: bool
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
     ) -> nn.Conv2d:
         """A convolution padded to keep the size at stride 1, to be followed by `norm`."""
-
-    def norm(self, channels: int) -> nn.Module:
-        """What follows a convolution of this factory."""
-
-    def rep_conv(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        """A RepConv without its activation."""
-
-    def scale(self) -> nn.Module:
-        """The learned factor of a level's distance logits."""
-
-
-class TrainedLayers:
-    """The layers of a network as trained, and of its checkpoints."""
-
-    def conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-    ) -> nn.Conv2d:
+        padding = kernel_size // 2
         return nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=self.folded
         )
 
     def norm(self, channels: int) -> nn.Module:
-        return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=0.03)
+        """What follows a convolution of this factory."""
+        return nn.Identity() if self.folded else nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=0.03)
 
     def rep_conv(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+        """A RepConv without its activation."""
+        if self.folded:
+            return self.conv(in_channels, out_channels, 3, stride)
         return RepConv(in_channels, out_channels, stride, self)
 
     def scale(self) -> nn.Module:
-        return Scale()
-
-
-class FoldedLayers:
-    """The layers of a folded network: linear operations around a convolution are part of it."""
-
-    def conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-    ) -> nn.Conv2d:
-        return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups)
-
-    def norm(self, channels: int) -> nn.Module:
-        return nn.Identity()
-
-    def rep_conv(self, in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-        return self.conv(in_channels, out_channels, 3, stride)
-
-    def scale(self) -> nn.Module:
-        return nn.Identity()
+        """The learned factor of a level's distance logits."""
+        return nn.Identity() if self.folded else Scale()
 
 
 class RepConv(nn.Module):

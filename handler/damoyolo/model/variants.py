@@ -78,13 +78,13 @@ class VariantSpec:
     input_size_hw: tuple[int, int] = (640, 640)
 
 
+def _stages(*stages: tuple[int, int, int]) -> tuple[StageSpec, ...]:
+    """From output channels, hidden channels and number of blocks of each."""
+    return tuple(StageSpec(*stage) for stage in stages)
+
+
 _nano = partial(
-    VariantSpec,
-    neck_blocks=2,
-    activation=nn.SiLU,
-    neck_depthwise=True,
-    reg_max=7,
-    input_size_hw=(416, 416),
+    VariantSpec, neck_blocks=2, activation=nn.SiLU, neck_depthwise=True, reg_max=7, input_size_hw=(416, 416)
 )
 
 _SPECS = (
@@ -93,13 +93,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.RESIDUAL,
             stem_channels=24,
-            stages=(
-                StageSpec(64, 24, 2),
-                StageSpec(96, 64, 2),
-                StageSpec(192, 96, 2),
-                StageSpec(192, 152, 2),
-                StageSpec(384, 192, 1),
-            ),
+            stages=_stages((64, 24, 2), (96, 64, 2), (192, 96, 2), (192, 152, 2), (384, 192, 1)),
         ),
         neck_channels=(64, 128, 256),
         neck_blocks=3,
@@ -110,13 +104,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.RESIDUAL,
             stem_channels=32,
-            stages=(
-                StageSpec(128, 24, 1),
-                StageSpec(128, 88, 5),
-                StageSpec(256, 128, 3),
-                StageSpec(256, 120, 2),
-                StageSpec(512, 144, 1),
-            ),
+            stages=_stages((128, 24, 1), (128, 88, 5), (256, 128, 3), (256, 120, 2), (512, 144, 1)),
         ),
         neck_channels=(128, 256, 512),
         neck_blocks=3,
@@ -128,12 +116,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.CSP,
             stem_channels=32,
-            stages=(
-                StageSpec(128, 64, 1),
-                StageSpec(128, 64, 3),
-                StageSpec(256, 256, 7),
-                StageSpec(512, 256, 2),
-            ),
+            stages=_stages((128, 64, 1), (128, 64, 3), (256, 256, 7), (512, 256, 2)),
         ),
         neck_channels=(128, 256, 512),
         neck_blocks=4,
@@ -144,12 +127,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.CSP,
             stem_channels=32,
-            stages=(
-                StageSpec(128, 96, 2),
-                StageSpec(128, 96, 4),
-                StageSpec(256, 384, 9),
-                StageSpec(512, 384, 3),
-            ),
+            stages=_stages((128, 96, 2), (128, 96, 4), (256, 384, 9), (512, 384, 3)),
         ),
         neck_channels=(128, 256, 512),
         neck_blocks=6,
@@ -160,13 +138,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.MOBILE,
             stem_channels=16,
-            stages=(
-                StageSpec(24, 88, 1),
-                StageSpec(40, 160, 2),
-                StageSpec(64, 288, 2),
-                StageSpec(80, 400, 2),
-                StageSpec(160, 880, 2),
-            ),
+            stages=_stages((24, 88, 1), (40, 160, 2), (64, 288, 2), (80, 400, 2), (160, 880, 2)),
             focus_stem=False,
         ),
         neck_channels=(40, 80, 160),
@@ -177,13 +149,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.MOBILE,
             stem_channels=16,
-            stages=(
-                StageSpec(40, 144, 2),
-                StageSpec(64, 256, 2),
-                StageSpec(112, 504, 2),
-                StageSpec(128, 640, 2),
-                StageSpec(256, 1408, 1),
-            ),
+            stages=_stages((40, 144, 2), (64, 256, 2), (112, 504, 2), (128, 640, 2), (256, 1408, 1)),
             focus_stem=False,
         ),
         neck_channels=(64, 128, 256),
@@ -194,13 +160,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.MOBILE,
             stem_channels=24,
-            stages=(
-                StageSpec(48, 168, 1),
-                StageSpec(80, 320, 2),
-                StageSpec(160, 720, 2),
-                StageSpec(160, 800, 3),
-                StageSpec(320, 1760, 2),
-            ),
+            stages=_stages((48, 168, 1), (80, 320, 2), (160, 720, 2), (160, 800, 3), (320, 1760, 2)),
             focus_stem=False,
         ),
         neck_channels=(80, 160, 320),
@@ -211,13 +171,7 @@ _SPECS = (
         backbone=BackboneSpec(
             kind=BackboneKind.MOBILE,
             stem_channels=16,
-            stages=(
-                StageSpec(40, 144, 2),
-                StageSpec(80, 320, 2),
-                StageSpec(112, 504, 2),
-                StageSpec(112, 560, 2),
-                StageSpec(160, 880, 1),
-            ),
+            stages=_stages((40, 144, 2), (80, 320, 2), (112, 504, 2), (112, 560, 2), (160, 880, 1)),
         ),
         neck_channels=(64, 128, 256),
     ),

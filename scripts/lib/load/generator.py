@@ -41,7 +41,7 @@ class LoadResult:
         where there is neither. Error answers are left out: they are fast and would improve the figures.
     dropped: of an open loop, no connection became free within the time limit.
     generator_busy_share: CPU time over wall time of the generator's busiest process; near 1 the figures
-        measure the generator.
+        measure the generator. generator_cores: the sum over its processes, which the server lacks.
     window_s: start and end of the measurement on the monotonic clock.
     """
 
@@ -53,6 +53,7 @@ class LoadResult:
     dropped: int
     mean_answer_bytes: float
     generator_busy_share: float
+    generator_cores: float
     window_s: tuple[float, float]
 
     @property
@@ -77,6 +78,7 @@ class LoadResult:
             "dropped": self.dropped,
             "mean_answer_bytes": self.mean_answer_bytes,
             "generator_busy_share": self.generator_busy_share,
+            "generator_cores": self.generator_cores,
         }
 
 
@@ -186,6 +188,7 @@ def _merge(stats: Sequence[WorkerStats], window_s: tuple[float, float]) -> LoadR
         dropped=sum(each.dropped for each in stats),
         mean_answer_bytes=sum(each.answer_bytes for each in stats) / max(1, statuses[200]),
         generator_busy_share=max(each.busy_share for each in stats),
+        generator_cores=sum(each.busy_share for each in stats),
         window_s=window_s,
     )
 

@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and of the installed packages, CPU and threads, GPU and its libraries."""
+    """Versions of Python and of the installed packages, CPU and threads, GPUs and their libraries."""
     facts: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -33,6 +33,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts |= {
             "gpu": torch.cuda.get_device_name(),
+            "gpu_count": torch.cuda.device_count(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.archive.members import BatchingSetting
-from lib.load.generator import generate_load
+from lib.load.generator import default_processes, generate_load
 from lib.load.worker import Load
 from lib.server.metrics import CounterWindow, UtilisationSampler
 from lib.server.served_archive import ServedModel, serve_empty
@@ -25,19 +27,32 @@ class LoadPlan:
     """The loads to put on a server: `base` with each concurrency, then each rate, then each share.
 
     rate_shares: of the highest rate that a closed loop reached.
+    gpus: over which the use of the GPUs is averaged, from the first on.
     """
 
     base: Load
     concurrencies: Sequence[int]
     rates_per_s: Sequence[float] = ()
     rate_shares: Sequence[float] = ()
+    gpus: int = 1
+
+    def for_gpus(self, gpus: int) -> LoadPlan:
+        """The plan of one GPU for several: every load that many times, from that many times the processes."""
+        processes = gpus * (self.base.processes or default_processes())
+        return replace(
+            self,
+            base=replace(self.base, processes=processes),
+            concurrencies=[gpus * concurrency for concurrency in self.concurrencies],
+            rates_per_s=[gpus * rate for rate in self.rates_per_s],
+            gpus=gpus,
+        )
 
 
-def measure_load(served: ServedModel, load: Load, name: str) -> Row:
+def measure_load(served: ServedModel, load: Load, name: str, gpus: int = 1) -> Row:
     """The result of one load, with the server's counters and the use of CPU and GPU meanwhile."""
     with (
         CounterWindow(served.metrics_url, served.model_name) as counters,
-        UtilisationSampler() as utilisation,
+        UtilisationSampler(gpus) as utilisation,
     ):
         result = generate_load(load)
     return {
@@ -60,7 +75,7 @@ def measure_plan(
     rows: list[Row] = []
 
     def measure(load: Load, name: str) -> None:
-        rows.append(measure_load(served, load, name))
+        rows.append(measure_load(served, load, name, plan.gpus))
         report(rows[-1])
 
     for concurrency in plan.concurrencies:
@@ -109,11 +124,21 @@ def _network_rate(archive: Path, images: Sequence[bytes], batch_size: int, devic
         detector.close()
 
 
-def measure_empty(archive: Path, setting: BatchingSetting, answer_bytes: int, plan: LoadPlan) -> list[Row]:
-    """Rows of the empty handler, which answers with `answer_bytes` bytes, under the plan's closed loops."""
-    with serve_empty(archive, setting, answer_bytes) as served:
+def measure_empty(
+    archive: Path,
+    setting: BatchingSetting,
+    answer_bytes: int,
+    plan: LoadPlan,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[list[Row], Row]:
+    """The empty handler under the plan's closed loops: a row for each, and `ServedModel.batching`.
+
+    answer_bytes: size of its answers.
+    """
+    with serve_empty(archive, setting, answer_bytes, environment) as served:
+        batching = served.batching()
         rows = measure_plan(served, replace(plan, rates_per_s=(), rate_shares=()))
-    return [{**row, "load": f"empty, {row['load']}", "mean_batch_size": None} for row in rows]
+    return [{**row, "load": f"empty, {row['load']}", "mean_batch_size": None} for row in rows], batching
 
 
 def add_limits(rows: Sequence[Row], network_per_s: float | None, empty_per_s: Mapping[int, float]) -> None:
@@ -124,6 +149,17 @@ def add_limits(rows: Sequence[Row], network_per_s: float | None, empty_per_s: Ma
         ceiling = empty_per_s.get(row["connections"]) if row["rate_per_s"] is None else None
         row["empty_per_s"] = ceiling
         row["of_empty"] = row["requests_per_s"] / ceiling if ceiling else None
+
+
+def add_scaling(rows: Sequence[Row]) -> None:
+    """Add to each closed loop its rate over the mean of one GPU with the same load per GPU."""
+    of_one = defaultdict(list)
+    for row in rows:
+        if row["gpus"] == 1 and row["rate_per_s"] is None:
+            of_one[row["connections"]].append(row["requests_per_s"])
+    for row in rows:
+        rates = of_one.get(row["connections"] // row["gpus"]) if row["rate_per_s"] is None else None
+        row["of_one_gpu"] = row["requests_per_s"] / statistics.fmean(rates) if rates else None
 
 
 def warnings_about(rows: Sequence[Row]) -> list[str]:
@@ -140,4 +176,17 @@ def warnings_about(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row["errors"]
     ]
+    warnings += [
+        f"{row['load']}: {row['gpus']} GPUs, and workers on each: {row['workers_per_gpu']}"
+        for row in rows
+        if _is_uneven(row)
+    ]
     return warnings
+
+
+def _is_uneven(row: Row) -> bool:
+    """Whether the workers are known not to be spread evenly over the GPUs that were requested."""
+    workers = row.get("workers_per_gpu")
+    if not row.get("gpus") or not workers:
+        return False
+    return len(workers) != row["gpus"] or len(set(workers.values())) > 1

@@ -26,7 +26,8 @@ ROUNDS_IN_FLIGHT = (2.0, 1.0, 0.5)
 class SettingMeasurer:
     """Measures settings, each with a TorchServe of its own; stops the last one on leaving.
 
-    On a GPU another number of workers is scaled without a restart, where that gives what a restart would.
+    On GPUs another number of workers is scaled without a restart, where that gives what a restart would. A
+    multiple of the number of GPUs stays evenly spread: TorchServe adds in turn and removes the last.
     On a CPU it is not: a worker takes its share of the cores when it loads.
 
     environment: variables for the servers.

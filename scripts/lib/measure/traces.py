@@ -28,14 +28,14 @@ def write_trace(answer: Answer, device: torch.device, batches: int, path: Path) 
     profiler.export_chrome_trace(str(path))
 
 
-def run_with_nvtx(answer: Answer, batches: int) -> None:
+def run_with_nvtx(answer: Answer, device: torch.device, batches: int) -> None:
     """Run batches between cudaProfilerStart and -Stop, each batch and stage being an NVTX range."""
     time_stage = NestedStageTimer(lambda stage: torch.cuda.nvtx.range(stage))
     torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
     for _ in range(batches):
         with torch.cuda.nvtx.range("batch"):
             answer(time_stage)
-    torch.cuda.synchronize()
+    synchronize(device)
     torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
 

@@ -39,18 +39,11 @@ def check_onnx(path: Path, model: DamoYolo, batches: Sequence[Tensor]) -> Agreem
 
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    compare = {
-        OUTPUT_NAMES: _compare_raw,
-        ("scores", "boxes_xyxy"): _compare_boxes,
-        ("boxes_xyxy", "scores", "class_ids", "batch_indices"): _compare_detections,
-    }.get(tuple(output.name for output in session.get_outputs()))
-    if compare is None:
-        raise ScriptError(f"{path} has other outputs than those that scripts/export_onnx.py writes")
     agreements = []
     for pixels in batches:
         with torch.inference_mode():
             raw = model(pixels.float())
-        agreements.append(compare(session, pixels, raw))
+        agreements.append(_compare(path, session, pixels, raw))
     agreement = Agreement(
         max(each.score_difference for each in agreements), max(each.box_difference_px for each in agreements)
     )
@@ -70,14 +63,15 @@ def _run(session: Any, inputs: Mapping[str, NDArray[Any]]) -> list[Tensor]:
     return [torch.from_numpy(output) for output in session.run(None, dict(inputs))]
 
 
-def _compare_raw(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
-    found = as_predictions(_run(session, {INPUT_NAME: pixels.numpy()}))
-    return compare_decoded(decode_predictions(found), decode_predictions(raw))
-
-
-def _compare_boxes(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
-    scores, boxes_xyxy = _run(session, {INPUT_NAME: pixels.numpy()})
-    return compare_decoded((scores, boxes_xyxy), decode_predictions(raw))
+def _compare(path: Path, session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:
+    names = tuple(output.name for output in session.get_outputs())
+    if names == ("boxes_xyxy", "scores", "class_ids", "batch_indices"):
+        return _compare_detections(session, pixels, raw)
+    if names not in (OUTPUT_NAMES, ("scores", "boxes_xyxy")):
+        raise ScriptError(f"{path} has other outputs than those that scripts/export_onnx.py writes")
+    found = _run(session, {INPUT_NAME: pixels.numpy()})
+    decoded = decode_predictions(as_predictions(found)) if names == OUTPUT_NAMES else (found[0], found[1])
+    return compare_decoded(decoded, decode_predictions(raw))
 
 
 def _compare_detections(session: Any, pixels: Tensor, raw: RawPredictions) -> Agreement:

@@ -90,10 +90,10 @@ def cpu_seconds() -> float | None:
 
 
 class UtilisationSampler:
-    """Samples the use of CPU and GPU in the background while inside the context."""
+    """Samples the use of CPU and of the first `gpus` GPUs in the background while inside the context."""
 
-    def __init__(self, gpu_index: int = 0) -> None:
-        self._gpu_index = gpu_index
+    def __init__(self, gpus: int = 1) -> None:
+        self._gpu_indices = ",".join(map(str, range(gpus)))
         self._cpu: list[tuple[float, float]] = []  # time, CPU seconds so far
         self._gpu: list[tuple[float, float]] = []  # time, per cent
         self._stop = threading.Event()
@@ -107,7 +107,7 @@ class UtilisationSampler:
             self._process = subprocess.Popen(
                 [
                     program,
-                    f"--id={self._gpu_index}",
+                    f"--id={self._gpu_indices}",
                     "--query-gpu=utilization.gpu",
                     "--format=csv,noheader,nounits",
                     f"--loop-ms={SAMPLE_INTERVAL_S * 1e3:.0f}",
@@ -150,7 +150,7 @@ class UtilisationSampler:
                 self._gpu.append((time.monotonic(), float(line)))
 
     def gpu_percent(self, window_s: tuple[float, float]) -> float | None:
-        """Mean share of time in which a kernel ran on the GPU; None without a GPU."""
+        """Mean share of time in which a kernel ran on a GPU, over all of them; None without a GPU."""
         values = [value for at, value in self._gpu if window_s[0] <= at <= window_s[1]]
         return statistics.fmean(values) if values else None
 

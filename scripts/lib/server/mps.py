@@ -1,7 +1,12 @@
 """Run NVIDIA's Multi-Process Service (MPS), so that kernels of several workers run on one GPU at once.
 
 Without it the GPU gives each process a time slice, and no worker fills the pauses of another. The price: a
-fault on the device ends every worker that shares the service.
+fault on a device ends every worker on that device, and until they are gone the service takes no new worker on
+any of its devices (NVIDIA's MPS documentation, "Error Containment").
+
+One service serves all GPUs that it sees and numbers them from 0 for its clients. `CUDA_VISIBLE_DEVICES` must
+therefore not reach both as it is: with "0,2" the clients would look for the third of two devices (the same
+documentation, "CUDA_VISIBLE_DEVICES"). Here the service gets it, and the clients get the new numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lib.cli import ScriptError
@@ -20,6 +25,13 @@ CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 # Where container runtimes mount the driver's programs without putting them on the path.
 FURTHER_FOLDERS = ("/usr/local/nvidia/bin", "/usr/bin")
 CONTROL_TIMEOUT_S = 30.0
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str] | None:
+    """The entries of CUDA_VISIBLE_DEVICES; None where it is not set and all devices are visible."""
+    value = environment.get(VISIBLE_DEVICES)
+    return None if value is None else [entry.strip() for entry in value.split(",") if entry.strip()]
 
 
 def find_control_program() -> str:
@@ -36,10 +48,11 @@ def find_control_program() -> str:
 
 
 @contextlib.contextmanager
-def cuda_mps(wanted: bool = True) -> Iterator[dict[str, str]]:
+def cuda_mps(wanted: bool = True, visible: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
     """A private service inside the context; yields the environment variables by which processes find it.
 
     wanted: false starts nothing and yields no variables.
+    visible: `CUDA_VISIBLE_DEVICES` of the service where it is not that of this process.
 
     Raises:
         ScriptError: it cannot be started.
@@ -56,13 +69,15 @@ def cuda_mps(wanted: bool = True) -> Iterator[dict[str, str]]:
     }
     for path in variables.values():
         Path(path).mkdir()
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, **(visible or {}), **variables}
+    devices = visible_devices(environment)
+    of_clients = {} if devices is None else {VISIBLE_DEVICES: ",".join(map(str, range(len(devices))))}
     try:
         started = _control([program, "-d"], environment)
         if started.returncode != 0:
             raise ScriptError(f"{CONTROL_PROGRAM} -d failed: {(started.stderr or started.stdout).strip()}")
         try:
-            yield variables
+            yield variables | of_clients
         finally:
             _control([program], environment, "quit -t 10\n")
     finally:

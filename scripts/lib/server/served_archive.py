@@ -17,6 +17,7 @@ import requests
 from lib.archive.members import MANIFEST, BatchingSetting, archive_with_setting, empty_archive
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
+from lib.server.gpus import workers_per_gpu
 from lib.server.process import HTTP_TIMEOUT_S, TorchServeProcess, describe_model
 
 START_TIMEOUT_S = 600.0
@@ -37,12 +38,13 @@ class ServedModel:
         return f"{self.inference_url}/predictions/{self.model_name}"
 
     def batching(self) -> dict[str, Any]:
-        """Batching settings and number of workers."""
+        """Batching settings, number of workers, and their number on each GPU."""
         description = describe_model(self.management_url, self.model_name)
         return {
             "batch_size": description["batchSize"],
             "delay_ms": description["maxBatchDelay"],
             "workers": len(description["workers"]),
+            "workers_per_gpu": workers_per_gpu(description),
         }
 
     def scale(self, workers: int, timeout_s: float = 300.0) -> None:
@@ -101,10 +103,12 @@ def serve_with_setting(
 
 
 @contextlib.contextmanager
-def serve_empty(archive: Path, setting: BatchingSetting, answer_bytes: int) -> Iterator[ServedModel]:
+def serve_empty(
+    archive: Path, setting: BatchingSetting, answer_bytes: int, environment: Mapping[str, str] | None = None
+) -> Iterator[ServedModel]:
     """The empty handler served in the archive's place, with this batching setting."""
     with (
         tempfile.TemporaryDirectory(prefix="model-store-") as folder,
-        serve_archive(empty_archive(archive, Path(folder), setting, answer_bytes)) as served,
+        serve_archive(empty_archive(archive, Path(folder), setting, answer_bytes), environment) as served,
     ):
         yield served

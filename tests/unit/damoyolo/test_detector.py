@@ -150,3 +150,11 @@ def test_a_gpu_finds_what_the_cpu_finds(
     for found, wanted in zip(on_gpu.detect(smears, options), expected, strict=True):
         assert_equal(found, wanted, score_tolerance, box_tolerance_px)
     on_gpu.close()
+
+
+def test_a_cuda_device_that_is_not_there_is_refused_with_the_number_of_those_that_are(
+    demo_archive_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device is cuda:1; CUDA devices found: 1"):
+        Detector.from_archive_dir(demo_archive_dir, "cuda:1")

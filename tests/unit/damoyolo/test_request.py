@@ -9,7 +9,7 @@ import pytest
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
-from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser
+from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.structures import DetectionOptions
 
 IMAGE = b"\xff\xd8\xff\xe0" + bytes(range(256))
@@ -294,8 +294,8 @@ def test_the_output_format_comes_through_every_channel(channel: Channel, output_
     [
         ("score_threshold", "1.01", 1.01, "from 0 to 1"),
         ("score_threshold", "-0.1", -0.1, "from 0 to 1"),
-        ("score_threshold", "nan", float("nan"), "from 0 to 1"),
-        ("score_threshold", "inf", float("inf"), "from 0 to 1"),
+        ("score_threshold", "nan", "nan", "from 0 to 1"),
+        ("score_threshold", "Infinity", "1", "from 0 to 1"),
         ("score_threshold", "half", "0.5", "from 0 to 1"),
         ("iou_threshold", "", True, "from 0 to 1"),
         ("iou_threshold", "0,5", [0.5], "from 0 to 1"),
@@ -334,6 +334,117 @@ def test_a_bad_value_is_refused_with_what_is_accepted(
     assert message.isascii()
     assert message.isprintable()
     assert len(message) < 300
+
+
+# What Python's float() or int() takes for a number, and JSON does not.
+@pytest.mark.parametrize("channel", [by_form, by_query, by_header])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1_0", "0_1", "+1", "01", "1.", ".5", "1 0", "1\n1", "0x1", "1e", "-", ""),
+        *("\u0660", "\u0661", "\uff11", "0.\u0665", "1\u00a0", "\u30001"),
+        *("1e400", "nan", "-nan", "inf", "-inf", "infinity", "0." + "1" * 100_000),
+    ],
+)
+def test_only_a_number_of_json_is_a_number(channel: Channel, text: str) -> None:
+    for name in ("score_threshold", "iou_threshold", "max_detections", "classes"):
+        with pytest.raises(InvalidOptionError) as caught:
+            channel(name, text, None)
+        assert len(str(caught.value)) < 300
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["1_0", "\uff10", "+0", "00", " 0", "0.0"])
+def test_a_class_id_in_a_json_string_is_a_number_of_json(entry: str) -> None:
+    with pytest.raises(InvalidOptionError):
+        by_json("classes", "", [entry])
+
+
+def test_a_number_too_small_to_hold_is_zero() -> None:
+    assert by_form("score_threshold", "1e-400", None).options.score_threshold == 0.0
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", ""]
+)
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"image": NaN}', "NaN"),
+        (b'{"image": -Infinity}', "-Infinity"),
+        (b'{"image": "QUJD", "image": "QUJE"}', "name twice"),
+        (b'{"image": "QUJD", "max_detections": 1, "max_detections": 2}', "name twice"),
+        (b'{"max_detections": ' + b"1" * 5000 + b"}", "digits"),
+        (b'{"max_detections": -' + b"1" * 5_000_000 + b"}", "digits"),
+        (b'{"image": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", "nested too deeply"),
+        (b'{"a": ' * 49_000 + b"1" + b"}" * 49_000, "nested too deeply"),
+        (b'{"image": [' + b"[]," * 5_000_000 + b"1]}", "100000 values"),
+        (b'{"image": "\xff"}', "UTF-8 at byte 11"),
+        (b'{"image": "secret', "at character 10"),
+        (b'{"image": "secret\n"}', "control character"),
+        (b'{"secret"}', "at character"),
+    ],
+)
+def test_json_that_only_python_would_read_or_that_takes_long_is_refused(
+    body: bytes, reason: str, content_type: str
+) -> None:
+    error = refusal({"body": bytearray(body)}, {"Content-Type": content_type})
+    assert error.status == 400
+    assert reason in str(error)
+    assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize("body", [b"[1]", b'"text"', b"null", b"17", b"not json", b"\xff\xd8"])
+def test_the_content_type_of_json_makes_any_content_json(body: bytes) -> None:
+    assert "JSON" in str(refusal({"body": bytearray(body)}, {"content-type": "application/json"}))
+    assert parse({"body": bytearray(body)}, {"content-type": "image/jpeg"}).images == (body,)
+
+
+def test_a_multipart_field_may_be_json() -> None:
+    as_json = {"content-type": "application/json"}
+    row = {"data": bytearray(IMAGE), "classes": bytearray(b'["cell", 1]'), "max_detections": bytearray(b"7")}
+    options = parse(row, {"classes": as_json, "max_detections": as_json, "data": {}}).options
+    assert (options.class_ids, options.max_detections) == ((0, 1), 7)
+    assert "NaN" in str(refusal({**row, "classes": bytearray(b"[NaN]")}, {"classes": as_json}))
+    document = bytearray(json.dumps({"image": IMAGE_BASE64}).encode())
+    assert parse({"data": document}, {"data": as_json}).images == (IMAGE,)
+    assert "JSON" in str(refusal({"data": bytearray(b"[]")}, {"data": as_json}))
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_a_text_too_long_for_any_option_is_refused_unread(name: str) -> None:
+    for text in ("1," * 5_000_000, "x" * 65_537):
+        error = refusal({"data": bytearray(IMAGE), name: bytearray(text.encode())})
+        assert type(error) is InvalidOptionError
+        assert f"{name} has {len(text)} characters; at most 65536" in str(error)
+
+
+def test_hundreds_of_fields_and_odd_names_are_refused_in_short() -> None:
+    odd = ["\x00", "\n[METRICS]x.Count:1", "a" * 70_000, "\ud800", "💥", "data\r\n", "__class__", " body"]
+    for names in (odd, [f"field{i}" for i in range(5000)]):
+        row = {"data": bytearray(IMAGE)} | {name: bytearray(b"1") for name in names}
+        assert "\n" not in str(refusal(row))
+        assert "\n" not in str(
+            refusal({"body": bytearray(IMAGE)}, {f"X-Detect-{name}": "1" for name in names})
+        )
+        assert parse({"body": bytearray(IMAGE)}, dict.fromkeys(names, "1")).options == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "expected"),
+    [
+        ({}, {"describe": "True"}, True),
+        ({"body": bytearray()}, {"describe": "True"}, True),
+        ({"body": bytearray(IMAGE)}, {"describe": "True"}, False),
+        ({}, {"describe": "true"}, False),
+        ({}, {"describe": {"content-type": "True"}}, False),
+        ({}, {}, False),
+    ],
+)
+def test_only_a_question_without_content_asks_for_the_model_card(
+    row: dict[str, Any], headers: dict[str, Any], expected: bool
+) -> None:
+    assert asks_for_model_card(row, headers) is expected
 
 
 def test_a_json_list_takes_any_class_name_and_a_form_those_without_commas() -> None:

@@ -112,6 +112,7 @@ def test_only_bad_requests_do_not_reach_the_detector(services: Any) -> None:
         (RuntimeError("surprise"), 500),
         (torch.OutOfMemoryError("CUDA out of memory"), 507),
         (MemoryError(), 507),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 507),
     ],
 )
 def test_a_batch_that_fails_as_a_whole_is_halved_until_the_failing_image_is_alone(
@@ -125,9 +126,47 @@ def test_a_batch_that_fails_as_a_whole_is_halved_until_the_failing_image_is_alon
     assert caplog.records
 
 
-def test_a_lost_device_is_not_the_failure_of_one_request(services: Any) -> None:
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError, torch.OutOfMemoryError, ValueError])
+def test_a_lost_device_is_not_the_failure_of_one_request(
+    services: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
     with pytest.raises(DeviceLostError):
-        answer(services(torch.AcceleratorError("CUDA error: illegal address")), IMAGE, POISON)
+        answer(services(error("CUDA error: illegal address")), IMAGE, POISON)
+
+
+@pytest.mark.parametrize("place", ["format_json_each", "draw_detections", "RequestParser.parse"])
+def test_a_lost_device_is_noticed_wherever_it_surfaces(
+    services: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
+    monkeypatch.setattr(f"damoyolo.service.{place}", fail)
+    rows = [{"body": bytearray(IMAGE)}] * 2
+    with pytest.raises(DeviceLostError):
+        services().answer(rows, [{"Accept": "image/png"}, {}] if place == "draw_detections" else [{}, {}])
+
+
+def test_memory_given_back_makes_room_for_the_halves(services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[torch.device] = []
+    monkeypatch.setattr("damoyolo.service.free_cached_memory", freed.append)
+    answer(services(MemoryError()), IMAGE, POISON, IMAGE)
+    answer(services(RuntimeError("surprise")), IMAGE, POISON, IMAGE)
+    assert freed == [torch.device("cpu")] * 2  # the batches of 3 and of 2
+
+
+def test_the_question_for_the_model_card_is_answered_beside_images(services: Any) -> None:
+    service = DetectionService(services().detector, model_card=b'{"variant":"S"}')
+    rows: list[dict[str, Any]] = [
+        {"body": bytearray(IMAGE)},
+        {},
+        {"body": bytearray()},
+        {"body": bytearray(IMAGE)},
+    ]
+    describe = {"describe": "True"}
+    answers = service.answer(rows, [{}, describe, describe, describe])
+    service.close()
+    assert [each.error for each in answers] == [None] * 4
+    assert [each.body == b'{"variant":"S"}' for each in answers] == [False, True, True, False]
 
 
 def test_instances_share_the_batch_and_come_back_together(services: Any) -> None:

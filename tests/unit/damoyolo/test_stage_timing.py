@@ -26,3 +26,30 @@ def test_a_stage_that_fails_is_timed_too() -> None:
     with pytest.raises(ValueError, match="no"), clock("a"):
         raise ValueError("no")
     assert "a" in clock.read_seconds()
+
+
+def test_a_stage_is_timed_on_the_stream_of_the_clock_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    class Event:
+        """In place of a CUDA event."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            """Nothing to wait for."""
+
+        def elapsed_time(self, _end: Event) -> float:
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = StageClock(torch.device("cuda:1"))
+    with clock("a"):
+        pass
+    assert clock.read_seconds() == {"a": 0.005}
+    assert recorded == ["stream of cuda:1"] * 2

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib.server import metrics
 
@@ -42,7 +43,7 @@ def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--limit-empty", "--limit-network=measure", "--mps"])
+@pytest.mark.parametrize("option", ["--limit-empty", "--limit-network=measure", "--mps", "--gpus=2"])
 def test_what_needs_an_archive_is_a_usage_error_without_one(
     option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,3 +51,11 @@ def test_what_needs_an_archive_is_a_usage_error_without_one(
         benchmark_server.main(["--url", "http://127.0.0.1:1", option])
     assert exit_info.value.code == 2
     assert "--archive" in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert benchmark_server.main(["--archive", "missing.mar", "--gpus", "1", "2"]) == 1
+    assert "2 GPUs were requested; found: 1" in capsys.readouterr().err

@@ -1,11 +1,7 @@
 """The command that compares an archive's backend with PyTorch."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
-import pytest
 import yaml
 
 from lib.paths import DEMO_WEIGHTS
@@ -22,9 +18,7 @@ SETTINGS = {
 }
 
 
-def test_an_archive_passes_and_its_figures_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_archive_passes_and_its_figures_are_written(tmp_path, capsys):
     save_packaged(tmp_path / WEIGHTS_FILE, load_checkpoint(DEMO_WEIGHTS))
     (tmp_path / SETTINGS_FILE).write_text(yaml.safe_dump({"handler": SETTINGS}))
     report = tmp_path / "new" / "report.json"

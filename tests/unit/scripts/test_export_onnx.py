@@ -1,29 +1,19 @@
 """The command that exports ONNX files."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lib.accuracy.parity import Agreement
 from lib.cli import ScriptError
 
 import export_onnx
-from damoyolo.model.damoyolo import DamoYolo
 
 
-def test_the_command_writes_a_checked_file_or_none(
-    demo_model: DamoYolo,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command_writes_a_checked_file_or_none(demo_model, tmp_path, capsys, monkeypatch):
     output = tmp_path / "made" / "damoyolo.onnx"
     assert export_onnx.main(["--output", str(output), "--weights", "nowhere.pth"]) == 1
     assert "nowhere.pth is neither a file" in capsys.readouterr().err
 
-    def refuse(*_: object) -> None:
+    def refuse(*_):
         raise ScriptError("it differs")
 
     monkeypatch.setattr(export_onnx, "load_network", lambda _: (demo_model, ("a", "b", "c")))
@@ -40,7 +30,7 @@ def test_the_command_writes_a_checked_file_or_none(
     assert output.read_bytes() == b"nothing"
 
 
-def test_former_options_are_refused_with_their_present_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_former_options_are_refused_with_their_present_names(capsys):
     for former, present in (("--form", "--outputs"), ("--pictures", "--images")):
         with pytest.raises(SystemExit):
             export_onnx.main(["--output", "x.onnx", former, "value"])

@@ -1,9 +1,6 @@
 """The command that quantises: from a folder of images to an INT8 file, its table and its plot."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import onnx
 import pytest
@@ -12,23 +9,18 @@ from PIL import Image
 from lib.onnx.export import read_onnx_metadata
 
 import quantize
-from damoyolo.model.damoyolo import DamoYolo
 from doubles.fragile_network import ALL_BUT_ONE_STAGE
 
 
 @pytest.fixture(autouse=True)
-def loaded_network(
-    monkeypatch: pytest.MonkeyPatch, demo_model: DamoYolo, demo_network: onnx.ModelProto
-) -> None:
+def loaded_network(monkeypatch, demo_model, demo_network):
     """Neither load nor export the demo network again."""
     monkeypatch.setattr(quantize, "load_network", lambda _: (demo_model, ()))
     monkeypatch.setattr("lib.onnx.export.to_onnx", lambda *_, **__: demo_network)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and what it imports
-def test_the_command_writes_file_report_and_plot(
-    project_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_file_report_and_plot(project_dir, tmp_path, capsys):
     output, report, plot = tmp_path / "new" / "int8.onnx", tmp_path / "a" / "b.json", tmp_path / "c" / "d.png"
     command = ["--calibration", str(project_dir / "tests/data/smears"), "--input-size", "256", "320"]
     command += ["--keep-float", ",".join(ALL_BUT_ONE_STAGE), "--max-loss", "0.5", "--no-progress"]
@@ -61,9 +53,7 @@ def test_the_command_writes_file_report_and_plot(
         (["--calibration", "absent"], "absent is no folder; --calibration takes a folder of images"),
     ],
 )
-def test_bad_options_are_refused_in_words(
-    project_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_bad_options_are_refused_in_words(project_dir, tmp_path, capsys, options, message):
     command = ["--calibration", str(project_dir / "tests/data/smears"), "--output", str(tmp_path / "x.onnx")]
     assert quantize.main([*command, *options]) == 1
     assert message in capsys.readouterr().err

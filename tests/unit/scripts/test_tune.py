@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lib.archive.members import (
@@ -104,19 +105,25 @@ def measured(setting: BatchingSetting) -> Measurement:
 def test_the_command_writes_the_recommendation_and_its_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def search(_arguments: object, _images: object, space: SearchSpace) -> SearchResult:
+    def search(_arguments: object, _images: object, space: SearchSpace, gpus: int) -> SearchResult:
+        searched.append((gpus, space.workers))
         return find_setting(measured, space, 100.0)
 
     def measure_batch(_archive: object, _images: object, _device: object, batch_size: int) -> BatchTime:
         return BatchTime(batch_size, 0.004, 0.004 if batch_size < 64 else 0.2, None)
 
+    searched: list[tuple[int, object]] = []
     monkeypatch.setattr(tune, "_search", search)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(batch_sweep, "measure_batch", measure_batch)
     written, plot, rows = tmp_path / "new" / "model-config.yaml", tmp_path / "p.png", tmp_path / "rows.json"
     command = ["--p99-ms", "100", "--write", str(written), "--plot", str(plot), "--json", str(rows)]
+    command += ["--gpus", "1", "2", "--workers", "1", "3"]
     assert tune.main(command) == 0
     chosen = [row for row in map(json.loads, rows.read_text().splitlines()) if row.get("chosen")]
-    assert [row["batch_size"] for row in chosen] == [32]  # 64 takes longer than the budget by itself
+    assert searched == [(1, [1, 3]), (2, [2, 6])]
+    # 64 takes longer than the budget by itself.
+    assert [(row["gpus"], row["batch_size"]) for row in chosen] == [(1, 32), (2, 32)]
     assert yaml.safe_load(written.read_text())["batchSize"] == 32
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "recommended: batch 32" in capsys.readouterr().out

@@ -7,9 +7,10 @@ server never pays for it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ def triton_is_installed() -> bool:
 def runs_on_triton(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel computing in `dtype` takes this tensor."""
     return tensor.is_cuda and dtype in (torch.float16, torch.bfloat16) and triton_is_installed()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a Triton kernel on the device of its tensors; every launch goes through here.
+
+    Triton itself launches on the current device, whatever the device of the tensors.
+
+    kernel: a function of `triton.jit`. arguments, constants: passed on to it.
+
+    Raises:
+        ValueError: the tensors are on several devices, or there are none.
+    """
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "none"
+        raise ValueError(f"the tensors of a kernel are on {found}; one device is needed")
+    (device,) = devices
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from damoyolo.cuda.kernels import Activation
+from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_SIZE = 2048  # elements per program: 16 for each of 128 threads, two 16-byte loads
 
@@ -55,7 +55,9 @@ def add_bias_and_activate(x: Tensor, bias: Tensor, activation: Activation, adden
     x = x.contiguous(memory_format=torch.channels_last)
     addend = None if addend is None else addend.contiguous(memory_format=torch.channels_last)
     grid = (triton.cdiv(x.numel(), BLOCK_SIZE),)
-    add_bias_and_activate_kernel[grid](
+    launch(
+        add_bias_and_activate_kernel,
+        grid,
         x,
         bias,
         x if addend is None else addend,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from damoyolo.cuda.kernels import Activation, pixel_stride
+from damoyolo.cuda.kernels import Activation, launch, pixel_stride
 
 MAX_INPUTS = 5
 MAX_ELEMENTS = 2**31 - 1  # of a tensor, since offsets are 32-bit
@@ -195,33 +195,34 @@ def pointwise_conv(
     missing = MAX_INPUTS - len(inputs)
     tile = tile or choose_tile(rows, sum(out_channels))
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(sum(out_channels), tile.block_n),)
-    with torch.cuda.device_of(first):
-        pointwise_kernel[grid](
-            *inputs,
-            *[first] * missing,
-            weight,
-            bias,
-            outputs[0],
-            outputs[-1],
-            rows,
-            h,
-            w,
-            len(inputs),
-            *channels,
-            *[0] * missing,
-            *strides,
-            *[0] * missing,
-            *map(bool, upsampled),
-            *[False] * missing,
-            out_channels[0],
-            sum(out_channels) - out_channels[0],
-            activation,
-            tile.block_m,
-            tile.block_n,
-            tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        pointwise_kernel,
+        grid,
+        *inputs,
+        *[first] * missing,
+        weight,
+        bias,
+        outputs[0],
+        outputs[-1],
+        rows,
+        h,
+        w,
+        len(inputs),
+        *channels,
+        *[0] * missing,
+        *strides,
+        *[0] * missing,
+        *map(bool, upsampled),
+        *[False] * missing,
+        out_channels[0],
+        sum(out_channels) - out_channels[0],
+        activation,
+        tile.block_m,
+        tile.block_n,
+        tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return tuple(outputs)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from damoyolo.cuda.kernels import pixel_stride
+from damoyolo.cuda.kernels import launch, pixel_stride
 
 BLOCK_PIXELS, BLOCK_CHANNELS = 32, 64
 
@@ -88,11 +88,7 @@ def pyramid_max_pool(x: Tensor) -> Tensor:
     pyramid = torch.empty((B, 4 * C, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     along_rows = torch.empty((pixels, 3 * C), dtype=x.dtype, device=x.device)
     blocks = (triton.cdiv(pixels, BLOCK_PIXELS), triton.cdiv(C, BLOCK_CHANNELS))
-    with torch.cuda.device_of(x):
-        max_along_rows_kernel[blocks](
-            x, along_rows, pyramid, pixels, w, C, pixel_stride(x), BLOCK_PIXELS, BLOCK_CHANNELS
-        )
-        max_along_columns_kernel[(*blocks, 3)](
-            along_rows, pyramid, pixels, h, w, C, BLOCK_PIXELS, BLOCK_CHANNELS
-        )
+    block = (BLOCK_PIXELS, BLOCK_CHANNELS)
+    launch(max_along_rows_kernel, blocks, x, along_rows, pyramid, pixels, w, C, pixel_stride(x), *block)
+    launch(max_along_columns_kernel, (*blocks, 3), along_rows, pyramid, pixels, h, w, C, *block)
     return pyramid

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from damoyolo.cuda.kernels import launch
 from damoyolo.orientation import PixelTable
 
 BLOCK_PIXELS = 512
@@ -73,7 +74,5 @@ def resize_images(table: Sequence[PixelTable], out: Tensor) -> None:
         raise ValueError(f"{len(table)} images do not fit {out.dtype} {tuple(out.shape)}, {out.stride()}")
     # PyTorch's allocator of pinned memory does not reuse it before the copy has read it.
     rows = torch.tensor(table, dtype=torch.int64, pin_memory=out.is_cuda).to(out.device, non_blocking=True)
-    with torch.cuda.device_of(out):
-        _resize_kernel[(triton.cdiv(height * width, BLOCK_PIXELS), B)](
-            rows, out, OUT_HEIGHT=height, OUT_WIDTH=width, BLOCK=BLOCK_PIXELS
-        )
+    grid = (triton.cdiv(height * width, BLOCK_PIXELS), B)
+    launch(_resize_kernel, grid, rows, out, OUT_HEIGHT=height, OUT_WIDTH=width, BLOCK=BLOCK_PIXELS)

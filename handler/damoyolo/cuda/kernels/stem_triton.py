@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from damoyolo.cuda.kernels import Activation
+from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
 BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
@@ -158,26 +158,19 @@ def focus_stem(
         (B, C2 or C1, H // 2, W // 2), dtype=dtype, device=pixels.device, memory_format=torch.channels_last
     )
     grid = (2 * triton.cdiv(W // 4, BLOCK_X), triton.cdiv(H // 2, BLOCK_ROWS), B)
-    with torch.cuda.device_of(pixels):
-        focus_stem_kernel[grid](
-            words,
-            stem_weight,
-            stem_bias,
-            stem_weight if point_weight is None else point_weight,  # one of the pair is not read
-            stem_bias if point_bias is None else point_bias,
-            output,
-            H,
-            W,
-            H // 2,
-            W // 2,
-            C1,
-            C2,
-            activation,
-            BLOCK_X,
-            BLOCK_Y,
-            BLOCK_ROWS,
-            max(16, triton.next_power_of_2(C1)),
-            max(16, triton.next_power_of_2(C2)),
-            num_warps=4,
-        )
+    launch(
+        focus_stem_kernel,
+        grid,
+        words,
+        stem_weight,
+        stem_bias,
+        stem_weight if point_weight is None else point_weight,  # one of the pair is not read
+        stem_bias if point_bias is None else point_bias,
+        output,
+        *(H, W, H // 2, W // 2, C1, C2),
+        activation,
+        *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
+        *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
+        num_warps=4,
+    )
     return output

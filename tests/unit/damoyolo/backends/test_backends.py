@@ -1,30 +1,22 @@
 """Every backend: the values of plain PyTorch in every size, batch equals single, helpful refusals."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import onnx
 import pytest
 import torch
-from torch import Tensor
 
 from damoyolo import backends
-from damoyolo.backends import ONNX_FILE, Backend
+from damoyolo.backends import ONNX_FILE
 from damoyolo.backends import precision as precisions
 from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.precision import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
-from damoyolo.model.damoyolo import DamoYolo
-
-Open = Callable[..., Backend]
 
 # Backend, precision, and whether the archive has the ONNX file.
 FLOAT32 = [
@@ -33,44 +25,50 @@ FLOAT32 = [
     ("openvino", "fp32", False),
     ("openvino", "fp32", True),
 ]
-BFLOAT16 = [("pytorch", "bf16", False), ("openvino", "bf16", False), ("openvino", "bf16", True)]
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+REDUCED = [  # also the device
+    ("pytorch", "amp", False, "cpu"),
+    ("pytorch", "bf16", False, "cpu"),
+    ("openvino", "bf16", False, "cpu"),
+    ("openvino", "bf16", True, "cpu"),
+    *(pytest.param("pytorch", each, False, "cuda", marks=ON_A_GPU) for each in PRECISIONS_OF_DEVICE["cuda"]),
+]
+# Largest difference of a score from float32, for logits of an untrained network.
+SCORE_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "amp": 2e-2, "fp16": 2e-3, "bf16": 2e-2}
 SIZES = [(1, 64, 96), (3, 128, 64), (8, 32, 32), (2, 192, 160)]
 
 
-def pixels_of(batch_size: int, height: int, width: int) -> Tensor:
+def pixels_of(batch_size, height, width):
     """(B, 3, H, W) uint8."""
     generator = torch.Generator().manual_seed(batch_size)
     return torch.randint(0, 256, (batch_size, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def assert_near(
-    backend: Callable[[Tensor], object], network: DamoYolo, pixels: Tensor, tolerance: float
-) -> None:
+def assert_near(backend, network, pixels, tolerance):
     """Scores within the tolerance of plain float32, boxes within fifty times as many pixels."""
     expected = decode_predictions(network(pixels.float()))
-    scores, boxes_xyxy = decode_predictions(backend(pixels))  # type: ignore[arg-type]
-    torch.testing.assert_close(scores, expected[0], rtol=0, atol=tolerance)
-    torch.testing.assert_close(boxes_xyxy, expected[1], rtol=0, atol=50 * tolerance)
+    scores, boxes_xyxy = decode_predictions(backend(pixels.to(backend.device)))
+    torch.testing.assert_close(scores.cpu(), expected[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(boxes_xyxy.cpu(), expected[1], rtol=0, atol=50 * tolerance)
 
 
 @pytest.fixture(scope="module", params=FLOAT32, ids=str)
-def float32_backend(request: pytest.FixtureRequest, open_network: Open, onnx_dir: Path) -> Backend:
+def float32_backend(request, open_network, onnx_dir):
     name, precision, has_file = request.param
     backend = open_network(onnx_dir if has_file else None, backend=name, precision=precision)
     assert (backend.name, backend.precision, backend.device.type) == (name, precision, "cpu")
     return backend
 
 
-def test_float32_gives_the_values_of_plain_pytorch_in_every_size(
-    float32_backend: Backend, network: DamoYolo
-) -> None:
+def test_float32_gives_the_values_of_plain_pytorch_in_every_size(float32_backend, network):
     for size in SIZES:
         assert_near(float32_backend, network, pixels_of(*size), 1e-5)
 
 
-def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alone(
-    float32_backend: Backend,
-) -> None:
+def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alone(float32_backend):
     pixels = pixels_of(3, 96, 64)
     together = float32_backend(pixels)
     kept = [level.clone() for level in together.class_logits]
@@ -81,22 +79,19 @@ def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alon
     assert all(map(torch.equal, together.class_logits, kept))
 
 
-@pytest.mark.parametrize(("name", "precision", "has_file"), BFLOAT16)
-def test_bfloat16_stays_near_it_and_is_not_float32_in_disguise(
-    open_network: Open, network: DamoYolo, onnx_dir: Path, name: str, precision: str, has_file: bool
-) -> None:
-    backend = open_network(onnx_dir if has_file else None, backend=name, precision=precision)
+@pytest.mark.parametrize(("name", "precision", "has_file", "device"), REDUCED)
+def test_other_precisions_stay_near_float32_and_16_bits_are_not_float32_in_disguise(
+    open_network, network, onnx_dir, name, precision, has_file, device
+):
+    folder = onnx_dir if has_file else None
+    backend = open_network(folder, device, backend=name, precision=precision)
     assert backend.precision == precision
     pixels = pixels_of(2, 96, 128)
-    assert_near(backend, network, pixels, 2e-2)
-    if name == "pytorch" or "BF16" in openvino_capabilities():
+    assert_near(backend, network, pixels, SCORE_TOLERANCE[precision])
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision not in ("fp32", "tf32") and (name == "pytorch" or "BF16" in capabilities):
         with pytest.raises(AssertionError):
             assert_near(backend, network, pixels, 1e-5)
-
-
-def openvino_capabilities() -> list[str]:
-    openvino = import_openvino()
-    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 # One variant of each kind of backbone; the slow cases add breadth, not another path through the backends.
@@ -106,31 +101,18 @@ def openvino_capabilities() -> list[str]:
         ("S", "openvino", False),
         ("S", "onnxruntime", True),
         ("Ns", "openvino", False),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("S", "openvino", True),
-                ("T", "openvino", False),
-                ("M", "openvino", False),
-                ("M", "onnxruntime", True),
-                ("Ns", "onnxruntime", True),
-            )
-        ),
+        pytest.param("S", "openvino", True, marks=pytest.mark.slow),
+        pytest.param("T", "openvino", False, marks=pytest.mark.slow),
+        pytest.param("M", "openvino", False, marks=pytest.mark.slow),
+        pytest.param("M", "onnxruntime", True, marks=pytest.mark.slow),
+        pytest.param("Ns", "onnxruntime", True, marks=pytest.mark.slow),
     ],
 )
 def test_the_golden_outputs_come_from_every_backend(
-    variant: str,
-    name: str,
-    has_file: bool,
-    golden: ModuleType,
-    golden_model: Callable[[str, bool], DamoYolo],
-    golden_images: Callable[[str], Tensor],
-    golden_onnx_dir: Callable[[str], Path],
-    model_dir: Path,
-) -> None:
-    config = ServingConfig(
-        variant=variant, class_names=tuple(map(str, range(80))), backend=name, precision="fp32"
-    )
+    variant, name, has_file, golden, golden_model, golden_images, golden_onnx_dir, model_dir
+):
+    names = tuple(map(str, range(80)))
+    config = ServingConfig(variant=variant, class_names=names, backend=name, precision="fp32")
     folder = golden_onnx_dir(variant) if has_file else None
     model = copy.deepcopy(golden_model(variant, True))  # others share it, and a backend may change it
     backend = backends.open_backend(model, config, torch.device("cpu"), folder)
@@ -140,62 +122,57 @@ def test_the_golden_outputs_come_from_every_backend(
 
 @pytest.mark.parametrize(("in_hardware", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_is_openvino_and_bfloat16_only_where_the_cpu_computes_it(
-    open_network: Open,
-    onnx_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_hardware: bool,
-    expected: str,
-) -> None:
+    open_network, onnx_dir, monkeypatch, in_hardware, expected
+):
     monkeypatch.setattr(precisions, "cpu_computes_bf16", lambda: in_hardware)
     backend = open_network(onnx_dir)
     assert (backend.name, backend.precision) == ("openvino", expected)
 
 
-def test_auto_without_openvino_is_pytorch_and_says_so(
-    open_network: Open,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_auto_without_openvino_is_pytorch_and_says_so(open_network, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert open_network(precision="fp32").name == "pytorch"
     assert "openvino is not installed" in caplog.text
 
 
-def test_auto_takes_pytorch_for_what_only_pytorch_computes_and_on_a_gpu() -> None:
+def test_auto_takes_pytorch_for_what_only_pytorch_computes_and_on_a_gpu():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert backends.choose_backend(ServingConfig(precision="amp"), cpu) == "pytorch"
     assert backends.choose_backend(ServingConfig(), cuda) == "pytorch"
 
 
 @pytest.mark.parametrize("library", ["openvino", "onnxruntime"])
-def test_a_missing_library_is_refused_with_what_to_install(
-    open_network: Open, onnx_dir: Path, monkeypatch: pytest.MonkeyPatch, library: str
-) -> None:
+def test_a_missing_library_is_refused_with_what_to_install(open_network, onnx_dir, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(
-        ConfigError, match=rf"backend is '{library}'.*pip install {library}, or set backend to"
-    ):
+    message = rf"backend is '{library}'.*pip install {library}, or set backend to"
+    with pytest.raises(ConfigError, match=message):
         open_network(onnx_dir, backend=library)
 
 
 @pytest.mark.parametrize(
     ("backend", "accepted"), [("openvino", "auto, fp32, bf16"), ("onnxruntime", "auto, fp32")]
 )
-def test_a_precision_that_a_backend_lacks_is_refused(
-    open_network: Open, onnx_dir: Path, backend: str, accepted: str
-) -> None:
+def test_a_precision_that_a_backend_lacks_is_refused(open_network, onnx_dir, backend, accepted):
     with pytest.raises(ConfigError, match=rf"'fp16'; accepted with backend {backend} are {accepted}"):
         open_network(onnx_dir, backend=backend, precision="fp16")
 
 
-def test_a_backend_that_cannot_run_is_refused(open_network: Open, onnx_dir: Path) -> None:
+def test_a_backend_that_cannot_run_is_refused(open_network, onnx_dir):
     with pytest.raises(ConfigError, match=r"holds no damoyolo\.onnx; build it with --backend onnxruntime"):
         open_network(backend="onnxruntime")
     with pytest.raises(ConfigError, match="runs on a CPU, not on cuda"):
         open_network(backend="openvino", device="cuda")
     with pytest.raises(ConfigError, match="backend is 'caffe'; accepted are auto, pytorch"):
         open_network(backend="caffe")
+
+
+def rewrite(onnx_dir, folder, change):
+    """Copy the ONNX file with other metadata, or with none."""
+    written = onnx.load(onnx_dir / ONNX_FILE)
+    metadata = {entry.key: entry.value for entry in written.metadata_props}
+    onnx.helper.set_model_props(written, {} if change is None else {**metadata, **change})
+    onnx.save(written, folder / ONNX_FILE)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -211,44 +188,26 @@ def test_a_backend_that_cannot_run_is_refused(open_network: Open, onnx_dir: Path
         (None, "does not say what it holds"),
     ],
 )
-def test_a_file_of_another_network_is_refused(
-    open_network: Open,
-    onnx_dir: Path,
-    tmp_path: Path,
-    backend: str,
-    change: dict[str, str] | None,
-    mentions: str,
-) -> None:
-    written = onnx.load(onnx_dir / ONNX_FILE)
-    metadata = {entry.key: entry.value for entry in written.metadata_props}
-    del written.metadata_props[:]
-    if change is not None:
-        onnx.helper.set_model_props(written, {**metadata, **change})
-    onnx.save(written, tmp_path / ONNX_FILE)
+def test_a_file_of_another_network_is_refused(open_network, onnx_dir, tmp_path, backend, change, mentions):
+    rewrite(onnx_dir, tmp_path, change)
     with pytest.raises(ConfigError, match=mentions):
         open_network(tmp_path, backend=backend, precision="fp32")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_a_damaged_file_is_refused(open_network: Open, onnx_dir: Path, tmp_path: Path, backend: str) -> None:
+def test_a_damaged_file_is_refused(open_network, onnx_dir, tmp_path, backend):
     (tmp_path / ONNX_FILE).write_bytes((onnx_dir / ONNX_FILE).read_bytes()[:5000])
     with pytest.raises(ConfigError, match=rf"damoyolo\.onnx cannot be (opened|read) by {backend}"):
         open_network(tmp_path, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_a_quantised_file_says_so_of_the_backend(
-    open_network: Open, onnx_dir: Path, tmp_path: Path, backend: str
-) -> None:
-    written = onnx.load(onnx_dir / ONNX_FILE)
-    for entry in written.metadata_props:
-        if entry.key == "precision":
-            entry.value = "int8"
-    onnx.save(written, tmp_path / ONNX_FILE)
+def test_a_quantised_file_says_so_of_the_backend(open_network, onnx_dir, tmp_path, backend):
+    rewrite(onnx_dir, tmp_path, {"precision": "int8"})
     assert open_network(tmp_path, backend=backend).precision == "int8"
 
 
-def test_the_backends_take_as_many_threads_as_pytorch_has(open_network: Open, onnx_dir: Path) -> None:
+def test_the_backends_take_as_many_threads_as_pytorch_has(open_network, onnx_dir):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -256,15 +215,13 @@ def test_the_backends_take_as_many_threads_as_pytorch_has(open_network: Open, on
         onnxruntime = open_network(onnx_dir, backend="onnxruntime")
     finally:
         torch.set_num_threads(before)
-    compiled = openvino.request.get_compiled_model()  # type: ignore[attr-defined]
+    compiled = openvino.request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
-    assert onnxruntime.session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
+    assert onnxruntime.session.get_session_options().intra_op_num_threads == 1
 
 
 @pytest.mark.parametrize("first", ["damoyolo.backends.openvino", "damoyolo_handler"])
-def test_openvino_reports_nothing_and_leaves_no_files_in_the_home_folder(
-    project_dir: Path, tmp_path: Path, first: str
-) -> None:
+def test_openvino_reports_nothing_and_leaves_no_files_in_the_home_folder(project_dir, tmp_path, first):
     script = (
         f"import sys; import {first}; import openvino, openvino.tools.ovc; "
         "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]; "

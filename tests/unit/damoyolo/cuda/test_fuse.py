@@ -18,7 +18,7 @@ from damoyolo.cuda.fuse import FuseOptions, focus_weight_on_pixels, fuse, merge_
 from damoyolo.cuda.kernels import Activation, pixel_stride
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
 from damoyolo.model.damoyolo import DamoYolo, build_model
-from damoyolo.model.layers import Focus, FoldedLayers, SpatialPyramidPooling
+from damoyolo.model.layers import Focus, LayerFactory, SpatialPyramidPooling
 from damoyolo.model.neck import FusionStage
 from damoyolo.model.variants import VARIANTS
 from damoyolo.structures import RawPredictions
@@ -176,7 +176,7 @@ def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(
 
 def test_a_convolution_of_focus_becomes_one_of_pixels() -> None:
     torch.manual_seed(0)
-    focus = Focus(5, nn.Identity, FoldedLayers()).double().requires_grad_(False)
+    focus = Focus(5, nn.Identity, LayerFactory(folded=True)).double().requires_grad_(False)
     conv, images = focus.conv.conv, torch.rand(2, 3, 12, 18, dtype=torch.float64)
     found = F.conv2d(images, focus_weight_on_pixels(conv.weight), conv.bias, stride=2, padding=2)
     torch.testing.assert_close(found, focus(images), rtol=0, atol=1e-12)

@@ -192,6 +192,7 @@ def test_a_lack_of_memory_and_a_lost_device_are_not_blamed_on_the_images(
         raise error("of the device")
 
     monkeypatch.setattr(device_preprocess, "decode_jpegs", fail)
+    monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: error is torch.OutOfMemoryError)
     with pytest.raises(error, match="of the device"):
         preprocessor.prepare([PLAIN])
 

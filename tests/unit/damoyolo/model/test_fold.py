@@ -1,20 +1,16 @@
 """Folding: exact algebra on state dicts, and the folded network's agreement with the one as trained."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from damoyolo.model.damoyolo import DamoYolo, build_model
+from damoyolo.model.damoyolo import build_model
 from damoyolo.model.fold import fold_state_dict
-from damoyolo.model.layers import FoldedLayers, RepConv, TrainedLayers
+from damoyolo.model.layers import LayerFactory, RepConv
 from damoyolo.model.variants import VARIANTS
 
 
-def randomise(module: nn.Module) -> None:
+def randomise(module):
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
@@ -24,11 +20,11 @@ def randomise(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_rep_conv_becomes_one_convolution(stride: int) -> None:
+def test_a_rep_conv_becomes_one_convolution(stride):
     torch.manual_seed(stride)
-    trained = nn.ModuleDict({"block": RepConv(5, 7, stride, TrainedLayers())}).eval()
+    trained = nn.ModuleDict({"block": RepConv(5, 7, stride, LayerFactory(folded=False))}).eval()
     randomise(trained)
-    folded = nn.ModuleDict({"block": FoldedLayers().rep_conv(5, 7, stride)})
+    folded = nn.ModuleDict({"block": LayerFactory(folded=True).rep_conv(5, 7, stride)})
     folded.load_state_dict(fold_state_dict(trained.state_dict()), strict=True)
     assert isinstance(folded["block"], nn.Conv2d)
     x = torch.randn(2, 5, 9, 8, dtype=torch.float64)
@@ -36,7 +32,7 @@ def test_a_rep_conv_becomes_one_convolution(stride: int) -> None:
     torch.testing.assert_close(folded["block"](x), trained["block"](x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_scale_of_a_level_multiplies_weight_and_bias() -> None:
+def test_the_scale_of_a_level_multiplies_weight_and_bias():
     weight, bias = torch.randn(4, 3, 1, 1), torch.randn(4)
     folded = fold_state_dict(
         {
@@ -50,7 +46,7 @@ def test_the_scale_of_a_level_multiplies_weight_and_bias() -> None:
     assert torch.equal(folded["head.gfl_reg.1.bias"], 2 * bias)
 
 
-def test_folding_is_computed_in_float64() -> None:
+def test_folding_is_computed_in_float64():
     torch.manual_seed(0)
     module = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False), "bn": nn.BatchNorm2d(4)})
     randomise(module)
@@ -63,7 +59,7 @@ def test_folding_is_computed_in_float64() -> None:
     assert torch.equal(folded["layer.conv.bias"], shift.float())
 
 
-def test_folding_leaves_its_input_alone_and_shares_no_memory_with_it() -> None:
+def test_folding_leaves_its_input_alone_and_shares_no_memory_with_it():
     trained = build_model(VARIANTS["Ns"], 3).state_dict()
     before = {name: tensor.clone() for name, tensor in trained.items()}
     folded = fold_state_dict(trained)
@@ -73,7 +69,7 @@ def test_folding_leaves_its_input_alone_and_shares_no_memory_with_it() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_folded_state_dict_fits_the_folded_network_strictly(name: str) -> None:
+def test_a_folded_state_dict_fits_the_folded_network_strictly(name):
     with torch.device("meta"):
         trained, folded = build_model(VARIANTS[name], 5), build_model(VARIANTS[name], 5, folded=True)
     expected = {key: (tensor.shape, tensor.dtype) for key, tensor in folded.state_dict().items()}
@@ -86,9 +82,7 @@ def test_a_folded_state_dict_fits_the_folded_network_strictly(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["S", "T", "M", "Ns"])
-def test_the_folded_network_agrees_with_the_one_as_trained(
-    name: str, golden_model: Callable[[str, bool], DamoYolo], golden_images: Callable[..., Tensor]
-) -> None:
+def test_the_folded_network_agrees_with_the_one_as_trained(name, golden_model, golden_images):
     images = golden_images(name)[..., :160, :160]
     trained, folded = golden_model(name, False)(images), golden_model(name, True)(images)
     largest = 0.0

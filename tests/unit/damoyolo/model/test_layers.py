@@ -1,16 +1,14 @@
 """Blocks whose formula the checkpoints' keys and shapes say nothing about."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from damoyolo.model.layers import Focus, FoldedLayers, SpatialPyramidPooling, TrainedLayers
+from damoyolo.model.layers import Focus, LayerFactory, SpatialPyramidPooling
 
 
-def test_focus_orders_the_grids_by_column_then_row() -> None:
-    focus = Focus(12, nn.Identity, FoldedLayers())
+def test_focus_orders_the_grids_by_column_then_row():
+    focus = Focus(12, nn.Identity, LayerFactory(folded=True))
     with torch.no_grad():
         for parameter in focus.parameters():
             parameter.zero_()
@@ -19,9 +17,9 @@ def test_focus_orders_the_grids_by_column_then_row() -> None:
         assert focus(pixels).flatten().tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
-def test_pyramid_pooling_takes_maxima_over_5_9_and_13_pixels() -> None:
+def test_pyramid_pooling_takes_maxima_over_5_9_and_13_pixels():
     torch.manual_seed(0)
-    pooling = SpatialPyramidPooling(8, FoldedLayers()).eval()
+    pooling = SpatialPyramidPooling(8, LayerFactory(folded=True)).eval()
     x = torch.randn(2, 8, 20, 17)
     with torch.no_grad():
         y = pooling.conv1(x)
@@ -30,7 +28,7 @@ def test_pyramid_pooling_takes_maxima_over_5_9_and_13_pixels() -> None:
         assert torch.equal(pooling(x), expected)
 
 
-def test_a_norm_as_trained_has_the_epsilon_of_the_published_networks() -> None:
-    norm = TrainedLayers().norm(4)
+def test_a_norm_as_trained_has_the_epsilon_of_the_published_networks():
+    norm = LayerFactory(folded=False).norm(4)
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.eps == 1e-3

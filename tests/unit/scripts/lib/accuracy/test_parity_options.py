@@ -1,7 +1,5 @@
 """The comparison as commands offer it: which tolerances and which evidence."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
@@ -15,19 +13,19 @@ from lib.accuracy.tolerances import TOLERANCES
 from lib.cli import ScriptError
 
 
-def parse(*words: str) -> argparse.Namespace:
+def parse(*words):
     parser = argparse.ArgumentParser()
     add_parity_arguments(parser)
     return parser.parse_args(words)
 
 
-def test_tolerances_are_those_of_the_precision_unless_given() -> None:
+def test_tolerances_are_those_of_the_precision_unless_given():
     changed = chosen_tolerances(parse("--box-px-tolerance", "3"), "fp16")
     assert changed == dataclasses.replace(TOLERANCES["fp16"], box_px=3.0)
 
 
-def test_an_int8_backend_needs_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[str] = []
+def test_an_int8_backend_needs_a_data_set(monkeypatch):
+    closed = []
     pair = [
         SimpleNamespace(
             pipeline=SimpleNamespace(precision="int8"), close=lambda name=name: closed.append(name)

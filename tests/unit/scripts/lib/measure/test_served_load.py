@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from lib.load.worker import Load
-from lib.measure.served_load import LoadPlan, add_limits, best_rate, measure_plan, warnings_about
+from lib.measure.served_load import (
+    LoadPlan,
+    add_limits,
+    add_scaling,
+    best_rate,
+    measure_plan,
+    warnings_about,
+)
 from lib.server import metrics
 from lib.server.served_archive import ServedModel
 
@@ -56,6 +64,31 @@ def test_rows_stand_beside_both_limits_where_these_are_known() -> None:
     assert [row["of_empty"] for row in (closed, unknown, opened)] == [0.1, None, None]
     add_limits([closed], None, {})
     assert closed["of_network"] is closed["of_empty"] is None
+
+
+def test_several_gpus_get_the_load_of_one_several_times() -> None:
+    plan = LoadPlan(BASE, concurrencies=[8, 32], rates_per_s=[100.0], rate_shares=[0.7]).for_gpus(4)
+    assert (plan.concurrencies, plan.rates_per_s, plan.rate_shares) == ([32, 128], [400.0], [0.7])
+    assert (plan.base.processes, plan.gpus) == (4, 4)
+
+
+def test_rates_stand_beside_the_mean_of_one_gpu_with_the_same_load_per_gpu() -> None:
+    def row(gpus: int, connections: int, requests_per_s: float) -> dict[str, Any]:
+        rate_per_s = None if connections else 50.0
+        values = {"connections": connections, "requests_per_s": requests_per_s, "rate_per_s": rate_per_s}
+        return {"gpus": gpus, **values}
+
+    rows = [row(1, 8, 90.0), row(2, 16, 190.0), row(2, 32, 190.0), row(1, 8, 110.0), row(2, 0, 50.0)]
+    add_scaling(rows)
+    assert [row["of_one_gpu"] for row in rows] == [0.9, 1.9, None, 1.1, None]
+
+
+@pytest.mark.parametrize(
+    ("workers", "uneven"), [({"0": 2, "1": 2}, 0), ({}, 0), ({"0": 3, "1": 1}, 1), ({"0": 4}, 1)]
+)
+def test_workers_that_are_not_spread_evenly_give_a_warning(workers: dict[str, int], uneven: int) -> None:
+    row = {"load": "closed 8", "generator_busy_share": 0.2, "errors": 0, "gpus": 2}
+    assert len(warnings_about([{**row, "workers_per_gpu": workers}])) == uneven
 
 
 def test_a_busy_generator_and_errors_give_warnings() -> None:

@@ -168,6 +168,6 @@ def test_copies_kernels_snapshot_and_nvtx_on_the_device(tmp_path: Path) -> None:
     assert copies.kernels_ms > 0
     write_memory_snapshot(answer, 2, tmp_path / "snapshot.pickle")
     assert (tmp_path / "snapshot.pickle").stat().st_size > 0
-    run_with_nvtx(answer, 2)
+    run_with_nvtx(answer, device, 2)
     write_trace(answer, device, 2, tmp_path / "trace.json")
     assert "Memcpy HtoD" in (tmp_path / "trace.json").read_text()

@@ -1,13 +1,6 @@
 """Quantising a network: which images and blocks are used for what, and what is refused."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import numpy as np
-import onnx
 import pytest
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from lib.cli import ScriptError
@@ -18,7 +11,7 @@ from lib.onnx.quantization import image_paths, quantize, read_pixels, split_imag
 from doubles.fragile_network import ALL_BUT_ONE_STAGE, FRAGILE, with_fragile_block
 
 
-def float_convolutions(network: onnx.ModelProto) -> set[str]:
+def float_convolutions(network):
     """Names of the convolution weights that are float32 in a file."""
     return {
         tensor.name
@@ -27,7 +20,7 @@ def float_convolutions(network: onnx.ModelProto) -> set[str]:
     }
 
 
-def test_no_image_serves_for_both() -> None:
+def test_no_image_serves_for_both():
     for count in (2, 3, 5, 47, 48, 300):
         calibration, check = split_images(count, QuantizationRequest())
         assert calibration
@@ -40,14 +33,12 @@ def test_no_image_serves_for_both() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_images_are_refused(count: int) -> None:
+def test_fewer_than_two_images_are_refused(count):
     with pytest.raises(ScriptError, match=f"{count} images given; accepted are at least 2"):
         split_images(count, QuantizationRequest())
 
 
-def test_a_fragile_block_stays_float32_and_the_loss_within_what_is_allowed(
-    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
-) -> None:
+def test_a_fragile_block_stays_float32_and_the_loss_within_what_is_allowed(demo_network, smear_pixels):
     fragile = with_fragile_block(demo_network, factor=2.0**16)
     request = QuantizationRequest(float_blocks=ALL_BUT_ONE_STAGE, progress=False)
     result = quantize(fragile, smear_pixels, request)
@@ -65,9 +56,7 @@ def test_a_fragile_block_stays_float32_and_the_loss_within_what_is_allowed(
     }
 
 
-def test_a_loss_out_of_reach_and_unknown_blocks_are_refused(
-    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]
-) -> None:
+def test_a_loss_out_of_reach_and_unknown_blocks_are_refused(demo_network, smear_pixels):
     one_block = (*ALL_BUT_ONE_STAGE, *(f"backbone.block_list.2.block_list.{index}" for index in (0, 2, 3, 4)))
     fragile = with_fragile_block(demo_network, factor=2.0**16)
     with pytest.raises(ScriptError, match=r"a loss of 0 AP leaves nothing in INT8.*raise --max-loss"):
@@ -80,7 +69,7 @@ def test_a_loss_out_of_reach_and_unknown_blocks_are_refused(
         quantize(demo_network, smear_pixels, QuantizationRequest(float_blocks=("head", "neck", "backbone")))
 
 
-def test_a_folder_without_readable_images_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_is_refused(tmp_path):
     images = tmp_path / "images"
     with pytest.raises(ScriptError, match="is no folder; --calibration takes a folder of images"):
         image_paths(images, 2)

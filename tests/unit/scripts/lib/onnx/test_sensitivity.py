@@ -1,11 +1,8 @@
 """The measures that tell which blocks INT8 harms."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from lib.cli import ScriptError
@@ -16,22 +13,18 @@ from doubles.fragile_network import FRAGILE, with_fragile_block
 
 
 @pytest.fixture(scope="module")
-def evaluator(demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8]) -> QuantizationEvaluator:
+def evaluator(demo_network, smear_pixels):
     return QuantizationEvaluator(demo_network, smear_pixels)
 
 
-def test_a_network_does_not_deviate_from_itself(
-    evaluator: QuantizationEvaluator, demo_network: onnx.ModelProto
-) -> None:
+def test_a_network_does_not_deviate_from_itself(evaluator, demo_network):
     deviation = evaluator.deviation_of(demo_network)
     assert (deviation.drift, deviation.loss) == (0.0, 0.0)
     # With jitter, not even float32 is perfect.
     assert 0.3 < evaluator.reference_ap < 0.95
 
 
-def test_a_network_that_finds_nothing_loses_all(
-    evaluator: QuantizationEvaluator, demo_network: onnx.ModelProto
-) -> None:
+def test_a_network_that_finds_nothing_loses_all(evaluator, demo_network):
     blind = onnx.ModelProto()
     blind.CopyFrom(demo_network)
     for tensor in blind.graph.initializer:
@@ -43,9 +36,7 @@ def test_a_network_that_finds_nothing_loses_all(
     assert deviation.drift >= 1.0
 
 
-def test_a_fragile_block_is_ranked_first(
-    demo_network: onnx.ModelProto, smear_pixels: NDArray[np.uint8], evaluator: QuantizationEvaluator
-) -> None:
+def test_a_fragile_block_is_ranked_first(demo_network, smear_pixels, evaluator):
     fragile = with_fragile_block(demo_network)
     assert evaluator.deviation_of(fragile).drift < 1e-3  # the same function in float32
     ranges = calibrate(fragile, smear_pixels)
@@ -59,7 +50,7 @@ def test_a_fragile_block_is_ranked_first(
     assert drifts[-1] > 0
 
 
-def test_images_without_anything_to_find_are_refused(demo_network: onnx.ModelProto) -> None:
+def test_images_without_anything_to_find_are_refused(demo_network):
     blank = np.full((2, 3, 64, 96), 128, np.uint8)
     with pytest.raises(ScriptError, match=r"finds nothing above a score of 0\.5 in the 2 images"):
         QuantizationEvaluator(demo_network, blank)
@@ -68,10 +59,10 @@ def test_images_without_anything_to_find_are_refused(demo_network: onnx.ModelPro
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 7, 19, 20])
-def test_as_few_blocks_are_kept_as_the_loss_allows(needed: int) -> None:
-    called: list[int] = []
+def test_as_few_blocks_are_kept_as_the_loss_allows(needed):
+    called = []
 
-    def loss_of(kept: int) -> float:
+    def loss_of(kept):
         called.append(kept)
         return 0.005 if kept >= needed else 0.006
 

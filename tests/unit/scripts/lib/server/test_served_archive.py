@@ -12,7 +12,7 @@ def test_scaling_returns_when_all_workers_are_ready() -> None:
     with StandInModel() as model:
         served = ServedModel(model.base_url, model.base_url, model.base_url, "m")
         served.scale(3)
-        assert served.batching() == {"batch_size": 4, "delay_ms": 2, "workers": 3}
+        assert served.batching() == {"batch_size": 4, "delay_ms": 2, "workers": 3, "workers_per_gpu": {}}
         model.worker_status = "UNLOADING"
         with pytest.raises(ScriptError, match="UNLOADING"):
             served.scale(2, timeout_s=0.3)

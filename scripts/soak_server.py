@@ -1,0 +1,69 @@
+"""Load a running server for a long time with mixed requests, and check every answer and the memory.
+
+Sizes, formats, options and 2 % of damaged images are mixed. Every answer must equal the one that the same
+archive gives in this process. The server must run on this machine.
+
+python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 30 --json output/soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.cli import command_parser, fraction, positive_int, positive_seconds, run_command
+from lib.paths import PROJECT_DIR
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Send the load; 0 if every answer was right, 1 if one was not, 2 if nothing could be sent."""
+    return run_command(_run, _parser(), argv, error_code=2)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lib.load.mixed_requests import mixed_requests
+    from lib.load.soak import soak
+    from lib.server.served_archive import ServedModel
+
+    images = sorted((PROJECT_DIR / "tests" / "data" / "smears").glob("*.jpg"))
+    mixture = mixed_requests(arguments.archive, images, arguments.requests, arguments.bad_share)
+    served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
+    record = soak(served, mixture, arguments.clients, arguments.minutes * 60)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record.to_json(), indent=1))
+    for minute, latency in enumerate(record.latencies_by_minute()):
+        print(f"minute {minute:3}: p50 {latency['p50']:8.1f} ms, p99 {latency['p99']:8.1f} ms")
+    first, last = record.memory_mb[0][1], record.memory_mb[-1][1]
+    slopes = record.memory_slopes_mb_per_h(record.memory_mb[-1][0] / 2)
+    for kind, slope in slopes.items():
+        print(f"{kind}: {first[kind]:.0f} to {last[kind]:.0f} MB; second half {slope:+.1f} MB/h")
+    for problem, count in record.problems.most_common():
+        print(f"{count} answers: {problem}")
+    print(f"{len(record.answers)} answers, {record.problems.total()} of them wrong")
+    return 1 if record.problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument("--archive", type=Path, required=True, help="the archive that the server has loaded")
+    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
+    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
+    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+    parser.add_argument("--minutes", type=positive_seconds, default=30.0, help="default: %(default)s")
+    parser.add_argument("--clients", type=positive_int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--requests", type=positive_int, default=200, help="different requests; default: %(default)s"
+    )
+    parser.add_argument(
+        "--bad-share", type=fraction, default=0.02, help="damaged images; default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
