@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,18 +47,26 @@ def failed(status: int, kind: str, message: str) -> Reply:
 
 
 class StandInServer:
-    """Serves on a free port of 127.0.0.1 while entered; `answer` is called in a thread of each request."""
+    """Serves on a port of 127.0.0.1, 0 for a free one, while entered; each request has a thread for `answer`.
 
-    def __init__(self, answer: Callable[[Asked], Reply]) -> None:
+    At the end it drops its connections.
+    """
+
+    def __init__(self, answer: Callable[[Asked], Reply], port: int = 0) -> None:
         self.asked: list[Asked] = []
         self.connections: set[Any] = set()
         self.most_at_once = 0
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         lock, under_way = threading.Lock(), 0
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
+
+            def setup(self) -> None:
+                super().setup()
+                stand_in._sockets.add(self.connection)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -97,7 +108,7 @@ class StandInServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """A client that gave up is no error of the test."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/predictions/damoyolo"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
@@ -110,6 +121,9 @@ class StandInServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+        for connection in list(self._sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
 
