@@ -84,7 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
         json_lines = None
         if arguments.jsonl is not None:
             arguments.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            json_lines = stack.enter_context(arguments.jsonl.open("w"))
+            json_lines = stack.enter_context(
+                arguments.jsonl.open("w", buffering=1)
+            )  # a line is there at once
         if arguments.draw is not None:
             arguments.draw.mkdir(parents=True, exist_ok=True)
         failures = _detect(client, images, arguments, json_lines)
