@@ -159,6 +159,14 @@ def _open_server(
 
     client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout, arguments.retry_seconds))
     client.require_server()
+
+    def report_repeated() -> None:
+        if client.repeated:
+            print(
+                f"evaluate: {client.repeated} requests were sent again; the time includes it", file=sys.stderr
+            )
+
+    stack.callback(report_repeated)
     options = RequestOptions(
         arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
     )

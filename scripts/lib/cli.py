@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import math
 import sys
@@ -18,6 +19,10 @@ from typing import Any, NoReturn
 from damoyolo.errors import DamoYoloError
 
 MAX_SHOWN = 2000
+# What requirements.txt leaves out, and how to get it.
+EXTRA_PACKAGES = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "pycocotools")
+OPTION_NEEDS = {"plot": "matplotlib", "voc": "pycocotools", "coco": "pycocotools"}
+INSTALL_EXTRAS = "`python -m pip install -r requirements-dev.txt` installs it"
 
 
 class ScriptError(Exception):
@@ -39,10 +44,16 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # of file names that are no text, say
     arguments = parser.parse_args(argv)
     try:
+        _require_packages(arguments)
         return command(arguments) or 0
     except BrokenPipeError:  # of `| head`: nobody reads on
         with contextlib.suppress(OSError):
             sys.stdout.close()
+        return error_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+            raise
+        print(f"{Path(parser.prog).stem}: {error}; {INSTALL_EXTRAS}", file=sys.stderr)
         return error_code
     except (ScriptError, DamoYoloError, OSError) as error:
         lines = str(error).split("\n")  # the traceback of a worker has several
@@ -51,6 +62,13 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
         return 130
+
+
+def _require_packages(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would fail after the work for want of a package."""
+    for option, package in OPTION_NEEDS.items():
+        if getattr(arguments, option, None) is not None and importlib.util.find_spec(package) is None:
+            raise ScriptError(f"--{option} needs the package {package}; {INSTALL_EXTRAS}")
 
 
 def printable(text: str) -> str:
