@@ -105,7 +105,6 @@ def _open_detector(
 ) -> tuple[Predictor, Row]:
     """A predictor of the detector in this process, and what the record says about it."""
     import platform
-    import zipfile
 
     import torch
 
@@ -125,7 +124,7 @@ def _open_detector(
         detector = load_detector(
             archive, device, **{name: value for name, value in chosen.items() if value is not None}
         )
-    except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
+    except (DamoYoloError, OSError) as error:
         raise ScriptError(
             f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
         ) from error

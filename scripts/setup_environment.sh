@@ -28,8 +28,8 @@ create_environment() { # Makes .venv where there is none; one that this function
     fi
     python=$(supported_python) || return 1
     echo "== Creating .venv with $("$python" --version)"
-    # Marked first and last: what an interruption leaves half done may be made again.
-    mkdir -p .venv && touch "$mark" && "$python" -m venv --clear .venv && touch "$mark"
+    # Marked first, and emptied but for the mark: what an interruption leaves half done is made again.
+    mkdir -p .venv && touch "$mark" && find .venv -mindepth 1 ! -path "$mark" -delete && "$python" -m venv .venv
 }
 
 install_environment() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def _dataset(
         )
     for path in paths.values():
         _require_inside(path, folder)
-    missing = [path for path in paths.values() if not path.is_file()]
+    missing = [path for path in paths.values() if not os.path.isfile(path)]  # false for a name too long
     if missing:
         raise ScriptError(
             f"{len(missing)} of {len(paths)} images of {name} are missing, the first of them is {missing[0]}"

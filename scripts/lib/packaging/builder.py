@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -17,7 +18,7 @@ from model_archiver.model_packaging import generate_model_archive
 
 from lib.archive.members import MANIFEST, queue_size
 from lib.cli import ScriptError
-from lib.packaging.class_names import default_class_names
+from lib.packaging.class_names import check_class_names, default_class_names
 from lib.packaging.verify import verify_archive
 from lib.packaging.weights import fetch_weights, load_source
 from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
@@ -75,8 +76,14 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     Raises:
         ScriptError, DamoYoloError: with what has to change.
     """
+    for option, text in (("--model-name", request.model_name), ("--version", request.version)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", text):
+            raise ScriptError(
+                f"{option} is {text!r}; accepted are up to 100 letters, digits, points, - and _, "
+                "the first of them a letter or digit"
+            )
     weights = fetch_weights(request.weights, request.sha256)
-    class_names = request.class_names or default_class_names(weights)
+    class_names = check_class_names(request.class_names or default_class_names(weights))
     checkpoint = load_source(weights, request.variant, len(class_names), request.unused_class)
     settings = _settings_of(request, checkpoint, class_names)
     config = ServingConfig.from_mapping(settings["handler"])  # refuse here what the worker would refuse

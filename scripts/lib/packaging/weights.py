@@ -64,6 +64,10 @@ def _url_of(source: str) -> str:
     if source in OFFICIAL_CHECKPOINTS:
         return OFFICIAL_CHECKPOINTS[source]
     if source.startswith("https://"):
+        try:
+            urlsplit(source)
+        except ValueError as error:  # an unfinished IPv6 address
+            raise ScriptError(f"{source} is not an address: {error}") from error
         return source
     if "://" in source:
         raise ScriptError(f"{source}: only https addresses are downloaded")
