@@ -110,6 +110,7 @@ def _open_detector(
 
     from lib.accuracy.predictors import detector_predictor, match_labels
     from lib.archive.reader import load_detector
+    from lib.devices import open_device
 
     from damoyolo.errors import DamoYoloError
     from damoyolo.structures import DetectionOptions
@@ -118,7 +119,7 @@ def _open_detector(
     if archive is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     chosen = {"precision": arguments.precision, "backend": arguments.backend}
     try:
         detector = load_detector(

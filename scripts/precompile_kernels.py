@@ -82,10 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    try:
-        files = precompile_kernels(arguments.archive.resolve(), arguments.device)
-    except zipfile.BadZipFile as error:
-        raise ScriptError(f"{arguments.archive} is no archive ({error})") from error
+    from lib.archive.members import read_settings
+    from lib.devices import open_device
+
+    open_device(arguments.device)
+    read_settings(arguments.archive)  # refuse here what the fresh process would refuse with a traceback
+    files = precompile_kernels(arguments.archive.resolve(), arguments.device)
     print(f"{arguments.archive}: {files} files of compiled kernels added")
 
 

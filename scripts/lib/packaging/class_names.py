@@ -41,7 +41,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         ScriptError: the file cannot be read, or has another form.
     """
     try:
-        text = require_file(path).read_text(encoding="utf-8-sig")
+        if path.exists():
+            require_file(path)
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".json":
             return check_class_names([line.strip() for line in text.split("\n") if line.strip()])
         content = json.loads(text)

@@ -30,7 +30,10 @@ def test_class_names_are_read_from_text_and_json(tmp_path: Path, name: str, text
     assert read_class_names(tmp_path / name) == ("one", "two")
 
 
-@pytest.mark.parametrize("content", [None, b'["one"', b'{"1": "one"}', b'"one"', b"3", b'["\xff"]'])
+@pytest.mark.parametrize(
+    "content",
+    [None, b'["one"', b'{"1": "one"}', b'"one"', b"3", b'["\xff"]', b'[["a"]]', b"[null]", b"[" * 500_000],
+)
 def test_a_missing_or_malformed_file_is_refused_with_what_is_accepted(
     tmp_path: Path, content: bytes | None
 ) -> None:
@@ -39,3 +42,10 @@ def test_a_missing_or_malformed_file_is_refused_with_what_is_accepted(
         path.write_bytes(content)
     with pytest.raises(ScriptError, match=r"names\.json gives no class names .*; accepted is a text file"):
         read_class_names(path)
+
+
+@pytest.mark.parametrize("name", ["a\x00", "a\x1b[2J", "a\u202eb", "a" * 201])
+def test_a_name_that_cannot_be_shown_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.txt").write_text(f"one\n{name}\n")
+    with pytest.raises(ScriptError, match="printable characters"):
+        read_class_names(tmp_path / "names.txt")
