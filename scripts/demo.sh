@@ -54,7 +54,8 @@ import json, sys
 answer = json.load(sys.stdin)
 print("%d x %d pixels, %d detections:" % (answer["width"], answer["height"], len(answer["detections"])))
 for found in answer["detections"]:
-    print("  %-10s %.3f  x1 %6.1f  y1 %6.1f  x2 %6.1f  y2 %6.1f" % (found["label"], found["score"], *found["bbox"]))'
+    label = found["label"].encode("unicode_escape").decode()  # data, not for the terminal to obey
+    print("  %-10s %.3f  x1 %6.1f  y1 %6.1f  x2 %6.1f  y2 %6.1f" % (label, found["score"], *found["bbox"]))'
 ask "$url" -T "$sample" -H 'Accept: image/jpeg' -o "$partial"
 mv "$partial" "$drawn"
 echo "== The image with its detections drawn: $drawn"
