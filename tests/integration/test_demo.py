@@ -34,9 +34,7 @@ def test_two_demos_at_once_detect_draw_and_leave_nothing_running_whatever_proxy_
             )
             for _ in range(2)
         ]
-        with ThreadPoolExecutor(
-            len(demos)
-        ) as threads:  # both outputs are read at once, or a full pipe blocks
+        with ThreadPoolExecutor(len(demos)) as threads:  # or a full pipe blocks one
             outputs = list(threads.map(lambda demo: demo.communicate(timeout=900)[0], demos))
     for demo, output in zip(demos, outputs, strict=True):
         assert demo.returncode == 0, output
