@@ -140,6 +140,8 @@ def _recommend(arguments: argparse.Namespace, result: SearchResult, space: Searc
 
     assert result.best is not None
     best, measured = result.best, result.best_measurement()
+    if math.isinf(measured.p99_ms):
+        raise ScriptError("no setting could be measured; the lines above say why")
     verdict = "recommended" if measured.meets(arguments.p99_ms) else "nothing meets the budget; the closest"
     print(f"{verdict}: {best}: {measured}")
     template = HANDLER_DIR / "model-config.yaml"

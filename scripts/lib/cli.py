@@ -22,6 +22,7 @@ MAX_SHOWN = 2000
 # What requirements.txt leaves out, and how to get it.
 EXTRA_PACKAGES = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "pycocotools")
 OPTION_NEEDS = {"plot": "matplotlib", "voc": "pycocotools", "coco": "pycocotools"}
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 INSTALL_EXTRAS = "`python -m pip install -r requirements-dev.txt` installs it"
 
 
@@ -44,7 +45,7 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # of file names that are no text, say
     arguments = parser.parse_args(argv)
     try:
-        _require_packages(arguments)
+        _check_common_options(arguments)
         return command(arguments) or 0
     except BrokenPipeError:  # of `| head`: nobody reads on
         with contextlib.suppress(OSError):
@@ -64,11 +65,16 @@ def run_command(
         return 130
 
 
-def _require_packages(arguments: argparse.Namespace) -> None:
-    """Refuse at once what would fail after the work for want of a package."""
+def _check_common_options(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would fail after the work: an option for want of a package, or a kind of plot."""
     for option, package in OPTION_NEEDS.items():
         if getattr(arguments, option, None) is not None and importlib.util.find_spec(package) is None:
             raise ScriptError(f"--{option} needs the package {package}; {INSTALL_EXTRAS}")
+    plot = getattr(arguments, "plot", None)
+    if plot is not None and Path(plot).suffix.lower() not in PLOT_SUFFIXES:
+        raise ScriptError(
+            f"--plot is {str(plot)!r}; accepted are files that end in {', '.join(PLOT_SUFFIXES)}"
+        )
 
 
 def printable(text: str) -> str:
