@@ -17,10 +17,10 @@ def open_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name)
+    if match is None:
         raise ScriptError(f"--device is {name!r}; accepted are cpu, cuda and cuda:index")
-    device = torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if name != "cpu" and int(match[1] or 0) >= count:
         raise ScriptError(f"--device is {name}, but PyTorch finds {count} CUDA devices")
-    return device
+    return torch.device(name)
