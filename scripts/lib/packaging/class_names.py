@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,11 +66,14 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
     """The names, which have to be printable: they go into answers, headers and tables.
 
     Raises:
-        ScriptError: a name is not.
+        ScriptError: a name is not, or is there twice.
     """
     for name in names:
         if not name or not name.isprintable() or len(name) > MAX_NAME:
             raise ScriptError(
                 f"a class is called {name[:MAX_NAME]!r}; accepted are 1 to {MAX_NAME} printable characters"
             )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ScriptError(f"two classes are called {', '.join(twice)}; every class needs its own name")
     return tuple(names)

@@ -72,7 +72,7 @@ def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys: pytest.Cap
     made = parser()
     made.add_argument("--plot")
     assert run_command(lambda _: pytest.fail("worked"), made, ["--plot", "x.foo"]) == 1
-    assert "accepted are files in .png" in capsys.readouterr().err
+    assert "accepted are files that end in .png" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_ends_a_command_quietly(project_dir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.cli import ScriptError
-from lib.packaging.class_names import COCO_CLASS_NAMES, read_class_names
+from lib.packaging.class_names import COCO_CLASS_NAMES, check_class_names, read_class_names
 
 
 def test_the_coco_names_are_the_published_ones_in_their_order(shared_dir: Path) -> None:
@@ -49,3 +49,8 @@ def test_a_name_that_cannot_be_shown_is_refused(tmp_path: Path, name: str) -> No
     (tmp_path / "names.txt").write_text(f"one\n{name}\n")
     with pytest.raises(ScriptError, match="printable characters"):
         read_class_names(tmp_path / "names.txt")
+
+
+def test_a_name_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ScriptError, match="two classes are called a, b;"):
+        check_class_names(["b", "a", "c", "a", "b"])
