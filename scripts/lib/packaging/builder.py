@@ -83,7 +83,8 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
                 "the first of them a letter or digit"
             )
     weights = fetch_weights(request.weights, request.sha256)
-    class_names = check_class_names(request.class_names or default_class_names(weights))
+    given = request.class_names
+    class_names = check_class_names(default_class_names(weights) if given is None else given)
     checkpoint = load_source(weights, request.variant, len(class_names), request.unused_class)
     settings = _settings_of(request, checkpoint, class_names)
     config = ServingConfig.from_mapping(settings["handler"])  # refuse here what the worker would refuse

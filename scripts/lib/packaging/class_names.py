@@ -66,8 +66,10 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
     """The names, which have to be printable: they go into answers, headers and tables.
 
     Raises:
-        ScriptError: a name is not, or is there twice.
+        ScriptError: a name is not, or is there twice; there are none.
     """
+    if not names:
+        raise ScriptError("there are no class names; every class needs one")
     for name in names:
         if not name or not name.isprintable() or len(name) > MAX_NAME:
             raise ScriptError(

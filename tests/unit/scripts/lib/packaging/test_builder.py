@@ -116,6 +116,7 @@ def test_without_the_packages_of_onnx_the_way_out_is_named(
         ({"variant": "T"}, CheckpointError, "fits variant S"),
         ({"class_names": ("a", "b", "c", "d")}, CheckpointError, "3 classes, but 4 class names"),
         ({"class_names": ("a", "b")}, CheckpointError, "3 classes, but 2 class names.*--unused-class"),
+        ({"class_names": ()}, ScriptError, "no class names"),
         ({"class_names": ("a",)}, CheckpointError, "3 classes, but 1 class names"),
         ({"unused_class": True}, CheckpointError, "3 classes, but 3 class names .*each class but the last"),
     ],

@@ -54,3 +54,9 @@ def test_a_name_that_cannot_be_shown_is_refused(tmp_path: Path, name: str) -> No
 def test_a_name_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ScriptError, match="two classes are called a, b;"):
         check_class_names(["b", "a", "c", "a", "b"])
+
+
+def test_a_file_without_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n")
+    with pytest.raises(ScriptError, match="no class names"):
+        read_class_names(tmp_path / "names.txt")
