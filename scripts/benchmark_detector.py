@@ -120,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    import torch
 
+    from lib.devices import open_device
     from lib.images import read_images
     from lib.measure.environment import environment
     from lib.measure.timing import append_json_rows, format_table
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     measure = measure_detector if arguments.detector else measure_network
     rows = measure(arguments, read_images(arguments.images), device)
     facts = environment()

@@ -49,6 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
             sha256=arguments.sha256,
             variant=arguments.variant,
             class_names=read_class_names(arguments.class_names) if arguments.class_names else None,
+            unused_class=arguments.unused_class,
             model_name=arguments.model_name,
             version=arguments.version,
             onnx=arguments.onnx,

@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    import torch
+    from lib.devices import open_device
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     check_parity(arguments.archive, device, arguments.batch_sizes, arguments, read_evidence(arguments))
     print("passed")
 

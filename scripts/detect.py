@@ -14,8 +14,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lib.cli import command_parser, fraction, name_list, positive_int, positive_seconds, run_command
-from lib.server import DEFAULT_URL
+from lib.cli import (
+    command_parser,
+    fraction,
+    name_list,
+    positive_int,
+    positive_seconds,
+    printable,
+    run_command,
+    seconds,
+)
+from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
 
 if TYPE_CHECKING:
     from lib.server.client import DetectionClient, Outcome
@@ -38,7 +47,7 @@ def drawn_names(images: Sequence[Path]) -> list[str]:
 def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list[str]:
     """A line for each detection of an answer, or one that says that there is none."""
     lines = [
-        f"{image:{image_width}}  {found['label']:16}  {found['score']:5.3f}  "
+        f"{image:{image_width}}  {printable(found['label']):16}  {found['score']:5.3f}  "
         + " ".join(f"{side:7.1f}" for side in found["bbox"])
         for found in answer["detections"]
     ]
@@ -47,7 +56,7 @@ def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list
 
 def json_line(image: str, outcome: Outcome) -> str:
     """The outcome as one line of JSON: the image's name with the server's answer or the error."""
-    from lib.server.client import ServerAnswerError
+    from lib.server.answers import ServerAnswerError
 
     if outcome.answer is not None:
         return json.dumps({"image": image, **outcome.answer})
@@ -68,15 +77,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
     images = find_images(arguments.images, arguments.recursive)
     with ExitStack() as stack:
-        client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+        client = stack.enter_context(
+            DetectionClient(arguments.url, arguments.timeout, arguments.retry_seconds)
+        )
         client.require_server()
         json_lines = None
         if arguments.jsonl is not None:
             arguments.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            json_lines = stack.enter_context(arguments.jsonl.open("w"))
+            json_lines = stack.enter_context(
+                arguments.jsonl.open("w", buffering=1)
+            )  # a line is there at once
         if arguments.draw is not None:
             arguments.draw.mkdir(parents=True, exist_ok=True)
         failures = _detect(client, images, arguments, json_lines)
+    if client.repeated:
+        print(f"detect: {client.repeated} requests were sent again", file=sys.stderr)
     if failures:
         summary = f"detect: {len(failures)} of {len(images)} images failed:"
         print(summary, *failures, sep="\n  ", file=sys.stderr)
@@ -103,21 +118,22 @@ def _detect(
         True if arguments.class_agnostic else None,
     )
     failures = []
-    width = max(len("image"), *(len(str(image)) for image in images))
+    shown = [printable(str(image)) for image in images]
+    width = max(map(len, ("image", *shown)))
     names = drawn_names(images)
     print(f"{'image':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
     outcomes = client.detect_many(images, options, arguments.in_flight, draw=arguments.draw is not None)
     hidden = None if arguments.progress is None else not arguments.progress
     with tqdm(total=len(images), unit="image", disable=hidden) as bar:
         for outcome in outcomes:
-            image = str(images[outcome.index])
+            image = shown[outcome.index]
             if outcome.answer is None:
-                failures.append(f"{image}: {outcome.error}")
+                failures.append(f"{image}: {printable(str(outcome.error))}")
             else:
                 # bar.write keeps the bar and the table apart where both go to one terminal.
                 bar.write("\n".join(table_lines(image, outcome.answer, width)), file=sys.stdout)
             if json_lines is not None:
-                json_lines.write(json_line(image, outcome) + "\n")
+                json_lines.write(json_line(str(images[outcome.index]), outcome) + "\n")
             if outcome.drawn is not None:
                 (arguments.draw / names[outcome.index]).write_bytes(outcome.drawn)
             bar.update()
@@ -131,7 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--recursive", action="store_true", help="search sub-folders too")
     add("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
     add("--in-flight", type=positive_int, default=8, metavar="N", help="concurrent requests (%(default)s)")
-    add("--timeout", type=positive_seconds, default=60.0, metavar="S", help="of each request (%(default)s)")
+    add("--timeout", type=positive_seconds, default=60.0, metavar="S", help="of each attempt (%(default)s)")
+    add(
+        "--retry-seconds",
+        type=seconds,
+        default=DEFAULT_RETRY_S,
+        metavar="S",
+        help="how long an image is sent again while the server is full or starts again (%(default)s)",
+    )
 
     add = parser.add_argument_group("detection (the server's own settings where not given)").add_argument
     add("--score-threshold", type=fraction, metavar="0..1", help="lowest score of a detection")

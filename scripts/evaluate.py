@@ -23,9 +23,11 @@ from lib.cli import (
     name_list,
     positive_int,
     positive_seconds,
+    printable,
     run_command,
+    seconds,
 )
-from lib.server import DEFAULT_URL
+from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
 
 if TYPE_CHECKING:
     from lib.accuracy.coco_metrics import CocoMetrics
@@ -68,13 +70,13 @@ def _run(arguments: argparse.Namespace) -> None:
     if not dataset.images:
         raise ScriptError(f"the data set {dataset.name} has no images")
     print(
-        f"{dataset.name}: {len(dataset.images)} images, {dataset.object_count} objects of "
+        f"{printable(dataset.name)}: {len(dataset.images)} images, {dataset.object_count} objects of "
         f"{len(dataset.class_names)} classes; {dataset.dropped_objects} objects under 2 px dropped"
     )
     with ExitStack() as stack:
         open_source = _open_detector if _is_in_process(arguments) else _open_server
         predictor, source = open_source(arguments, dataset, stack)
-        predictions, seconds = gather_predictions(dataset, predictor, arguments.progress)
+        predictions, spent_s = gather_predictions(dataset, predictor, arguments.progress)
     metrics = compute_metrics(dataset, predictions)
     row = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -89,8 +91,8 @@ def _run(arguments: argparse.Namespace) -> None:
         "max_detections": arguments.max_detections,
         "classes": arguments.classes,
         "predictions": len(predictions),
-        "seconds": round(seconds, 3),
-        "images_per_s": round(len(dataset.images) / seconds, 2),
+        "seconds": round(spent_s, 3),
+        "images_per_s": round(len(dataset.images) / spent_s, 2),
         **metrics.overall._asdict(),
         "per_class": {name: ap._asdict() for name, ap in metrics.per_class.items()},
     }
@@ -103,12 +105,12 @@ def _open_detector(
 ) -> tuple[Predictor, Row]:
     """A predictor of the detector in this process, and what the record says about it."""
     import platform
-    import zipfile
 
     import torch
 
     from lib.accuracy.predictors import detector_predictor, match_labels
     from lib.archive.reader import load_detector
+    from lib.devices import open_device
 
     from damoyolo.errors import DamoYoloError
     from damoyolo.structures import DetectionOptions
@@ -117,13 +119,13 @@ def _open_detector(
     if archive is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         archive = package_weights(arguments.weights, arguments.variant, arguments.class_names, folder)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     chosen = {"precision": arguments.precision, "backend": arguments.backend}
     try:
         detector = load_detector(
             archive, device, **{name: value for name, value in chosen.items() if value is not None}
         )
-    except (DamoYoloError, OSError, zipfile.BadZipFile) as error:
+    except (DamoYoloError, OSError) as error:
         raise ScriptError(
             f"cannot load the detector of {archive}: {error}; scripts/build_archive.py builds an archive"
         ) from error
@@ -155,8 +157,16 @@ def _open_server(
     from lib.accuracy.predictors import server_predictor
     from lib.server.client import DetectionClient, RequestOptions
 
-    client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout))
+    client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout, arguments.retry_seconds))
     client.require_server()
+
+    def report_repeated() -> None:
+        if client.repeated:
+            print(
+                f"evaluate: {client.repeated} requests were sent again; the time includes it", file=sys.stderr
+            )
+
+    stack.callback(report_repeated)
     options = RequestOptions(
         arguments.score_threshold, arguments.iou_threshold, arguments.max_detections, arguments.classes
     )
@@ -167,9 +177,11 @@ def _open_server(
 
 
 def _print_report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
-    width = max(len("all classes"), *map(len, dataset.class_names.values()))
+    rows = [("all classes", metrics.overall)]
+    rows += [(printable(name), ap) for name, ap in metrics.per_class.items()]
+    width = max(len(name) for name, _ in rows)
     print(f"{'':{width}}  {'AP':>6}  {'AP50':>6}  {'AP75':>6}")
-    for name, ap in (("all classes", metrics.overall), *metrics.per_class.items()):
+    for name, ap in rows:
         print(f"{name:{width}}  {ap.ap:6.4f}  {ap.ap50:6.4f}  {ap.ap75:6.4f}")
     print(
         f"{row['predictions']} detections in {row['seconds']:.1f} s, "
@@ -222,6 +234,13 @@ def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="S",
         help="longest wait for a response (%(default)s)",
+    )
+    server.add_argument(
+        "--retry-seconds",
+        type=seconds,
+        default=DEFAULT_RETRY_S,
+        metavar="S",
+        help="how long an image is sent again while the server is full or starts again (%(default)s)",
     )
 
     detector = parser.add_argument_group("in-process detector, instead of a server")

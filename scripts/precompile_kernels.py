@@ -12,11 +12,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.archive.members import copy_archive
+from lib.archive.members import copy_archive, opened_archive
 from lib.cli import ScriptError, command_parser, run_command
 from lib.paths import DEMO_ARCHIVE
 
@@ -45,7 +44,7 @@ def precompile_kernels(archive: Path, device: str) -> int:
 
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=archive.parent) as name:
         folder, kernels = Path(name) / "archive", Path(name) / COMPILED_KERNELS_DIR
-        with zipfile.ZipFile(archive) as source:
+        with opened_archive(archive) as source:
             source.extractall(folder)
             members = source.namelist()
         try:
@@ -60,7 +59,8 @@ def precompile_kernels(archive: Path, device: str) -> int:
         except subprocess.TimeoutExpired as error:
             raise ScriptError(f"{archive} was not ready on {device} in {COMPILE_TIMEOUT_S:g} s") from error
         if done.returncode != 0:
-            raise ScriptError(f"{archive} does not run on {device}:\n{done.stderr}")
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]  # of the traceback
+            raise ScriptError(f"{archive} does not run on {device}: {reason}")
         files = [path for path in sorted(kernels.rglob("*")) if path.is_file()]
         if not files:
             raise ScriptError(
@@ -82,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    try:
-        files = precompile_kernels(arguments.archive.resolve(), arguments.device)
-    except zipfile.BadZipFile as error:
-        raise ScriptError(f"{arguments.archive} is no archive ({error})") from error
+    files = precompile_kernels(arguments.archive.resolve(), arguments.device)
     print(f"{arguments.archive}: {files} files of compiled kernels added")
 
 

@@ -32,15 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    import torch
 
     from lib.archive.members import BatchingSetting
     from lib.archive.reader import load_detector
+    from lib.devices import open_device
     from lib.images import read_images
 
     from damoyolo.service import DetectionService
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     if device.type != "cuda" and (arguments.nvtx or arguments.memory_snapshot):
         raise ScriptError(f"the device is {device}; --nvtx and --memory-snapshot need a CUDA device")
     images = read_images(arguments.images)

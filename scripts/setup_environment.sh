@@ -13,16 +13,28 @@ supported_python() { # Prints the newest Python from 3.10 to 3.13 on the path; $
     return 1
 }
 
-setup_environment() {
-    local python stamp wanted file
-    if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
-        echo "Note: pinned and tested for Linux x86-64; this is $(uname -s) $(uname -m)." >&2
+usable_environment() { # Whether .venv has pip and a supported Python.
+    .venv/bin/python -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+}
+
+create_environment() { # Makes .venv where there is none; one that this function did not make is left alone.
+    local python mark=.venv/made-by-setup_environment
+    if usable_environment; then return; fi
+    if { [ -e .venv ] || [ -L .venv ]; } && [ ! -f "$mark" ]; then
+        echo ".venv exists, but has no pip or no Python 3.10 to 3.13. It is left as it is, because these scripts" \
+            "did not make it. Move it away (mv .venv .venv.old), or add pip to it" \
+            "(.venv/bin/python -m ensurepip), and start again." >&2
+        return 1
     fi
-    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
-        python=$(supported_python) || return 1
-        echo "== Creating .venv with $("$python" --version)"
-        "$python" -m venv --clear .venv || return 1
-    fi
+    python=$(supported_python) || return 1
+    echo "== Creating .venv with $("$python" --version)"
+    # Marked first, and emptied but for the mark: what an interruption leaves half done is made again.
+    mkdir -p .venv && touch "$mark" && find .venv -mindepth 1 ! -path "$mark" -delete && "$python" -m venv .venv
+}
+
+install_environment() {
+    local file stamp wanted java_home
+    create_environment || return 1
     for file in "$@"; do
         # Installed once: the stamp holds the checksum of the installed pins.
         stamp=.venv/$file.installed
@@ -33,11 +45,21 @@ setup_environment() {
             echo "$wanted" >"$stamp"
         fi
     done
-    local java_home
-    java_home=$(.venv/bin/python scripts/lib/server/java.py) || return 1
-    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
     # So that a plain `torchserve` in the activated environment finds the same Java.
-    if [ "$(readlink -f "$(command -v java)")" != "$(readlink -f "$java_home/bin/java")" ]; then
+    java_home=$(.venv/bin/python scripts/lib/server/java.py) || return 1
+    if [ "$(PATH="$PWD/.venv/bin:$PATH" && readlink -f "$(command -v java)")" != "$(readlink -f "$java_home/bin/java")" ]; then
         ln -sf "$java_home/bin/java" .venv/bin/java
     fi
+}
+
+setup_environment() {
+    if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
+        echo "Note: pinned and tested for Linux x86-64; this is $(uname -s) $(uname -m)." >&2
+    fi
+    # One at a time in this folder: another that started meanwhile finds the environment complete.
+    (
+        if command -v flock >/dev/null; then flock 9; fi
+        install_environment "$@"
+    ) 9<. || return 1
+    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 }

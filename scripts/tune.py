@@ -94,12 +94,11 @@ def _report(message: str) -> None:
 def _sweep(
     arguments: argparse.Namespace, images: Sequence[bytes], batch_sizes: Sequence[int]
 ) -> list[BatchTime]:
-    import torch
-
+    from lib.devices import open_device
     from lib.measure import batch_sweep
     from lib.measure.timing import format_table
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(arguments.device)
     print(f"batch sizes in this process, on {device}:")
     times = batch_sweep.sweep_batch_sizes(
         lambda batch_size: batch_sweep.measure_batch(arguments.archive, images, device, batch_size),
@@ -163,6 +162,8 @@ def _recommend(arguments: argparse.Namespace, result: SearchResult, space: Searc
 
     assert result.best is not None
     best, measured = result.best, result.best_measurement()
+    if math.isinf(measured.p99_ms):
+        raise ScriptError("no setting could be measured; the lines above say why")
     verdict = "recommended" if measured.meets(arguments.p99_ms) else "nothing meets the budget; the closest"
     print(f"{verdict}: {best}: {measured}")
     template = HANDLER_DIR / "model-config.yaml"

@@ -7,6 +7,9 @@ import what they work with in the function that does the work.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from damoyolo.errors import DamoYoloError
+
+MAX_SHOWN = 2000
+# What requirements.txt leaves out, and how to get it.
+EXTRA_PACKAGES = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "pycocotools")
+OPTION_NEEDS = {"plot": "matplotlib", "voc": "pycocotools", "coco": "pycocotools"}
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+INSTALL_EXTRAS = "`python -m pip install -r requirements-dev.txt` installs it"
 
 
 class ScriptError(Exception):
@@ -30,15 +40,54 @@ def run_command(
 
     The one place where an expected error becomes a line on stderr and `error_code`. Ctrl-C gives 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of file names that are no text, say
     arguments = parser.parse_args(argv)
     try:
+        _check_common_options(arguments)
         return command(arguments) or 0
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return error_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+            raise
+        print(f"{Path(parser.prog).stem}: {error}; {INSTALL_EXTRAS}", file=sys.stderr)
+        return error_code
     except (ScriptError, DamoYoloError, OSError) as error:
-        print(f"{Path(parser.prog).stem}: {error}", file=sys.stderr)
+        lines = str(error).split("\n")  # the traceback of a worker has several
+        print(f"{Path(parser.prog).stem}: " + "\n".join(map(printable, lines)), file=sys.stderr)
         return error_code
     except KeyboardInterrupt:
         print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_common_options(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would fail after the work: an option for want of a package, or a kind of plot."""
+    for option, package in OPTION_NEEDS.items():
+        if getattr(arguments, option, None) is not None and importlib.util.find_spec(package) is None:
+            raise ScriptError(f"--{option} needs the package {package}; {INSTALL_EXTRAS}")
+    plot = getattr(arguments, "plot", None)
+    if plot is not None and Path(plot).suffix.lower() not in PLOT_SUFFIXES:
+        raise ScriptError(
+            f"--plot is {str(plot)!r}; accepted are files that end in {', '.join(PLOT_SUFFIXES)}"
+        )
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere as one line that a terminal shows and cannot obey; cut at MAX_SHOWN characters.
+
+    Control characters, line ends, marks that turn the direction of writing, and bytes of file names that are
+    no text become escape sequences of Python.
+    """
+    shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in shown
+    )
 
 
 def command_parser(
@@ -77,6 +126,14 @@ def positive_seconds(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number of seconds above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A finite duration, in seconds; 0 is accepted."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number of seconds from 0 up")
     return value
 
 

@@ -17,7 +17,7 @@ def read_images(folder: Path) -> list[bytes]:
     Raises:
         FileNotFoundError: there is none.
     """
-    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg")) if path.is_file()]
     if not images:
         raise FileNotFoundError(f"no *.jpg in {folder}; tests/data/smears/render.py draws some")
     return images
@@ -28,18 +28,29 @@ def cycled(images: Sequence[bytes], count: int, first: int = 0) -> list[bytes]:
     return [images[(first + index) % len(images)] for index in range(count)]
 
 
+def require_file(path: Path) -> Path:
+    """`path`, which has to be a regular file: a device or a pipe may never end.
+
+    Raises:
+        ScriptError: it is none.
+    """
+    if not path.exists():
+        raise ScriptError(f"{path} does not exist")
+    if not path.is_file():
+        raise ScriptError(f"{path} is not a regular file")
+    return path
+
+
 def find_images(paths: Sequence[Path], recursive: bool) -> list[Path]:
     """The files among `paths`, and the images of its folders in alphabetical order.
 
     Raises:
-        ScriptError: a path does not exist, or a folder holds no image.
+        ScriptError: a path does not exist or is no regular file, or a folder holds no image.
     """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            if not path.exists():
-                raise ScriptError(f"{path} does not exist")
-            found.append(path)
+            found.append(require_file(path))
             continue
         entries = path.rglob("*") if recursive else path.iterdir()
         images = sorted(file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

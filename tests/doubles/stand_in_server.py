@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +48,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms between head and body
 
+    def setup(self):
+        super().setup()
+        self.server.open_sockets.add(self.connection)
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         reply = self.server.reply_to(
@@ -70,17 +77,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class StandInServer(ThreadingHTTPServer):
-    """Serves on a free port of 127.0.0.1 while entered; `answer` is called in a thread of each request."""
+    """Serves on a port of 127.0.0.1, 0 for a free one, while entered; each request has a thread for `answer`.
+
+    At the end it drops its connections.
+    """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, answer):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, answer, port=0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/damoyolo"
         self.asked = []
         self.connections = set()
+        self.open_sockets = weakref.WeakSet()
         self.most_at_once = 0
         self._answer, self._lock, self._under_way = answer, threading.Lock(), 0
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -108,6 +119,9 @@ class StandInServer(ThreadingHTTPServer):
     def __exit__(self, *error):
         self.shutdown()
         self.server_close()
+        for connection in list(self.open_sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,21 +13,38 @@ from PIL import Image
 
 
 @pytest.mark.slow
-def test_the_demo_detects_draws_and_leaves_nothing_running(project_dir: Path) -> None:
+def test_two_demos_at_once_detect_draw_and_leave_nothing_running_whatever_proxy_is_set(
+    project_dir: Path,
+) -> None:
     if not (project_dir / ".venv/bin/python").exists():
         pytest.skip("no .venv: scripts/test.sh makes it")
     drawn = project_dir / "output/smear_3_detected.jpg"
     drawn.unlink(missing_ok=True)
-    demo = subprocess.run(
-        ["bash", "scripts/demo.sh"], cwd=project_dir, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert "640 x 480 pixels, 21 detections:" in demo.stdout
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # takes connections and never answers
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        environment = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), url)}
+        demos = [
+            subprocess.Popen(
+                ["bash", "scripts/demo.sh"],
+                cwd=project_dir,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        with ThreadPoolExecutor(len(demos)) as threads:  # or a full pipe blocks one
+            outputs = list(threads.map(lambda demo: demo.communicate(timeout=900)[0], demos))
+    for demo, output in zip(demos, outputs, strict=True):
+        assert demo.returncode == 0, output
+        assert "640 x 480 pixels, 21 detections:" in output
+        url = next(line for line in output.splitlines() if line.startswith("== curl")).split()[4]
+        refused = subprocess.run(["curl", "--silent", "--max-time", "5", url], timeout=10, check=False)
+        assert refused.returncode == 7  # nobody listens there any more
     with Image.open(drawn) as image:
         assert image.size == (640, 480)
-    url = next(line for line in demo.stdout.splitlines() if line.startswith("== curl")).split()[4]
-    refused = subprocess.run(["curl", "--silent", "--max-time", "5", url], timeout=10, check=False)
-    assert refused.returncode == 7  # nobody listens there any more
+    assert [path.name for path in drawn.parent.glob(f"{drawn.name}*")] == [drawn.name]
 
 
 def test_an_unknown_word_is_refused(project_dir: Path) -> None:

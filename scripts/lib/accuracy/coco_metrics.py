@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from lib.accuracy.datasets import DetectionDataset
 from lib.cli import ScriptError
@@ -69,6 +67,8 @@ def compute_metrics(dataset: DetectionDataset, predictions: Sequence[CocoPredict
     Raises:
         MetricsError: there are no images, no objects or no predictions.
     """
+    from pycocotools.cocoeval import COCOeval  # here, because commands that compare networks import this file
+
     if not dataset.images:
         raise MetricsError(f"the data set {dataset.name} has no images")
     if not any(not found.ignored for image in dataset.images for found in image.objects):
@@ -131,8 +131,10 @@ def plot_precision_recall(metrics: CocoMetrics, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _ground_truth(dataset: DetectionDataset) -> COCO:
-    """The data set as an object of pycocotools."""
+def _ground_truth(dataset: DetectionDataset) -> Any:
+    """The data set as a COCO object of pycocotools."""
+    from pycocotools.coco import COCO
+
     annotations: list[dict[str, Any]] = []
     for image in dataset.images:
         for found in image.objects:

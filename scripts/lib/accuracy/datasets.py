@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lib.cli import ScriptError
+from lib.images import require_file
 
+MAX_COORDINATE_PX = 1e9  # the area of a larger box is no exact number any more
 MIN_SIDE_PX = 2.0  # annotated objects narrower or lower than this are mistakes
 
 
@@ -81,9 +83,9 @@ def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
         ScriptError: the file is not in that format, or an image is missing.
     """
     try:
-        content = json.loads(annotations_file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ScriptError(f"cannot read {annotations_file}: {error}") from error
+        content = json.loads(require_file(annotations_file).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: of brackets without end
+        raise ScriptError(f"cannot read {annotations_file} as JSON: {error}") from error
     objects: dict[int, list[AnnotatedObject]] = {}
     try:
         class_names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
@@ -95,17 +97,16 @@ def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:
                     f"{annotations_file}: annotation {annotation.get('id')} names image {image_id} and "
                     f"category {category_id}, and one of them is not listed"
                 )
-            x, y, width, height = _finite(annotation["bbox"])
-            found = AnnotatedObject(
-                category_id, (x, y, x + width, y + height), bool(annotation.get("iscrowd", 0))
-            )
+            x, y, width, height = _numbers(annotation["bbox"])
+            box_xyxy = (x, y, x + width, y + height)
+            found = AnnotatedObject(category_id, box_xyxy, bool(annotation.get("iscrowd", 0)))
             objects.setdefault(image_id, []).append(found)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # OverflowError: of an infinite id
         raise ScriptError(
             f"{annotations_file} is not in COCO instances format (images, annotations with an xywh bbox, "
             f"categories): {type(error).__name__} {error}"
         ) from error
-    return _dataset(annotations_file.stem, class_names, paths, objects)
+    return _dataset(annotations_file.stem, image_dir, class_names, paths, objects)
 
 
 def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
@@ -119,11 +120,17 @@ def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
     """
     list_file = voc_dir / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        stems = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
+        lines = list_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ScriptError(f"{list_file} is not text in UTF-8: {error}") from error
     except OSError as error:
         splits = ", ".join(sorted(path.stem for path in list_file.parent.glob("*.txt"))) or "none"
         raise ScriptError(f"no split {split!r} in {voc_dir}; there are: {splits}") from error
-    annotations = [_read_voc_annotation(voc_dir / "Annotations" / f"{stem}.xml") for stem in stems]
+    stems = [line.split()[0] for line in lines if line.strip()]
+    xml_files = [voc_dir / "Annotations" / f"{stem}.xml" for stem in stems]
+    for path in xml_files:
+        _require_inside(path, voc_dir)
+    annotations = list(map(_read_voc_annotation, xml_files))
     names = sorted({name for _, found in annotations for name, _, _ in found})
     ids = {name: category_id for category_id, name in enumerate(names, start=1)}
     paths = {}
@@ -133,7 +140,8 @@ def read_voc(voc_dir: Path, split: str) -> DetectionDataset:
         by_stem = voc_dir / "JPEGImages" / f"{stem}.jpg"
         paths[image_id] = by_stem if by_stem.is_file() else voc_dir / "JPEGImages" / file_name
         objects[image_id] = [AnnotatedObject(ids[name], box, ignored) for name, box, ignored in found]
-    return _dataset(f"{voc_dir.resolve().name}:{split}", {ids[name]: name for name in names}, paths, objects)
+    class_names = {ids[name]: name for name in names}
+    return _dataset(f"{voc_dir.resolve().name}:{split}", voc_dir, class_names, paths, objects)
 
 
 _VocObject = tuple[str, tuple[float, float, float, float], bool]
@@ -142,7 +150,8 @@ _VocObject = tuple[str, tuple[float, float, float, float], bool]
 def _read_voc_annotation(path: Path) -> tuple[str, list[_VocObject]]:
     """File name of the image, and (class name, box_xyxy, difficult) of each object."""
     try:
-        root = ElementTree.parse(path).getroot()
+        parser = ElementTree.XMLParser(target=_PlainTree())
+        root = ElementTree.parse(require_file(path), parser).getroot()
         found: list[_VocObject] = []
         for element in root.iter("object"):
             name = (element.findtext("name") or "").strip()
@@ -151,14 +160,23 @@ def _read_voc_annotation(path: Path) -> tuple[str, list[_VocObject]]:
             corners = [
                 float(element.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
             ]
-            found.append((name, _finite(corners), element.findtext("difficult", "0").strip() == "1"))
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+            found.append((name, _numbers(corners), element.findtext("difficult", "0").strip() == "1"))
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: of an encoding
         raise ScriptError(f"cannot read the Pascal VOC annotation {path}: {error}") from error
     return root.findtext("filename", f"{path.stem}.jpg"), found
 
 
+class _PlainTree(ElementTree.TreeBuilder):
+    """Builds the tree of a document without a DTD: entities can make a small file a large one."""
+
+    def doctype(self, name: str, *_: object) -> None:
+        """Called at `<!DOCTYPE`, before its entities are read."""
+        raise ValueError(f"it has a document type ({name}); accepted is XML without one")
+
+
 def _dataset(
     name: str,
+    folder: Path,
     class_names: Mapping[int, str],
     paths: Mapping[int, Path],
     objects: Mapping[int, list[AnnotatedObject]],
@@ -170,7 +188,9 @@ def _dataset(
         raise ScriptError(
             f"{name} has classes whose names differ only in case or not at all: {', '.join(twice)}"
         )
-    missing = [path for path in paths.values() if not path.is_file()]
+    for path in paths.values():
+        _require_inside(path, folder)
+    missing = [path for path in paths.values() if not os.path.isfile(path)]  # false for a name too long
     if missing:
         raise ScriptError(
             f"{len(missing)} of {len(paths)} images of {name} are missing, the first of them is {missing[0]}"
@@ -191,8 +211,25 @@ def is_large_enough(box_xyxy: tuple[float, float, float, float]) -> bool:
     return x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX
 
 
-def _finite(numbers: Any) -> tuple[float, float, float, float]:
+def _require_inside(path: Path, folder: Path) -> None:
+    """Refuse what is not below the folder: an annotation could have any file of this machine sent.
+
+    Raises:
+        ScriptError: the path, or what a symbolic link on it points to, lies elsewhere.
+    """
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, too long a name, or links in a circle
+        raise ScriptError(f"{str(path)!r} is not the name of a file: {error}") from error
+    if not inside:
+        raise ScriptError(
+            f"{path} is not inside {folder}, the folder of the data set, or links to a file elsewhere; only "
+            "files inside are read and sent"
+        )
+
+
+def _numbers(numbers: Any) -> tuple[float, float, float, float]:
     a, b, c, d = map(float, numbers)
-    if not all(map(math.isfinite, (a, b, c, d))):
-        raise ValueError(f"the box {numbers} is not finite")
+    if not all(abs(number) <= MAX_COORDINATE_PX for number in (a, b, c, d)):  # NaN is refused, too
+        raise ValueError(f"the box {numbers} is not finite, or beyond {MAX_COORDINATE_PX:g} pixels")
     return a, b, c, d

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lib.cli import ScriptError
 
 from damoyolo.config import SETTINGS_FILE, graph_batch_sizes_up_to
 
@@ -50,22 +54,86 @@ class BatchingSetting:
         return f"batch {self.batch_size}, delay {self.delay_ms} ms, workers {self.workers}"
 
 
+@contextlib.contextmanager
+def opened_archive(archive: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive, open for reading.
+
+    Raises:
+        ScriptError: it cannot be read, is damaged, or lacks a member that is asked for.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            yield opened
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ScriptError(
+            f"cannot read the archive {archive}: {reason}; scripts/build_archive.py builds one"
+        ) from error
+
+
 def read_settings(archive: Path) -> dict[str, Any]:
-    """The content of the archive's model-config.yaml."""
-    with zipfile.ZipFile(archive) as opened:
-        settings: dict[str, Any] = yaml.safe_load(opened.read(SETTINGS_FILE))
+    """The content of the archive's model-config.yaml.
+
+    Raises:
+        ScriptError: the archive or the file cannot be read.
+    """
+    with opened_archive(archive) as opened:
+        content = opened.read(SETTINGS_FILE)
+    return parse_settings(content, archive)
+
+
+def parse_settings(content: bytes, archive: Path) -> dict[str, Any]:
+    """The content of a model-config.yaml; `archive` is named in errors.
+
+    Raises:
+        ScriptError: it is not YAML of the expected form.
+    """
+    try:
+        settings = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ScriptError(f"{SETTINGS_FILE} of {archive} is not YAML: {reason}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("handler", {}), dict):
+        raise ScriptError(
+            f"{SETTINGS_FILE} of {archive} holds no settings; accepted are keys with values, among them "
+            "handler: with keys of its own"
+        )
     return settings
 
 
+def read_manifest(archive: Path) -> dict[str, Any]:
+    """The archive's manifest.
+
+    Raises:
+        ScriptError: the archive or the manifest cannot be read.
+    """
+    with opened_archive(archive) as opened:
+        content = opened.read(MANIFEST)
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        manifest["model"]["modelName"], manifest["model"]["handler"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ScriptError(f"{MANIFEST} of {archive} names no model and handler: {error!r}") from error
+    return manifest
+
+
 def batching_of(settings: Mapping[str, Any]) -> BatchingSetting:
-    """The batching part of a model-config.yaml."""
+    """The batching part of a model-config.yaml.
+
+    Raises:
+        ScriptError: a value is missing or no whole number.
+    """
+    for key in ("batchSize", "maxBatchDelay", "minWorkers"):
+        value = settings.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ScriptError(f"{key} of {SETTINGS_FILE} is {value!r}; accepted is a whole number")
     return BatchingSetting(settings["batchSize"], settings["maxBatchDelay"], settings["minWorkers"])
 
 
 def copy_archive(source: Path, target: Path, replaced: Mapping[str, bytes | None]) -> Path:
     """Write a copy of an archive with members replaced, added, or left out where None; returns `target`."""
     added = dict(replaced)
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+    with opened_archive(source) as old, zipfile.ZipFile(target, "w") as new:
         for item in old.infolist():
             content = added.pop(item.filename) if item.filename in added else old.read(item)
             if content is not None:
@@ -79,15 +147,15 @@ def copy_archive(source: Path, target: Path, replaced: Mapping[str, bytes | None
 def archive_with_setting(archive: Path, folder: Path, setting: BatchingSetting) -> Path:
     """A copy of the archive in `folder` that batches as the setting says."""
     settings = {**read_settings(archive), **setting.model_settings()}
-    settings["handler"] = {**settings["handler"], **setting.serving_settings()}
+    settings["handler"] = {**settings.get("handler", {}), **setting.serving_settings()}
     return copy_archive(archive, folder / archive.name, {SETTINGS_FILE: _as_yaml(settings)})
 
 
 def empty_archive(archive: Path, folder: Path, setting: BatchingSetting, answer_bytes: int) -> Path:
     """An archive in `folder` of the same name and model whose handler answers at once with N bytes."""
-    with zipfile.ZipFile(archive) as source:
+    manifest = read_manifest(archive)
+    with opened_archive(archive) as source:
         names = source.namelist()
-        manifest = json.loads(source.read(MANIFEST))
     manifest["model"].pop("serializedFile", None)
     settings = {**read_settings(archive), **setting.model_settings(), "answer_bytes": answer_bytes}
     settings.pop("handler", None)

@@ -32,6 +32,11 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="text (one name per line) or JSON file (default: the demo's for its weights, else COCO's 80)",
     )
+    parser.add_argument(
+        "--unused-class",
+        action="store_true",
+        help="the last class channel of the weights is the unused one of older DAMO-YOLO heads",
+    )
 
 
 def load_network(arguments: argparse.Namespace) -> tuple[DamoYolo, tuple[str, ...]]:
@@ -45,4 +50,5 @@ def load_network(arguments: argparse.Namespace) -> tuple[DamoYolo, tuple[str, ..
     weights = fetch_weights(arguments.weights, arguments.sha256)
     given = arguments.class_names
     class_names = read_class_names(given) if given else default_class_names(weights)
-    return folded_network(weights, arguments.variant, len(class_names)), class_names
+    network = folded_network(weights, arguments.variant, len(class_names), arguments.unused_class)
+    return network, class_names

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -18,19 +17,17 @@ from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
 from lib.archive.members import MANIFEST, queue_size
-from lib.archive.reader import archive_environment
 from lib.cli import ScriptError
-from lib.packaging.class_names import default_class_names
-from lib.packaging.weights import fetch_weights
+from lib.packaging.class_names import check_class_names, default_class_names
+from lib.packaging.verify import verify_archive
+from lib.packaging.weights import fetch_weights, load_source
 from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
 
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends.onnx_metadata import check_compatible
 from damoyolo.config import SETTINGS_FILE, ServingConfig, graph_batch_sizes_up_to
 from damoyolo.detector import WEIGHTS_FILE
-from damoyolo.model.checkpoint import Checkpoint, load_checkpoint, load_packaged, save_packaged
-
-VERIFY_TIMEOUT_S = 300.0
+from damoyolo.model.checkpoint import Checkpoint, load_packaged, save_packaged
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class ArchiveRequest:
     weights: file, https address or name of an official checkpoint. sha256: expected digest of that file.
     variant: name of the variant; None takes the one that the weights fit.
     class_names: one for each class; None takes the demo's for the demo weights, else COCO's 80.
+    unused_class: the last class channel of the weights is the unused one of older heads, and has no name.
     onnx: file of scripts/export_onnx.py or scripts/quantize.py to pack beside the weights, for the backends
         that run such files. None exports one where the backend needs it.
     model_settings: keys of model-config.yaml outside `handler:`; they take precedence over the project's.
@@ -51,6 +49,7 @@ class ArchiveRequest:
     sha256: str | None = None
     variant: str | None = None
     class_names: tuple[str, ...] | None = None
+    unused_class: bool = False
     model_name: str = "damoyolo"
     version: str = "1.0"
     onnx: Path | None = None
@@ -77,9 +76,16 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     Raises:
         ScriptError, DamoYoloError: with what has to change.
     """
+    for option, text in (("--model-name", request.model_name), ("--version", request.version)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", text):
+            raise ScriptError(
+                f"{option} is {text!r}; accepted are up to 100 letters, digits, points, - and _, "
+                "the first of them a letter or digit"
+            )
     weights = fetch_weights(request.weights, request.sha256)
-    class_names = request.class_names or default_class_names(weights)
-    checkpoint = load_checkpoint(weights, request.variant, num_classes=len(class_names))
+    given = request.class_names
+    class_names = check_class_names(default_class_names(weights) if given is None else given)
+    checkpoint = load_source(weights, request.variant, len(class_names), request.unused_class)
     settings = _settings_of(request, checkpoint, class_names)
     config = ServingConfig.from_mapping(settings["handler"])  # refuse here what the worker would refuse
     if config.backend == "tensorrt" and not request.backend_files:
@@ -98,7 +104,7 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
             _add_onnx(request.onnx, private, config)
         built = _run_archiver(request, private)
         digest = content_digest(built)
-        names = verify_archive(built)
+        names = verify_archive(built, checkpoint, class_names)
         path = request.output_dir / built.name
         built.replace(path)
     return ArchiveReport(path, digest, checkpoint.variant.name, checkpoint.num_classes, len(names))
@@ -179,53 +185,3 @@ def content_digest(archive: Path) -> str:
                 content = json.dumps(manifest, sort_keys=True).encode()
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-# Run inside the unpacked archive by a fresh interpreter, as the server's worker would.
-VERIFY = """
-import io, pathlib, sys
-import numpy
-import yaml
-from PIL import Image
-import damoyolo_handler
-from damoyolo.config import SETTINGS_FILE
-from damoyolo.detector import Detector
-from damoyolo.structures import Detections
-here = pathlib.Path.cwd()
-assert pathlib.Path(damoyolo_handler.__file__).parent == here, damoyolo_handler.__file__
-# scripts/build_tensorrt.py compares the engine on the GPU.
-on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
-detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
-image = io.BytesIO()
-Image.effect_mandelbrot((640, 480), (-2, -1.2, 1, 1.2), 50).save(image, "PNG")
-(outcome,) = detector.detect([image.getvalue()], [detector.config.default_options()])
-assert isinstance(outcome, Detections), outcome
-assert numpy.isfinite(outcome.boxes_xyxy).all()
-"""
-
-
-def verify_archive(archive: Path) -> list[str]:
-    """Check that an archive is complete and detects; returns the names of its files.
-
-    Raises:
-        ScriptError: a file is missing, or a fresh process cannot detect with the archive.
-    """
-    with zipfile.ZipFile(archive) as opened:
-        names = opened.namelist()
-        modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
-        missing = sorted((modules | {WEIGHTS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
-        if missing:
-            raise ScriptError(f"{archive} lacks {', '.join(missing)}")
-        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-            opened.extractall(folder)
-            check = subprocess.run(
-                [sys.executable, "-c", VERIFY],
-                cwd=folder,
-                env=archive_environment(folder, PYTHONDONTWRITEBYTECODE="1"),
-                capture_output=True,
-                text=True,
-                timeout=VERIFY_TIMEOUT_S,
-            )
-    if check.returncode != 0:
-        raise ScriptError(f"{archive.name} was packed but does not work:\n{check.stderr}")
-    return names

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lib.cli import ScriptError
 from lib.packaging.catalog import OFFICIAL_CHECKPOINTS
 
-from damoyolo.model.checkpoint import load_checkpoint, load_packaged, save_packaged
+from damoyolo.errors import CheckpointError
+from damoyolo.model.checkpoint import Checkpoint, load_checkpoint, load_packaged, save_packaged
 from damoyolo.model.damoyolo import DamoYolo
 
 CONNECT_TIMEOUT_S = 10.0
@@ -63,6 +64,10 @@ def _url_of(source: str) -> str:
     if source in OFFICIAL_CHECKPOINTS:
         return OFFICIAL_CHECKPOINTS[source]
     if source.startswith("https://"):
+        try:
+            urlsplit(source)
+        except ValueError as error:  # an unfinished IPv6 address
+            raise ScriptError(f"{source} is not an address: {error}") from error
         return source
     if "://" in source:
         raise ScriptError(f"{source}: only https addresses are downloaded")
@@ -101,13 +106,40 @@ def _check_sum(path: Path, expected: str | None, remedy: str) -> None:
         raise ScriptError(f"the SHA-256 of {path} is {found}, expected is {expected}; {remedy}")
 
 
-def folded_network(weights: Path, variant: str | None, num_classes: int) -> DamoYolo:
+def load_source(
+    weights: Path, variant: str | None, num_classes: int, unused_class: bool = False
+) -> Checkpoint:
+    """The checkpoint as trained, with as many classes as there are names.
+
+    unused_class: the file's last class channel is the unused one of older DAMO-YOLO heads, and is left out.
+        Of the official files it is known which have it.
+
+    Raises:
+        CheckpointError, ConfigError: the weights cannot be read, or do not fit; fewer or more class names
+            than classes.
+    """
+    checkpoint = load_checkpoint(weights, variant)
+    if checkpoint.num_classes == num_classes and not unused_class:
+        return checkpoint
+    extra = checkpoint.num_classes - num_classes
+    if extra == 1 and (unused_class or weights.stem in OFFICIAL_CHECKPOINTS):
+        return load_checkpoint(weights, variant, num_classes)
+    hint = " (or --unused-class, if the last one is the unused one of older heads)" if extra == 1 else ""
+    raise CheckpointError(
+        f"{weights} has {checkpoint.num_classes} classes, but {num_classes} class names are given; accepted "
+        f"is one name for each class{' but the last' if unused_class else hint}: change --class-names"
+    )
+
+
+def folded_network(
+    weights: Path, variant: str | None, num_classes: int, unused_class: bool = False
+) -> DamoYolo:
     """The network that an archive built from these weights would hold: folded, on the CPU, in float32.
 
     Raises:
-        CheckpointError, ConfigError: the weights cannot be read, or do not fit.
+        CheckpointError, ConfigError: as `load_source`.
     """
     with tempfile.TemporaryDirectory(prefix="folded-") as folder:
         packaged = Path(folder) / "packaged.pth"
-        save_packaged(packaged, load_checkpoint(weights, variant, num_classes))
+        save_packaged(packaged, load_source(weights, variant, num_classes, unused_class))
         return load_packaged(packaged)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import socket
+import threading
 from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,30 +20,19 @@ from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
     MaxRetryError,
+    NewConnectionError,
     ProtocolError,
     ReadTimeoutError,
 )
 
 from lib.cli import ScriptError
-from lib.server import DEFAULT_URL
+from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
+from lib.server.answers import NoAnswerError, ServerAnswerError, answer_error, detection_result
+from lib.server.retry import FIRST_PAUSE_S, Attempts, Outage
+from lib.server.threads import DaemonThreads
 
 MAX_CONNECT_S = 5.0  # a reachable server accepts a connection at once
-MAX_BACKOFF_S = 2.0
 MAX_CONNECTIONS = 256  # kept open for the next request
-
-
-class ServerAnswerError(ScriptError):
-    """The server answered with an error, or with something that is no detection result.
-
-    A class of its own because its parts are reported one by one: `status` is the HTTP status code, `kind` the
-    error body's `type` ("" where it has none).
-    """
-
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(f"{status} {kind}: {message}" if kind else f"{status}: {message}")
-        self.status = status
-        self.kind = kind
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -96,40 +86,37 @@ class DetectionClient:
 
     Proxies of the environment and passwords in ~/.netrc are not used.
 
+    A failure that passes is followed by another attempt, as sending again is harmless: detection changes
+    nothing. Such are a full queue or a missing worker (502, 503, 504), a worker that died (500 or 507 of
+    TorchServe), a refused or dropped connection, and silence.
+
     url: address of the model's predictions.
-    timeout_s: longest silence of the server before a request fails.
-    attempts: how often an image is sent at most while the server's queue is full (status 503) or it drops
-        the connection; sending again is harmless, as detection changes nothing. A request that timed out is
-        not sent again.
-    pause_s: base of the exponential back-off between attempts, up to MAX_BACKOFF_S.
+    timeout_s: longest silence of the server in one attempt.
+    retry_s: how long an image is sent again after such failures (lib.server.retry); 0 for a single attempt.
+    pause_s: the first pause between attempts.
+
+    repeated: how many requests were sent again so far.
     """
 
     def __init__(
-        self, url: str = DEFAULT_URL, timeout_s: float = 60.0, attempts: int = 6, pause_s: float = 0.1
+        self,
+        url: str = DEFAULT_URL,
+        timeout_s: float = 60.0,
+        retry_s: float = DEFAULT_RETRY_S,
+        pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ScriptError(f"the address is {url!r}; accepted is http(s)://host:port/predictions/model")
         self.url = url
         self.timeout_s = timeout_s
-        self.attempts = attempts
-        self._host_port = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        self.retry_s = retry_s
+        self.pause_s = pause_s
+        self.repeated = 0
+        self._host_port = _host_and_port(url)
         self._connect_s = min(MAX_CONNECT_S, timeout_s)
-        retry = _Retry(
-            attempts - 1,
-            connect=0,
-            other=0,
-            allowed_methods=None,  # all
-            status_forcelist=[503],
-            raise_on_status=False,
-            respect_retry_after_header=False,
-            backoff_factor=pause_s,
-            backoff_jitter=pause_s,  # so that refused requests do not come back all at once
-            backoff_max=MAX_BACKOFF_S,
-        )
+        self._outage = Outage()
+        self._lock = threading.Lock()
         self._pool = urllib3.PoolManager(
             maxsize=MAX_CONNECTIONS,
-            retries=retry,
+            retries=False,
             timeout=urllib3.Timeout(connect=self._connect_s, read=timeout_s),
             ca_certs=certifi.where(),
         )
@@ -150,31 +137,37 @@ class DetectionClient:
         """
         try:
             socket.create_connection(self._host_port, timeout=self._connect_s).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a host name that cannot be looked up
             raise self._unreachable() from error
 
-    def detect(self, encoded: bytes, options: RequestOptions | None = None) -> dict[str, Any]:
+    def detect(
+        self,
+        encoded: bytes,
+        options: RequestOptions | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> dict[str, Any]:
         """The server's answer for one encoded image: `width`, `height` and `detections`.
 
+        cancelled: once set, no further attempt is made.
+
         Raises:
-            ServerAnswerError: the server answered with an error.
+            ServerAnswerError: the server answered with an error, or with something that is no result.
             ScriptError: it gave no answer.
         """
-        response = self._post(encoded, options, "json")
-        answer = _json_of(response)
-        if not isinstance(answer, dict) or not isinstance(answer.get("detections"), list):
-            raise ServerAnswerError(
-                response.status, "", f"{self.url} answered no detections: {_text_of(response)!r}"
-            )
-        return answer
+        return detection_result(self._post(encoded, options, "json", cancelled))
 
-    def draw(self, encoded: bytes, options: RequestOptions | None = None) -> bytes:
+    def draw(
+        self,
+        encoded: bytes,
+        options: RequestOptions | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> bytes:
         """The image with boxes and labels drawn on it, as JPEG.
 
         Raises:
             ServerAnswerError, ScriptError: as `detect`.
         """
-        return self._post(encoded, options, "jpeg").data
+        return self._post(encoded, options, "jpeg", cancelled).data
 
     def detect_many(
         self,
@@ -187,33 +180,49 @@ class DetectionClient:
 
         Takes from `images` only as far as it is about to send. Yields one outcome per image in the order
         given; an image that fails does not affect the others. With `draw` every image is sent a second time,
-        for its drawn form.
+        for its drawn form. Closing the generator abandons the requests under way.
         """
         window = 4 * in_flight  # one slow image must not leave the other threads without work
         pending: deque[Future[Outcome]] = deque()
-        executor = ThreadPoolExecutor(in_flight, thread_name_prefix="detect")
-        try:
-            for index, image in enumerate(images):
-                pending.append(executor.submit(self._outcome, index, image, options, draw))
-                if len(pending) >= window:
+        cancelled = threading.Event()
+
+        def outcome(index: int, image: Path | bytes) -> Outcome:
+            return self._outcome(index, image, options, draw, cancelled)
+
+        with DaemonThreads(in_flight) as threads:
+            try:
+                for index, image in enumerate(images):
+                    pending.append(threads.submit(functools.partial(outcome, index, image)))
+                    if len(pending) >= window:
+                        yield pending.popleft().result()
+                while pending:
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+            finally:
+                cancelled.set()
+                for future in pending:
+                    future.cancel()
 
     def _outcome(
-        self, index: int, image: Path | bytes, options: RequestOptions | None, draw: bool
+        self,
+        index: int,
+        image: Path | bytes,
+        options: RequestOptions | None,
+        draw: bool,
+        cancelled: threading.Event,
     ) -> Outcome:
         try:
             encoded = image.read_bytes() if isinstance(image, Path) else image
-            answer = self.detect(encoded, options)
-            return Outcome(index, answer, self.draw(encoded, options) if draw else None)
+            answer = self.detect(encoded, options, cancelled)
+            return Outcome(index, answer, self.draw(encoded, options, cancelled) if draw else None)
         except (ScriptError, OSError) as error:
             return Outcome(index, error=error)
 
     def _post(
-        self, encoded: bytes, options: RequestOptions | None, output_format: str
+        self,
+        encoded: bytes,
+        options: RequestOptions | None,
+        output_format: str,
+        cancelled: threading.Event | None,
     ) -> urllib3.BaseHTTPResponse:
         """The response of status 200."""
         headers = {
@@ -221,74 +230,71 @@ class DetectionClient:
             "X-Detect-Format": output_format,
             "Content-Type": "application/octet-stream",
         }
+        attempts = Attempts(self.retry_s, self._outage, cancelled or threading.Event(), self.pause_s)
+        while True:
+            try:
+                response = self._exchange(encoded, headers)
+            except (ServerAnswerError, NoAnswerError) as error:
+                if not error.passes:
+                    self._outage.answered()
+                    raise
+                if not attempts.wait_for_next(error.lost):
+                    error.attempts = attempts.made
+                    raise
+                with self._lock:
+                    self.repeated += 1
+            else:
+                self._outage.answered()
+                return response
+
+    def _exchange(self, encoded: bytes, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        """One attempt; the response of status 200."""
         try:
             # Images go to the host that was named and nowhere else: no redirects.
             response = self._pool.request("POST", self.url, body=encoded, headers=headers, redirect=False)
         except HTTPError as error:
             raise self._failure(error, len(encoded)) from error
         if response.status != 200:
-            raise _answer_error(response, len(encoded))
+            raise answer_error(response, len(encoded))
         return response
 
-    def _failure(self, error: HTTPError, sent_bytes: int) -> ScriptError:
+    def _failure(self, error: HTTPError, sent_bytes: int) -> NoAnswerError:
         """What an exchange without an answer means to the user."""
         reason = error.reason if isinstance(error, MaxRetryError) else error
-        if isinstance(reason, ConnectTimeoutError):  # refused connections and unknown hosts, too
+        if isinstance(reason, ConnectTimeoutError | NewConnectionError):  # unknown hosts, too
             return self._unreachable()
         if isinstance(reason, ReadTimeoutError):
-            return ScriptError(
+            return NoAnswerError(
                 f"no answer from {self.url} within {self.timeout_s:g} s; check that its workers are up "
-                "(management API), or allow more time (--timeout)"
+                "(management API), or allow more time (--timeout)",
+                lost=True,
             )
         if isinstance(reason, ProtocolError):
-            return ScriptError(
-                f"{self.url} dropped the connection in attempt {self.attempts} of {self.attempts} to send "
-                f"{sent_bytes:,} bytes; its log says why. One reason: max_request_size in config.properties"
+            return NoAnswerError(
+                f"{self.url} dropped the connection while {sent_bytes:,} bytes were sent or answered; its "
+                "log says why. One reason: max_request_size in config.properties",
+                lost=True,
             )
-        return ScriptError(f"cannot send to {self.url}: {reason}")
+        return NoAnswerError(f"cannot send to {self.url}: {reason}", passes=False)
 
-    def _unreachable(self) -> ScriptError:
+    def _unreachable(self) -> NoAnswerError:
         host, port = self._host_port
-        return ScriptError(
+        return NoAnswerError(
             f"no server at {host}:{port}; start one with `python scripts/serve.py` or name another with --url"
         )
 
 
-class _Retry(urllib3.Retry):
-    """Retries unless the server was silent: it may still be at work on the image."""
+def _host_and_port(url: str) -> tuple[str, int]:
+    """What the address names.
 
-    def increment(self, method: str | None = None, url: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("error"), ReadTimeoutError):
-            raise kwargs["error"]
-        return super().increment(method, url, *args, **kwargs)
-
-
-def _answer_error(response: urllib3.BaseHTTPResponse, sent_bytes: int) -> ServerAnswerError:
-    """The error that a status other than 200 stands for, in the words of its JSON body where it has one."""
-    status, kind = response.status, ""
-    body = _json_of(response)
-    if 300 <= status < 400:
-        target = response.headers.get("Location", "an unnamed place")
-        message = f"redirects to {target}, which is not followed; give that as --url"
-    elif isinstance(body, dict) and "message" in body:
-        kind, message = str(body.get("type", "")), str(body["message"])
-    elif status == 413:
-        message = (
-            f"the server refuses {sent_bytes:,} bytes; max_request_size in config.properties sets the limit"
-        )
-    else:
-        message = _text_of(response) or response.reason or "no explanation"
-    return ServerAnswerError(status, kind, message)
-
-
-def _json_of(response: urllib3.BaseHTTPResponse) -> Any:
-    """The body as JSON; None where it is none."""
+    Raises:
+        ScriptError: it is not one of HTTP.
+    """
     try:
-        return json.loads(response.data)
-    except ValueError:
-        return None
-
-
-def _text_of(response: urllib3.BaseHTTPResponse) -> str:
-    """The beginning of the body."""
-    return response.data[:200].decode(errors="replace")
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # of a port that is no number, or an unfinished IPv6 address
+        host = None
+    if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
+        raise ScriptError(f"the address is {url!r}; accepted is http(s)://host:port/predictions/model")
+    return host, port or (443 if parts.scheme == "https" else 80)

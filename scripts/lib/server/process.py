@@ -24,6 +24,9 @@ from lib.paths import PROJECT_DIR
 from lib.server.java import find_java_home
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
+DEFAULT_ADDRESSES = dict(
+    zip(ADDRESS_KEYS, map("http://127.0.0.1:{}".format, (8080, 8081, 8082)), strict=True)
+)
 GRPC_PORT_KEYS = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
 # The first of consecutive port numbers that name the sockets of the workers.
 WORKER_PORT_KEY = "initial_worker_port"
@@ -40,10 +43,17 @@ POLL_INTERVAL_S = 0.5
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """The settings of a config.properties file."""
-    lines = (line.strip() for line in path.read_text().splitlines())
+    """The settings of a config.properties file, with the server's own addresses where it names none.
+
+    Raises:
+        ScriptError: it is not text.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ScriptError(f"{path} is not text in UTF-8: {error.reason}") from error
     pairs = (line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-    return {key.strip(): value.strip() for key, value in pairs}
+    return {**DEFAULT_ADDRESSES, **{key.strip(): value.strip() for key, value in pairs}}
 
 
 def free_ports(count: int) -> list[int]:
@@ -68,14 +78,21 @@ def is_listening(port: int) -> bool:
 
 
 def busy_ports(properties: Mapping[str, str]) -> list[int]:
-    """The ports in the settings that are already taken."""
-    ports = [_port(properties[key]) for key in ADDRESS_KEYS]
-    ports += [int(properties.get(key, default)) for key, default in GRPC_PORT_KEYS.items()]
+    """The ports in the settings that are already taken.
+
+    Raises:
+        ScriptError: a setting names no port.
+    """
+    ports = [_port(key, properties[key]) for key in ADDRESS_KEYS]
+    ports += [_port(key, properties.get(key, str(default))) for key, default in GRPC_PORT_KEYS.items()]
     return [port for port in ports if is_listening(port)]
 
 
-def _port(address: str) -> int:
-    return int(address.rsplit(":", 1)[1])
+def _port(key: str, value: str) -> int:
+    port = value.rsplit(":", 1)[-1]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ScriptError(f"{key} is {value!r}; accepted are ports, and addresses that end in :port")
+    return int(port)
 
 
 def describe_model(management_url: str, model_name: str) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import requests
 
-from lib.archive.members import MANIFEST, BatchingSetting, archive_with_setting, empty_archive
+from lib.archive.members import BatchingSetting, archive_with_setting, empty_archive, read_manifest
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.gpus import workers_per_gpu
@@ -78,8 +76,7 @@ def serve_archive(archive: Path, environment: Mapping[str, str] | None = None) -
     Raises:
         ScriptError, FileNotFoundError: it does not start.
     """
-    with zipfile.ZipFile(archive) as opened:
-        model_name = json.loads(opened.read(MANIFEST))["model"]["modelName"]
+    model_name = read_manifest(archive)["model"]["modelName"]
     server = TorchServeProcess(
         PROJECT_DIR / "config.properties",
         archive.resolve().parent,

@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the fresh interpreter that checks each new archive; for tests of something else."""
-    monkeypatch.setattr("lib.packaging.builder.verify_archive", lambda _: [])
+    monkeypatch.setattr("lib.packaging.builder.verify_archive", lambda *_: [])

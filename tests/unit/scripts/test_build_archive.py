@@ -45,6 +45,9 @@ def test_options_become_a_request_and_what_is_not_given_stays_the_default(
         (["--weights", "nowhere.pth"], "nowhere.pth is neither a file"),
         (["--class-names", "nowhere.txt"], "nowhere.txt gives no class names"),
         (["--variant", "XL"], "XL"),
+        (["--version", "1\n2"], r"--version is '1\n2'"),
+        (["--version", ""], "--version is ''"),
+        (["--model-name", "../x"], "--model-name is '../x'"),
     ],
 )
 def test_the_command_says_what_is_wrong_and_fails(

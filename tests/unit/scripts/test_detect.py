@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -78,6 +85,90 @@ def test_a_failed_image_is_named_and_the_others_are_answered(
     assert rows[1]["detections"] == [CELL]
 
 
+def test_a_label_cannot_steer_the_terminal(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def hostile(asked: Asked) -> Reply:
+        if asked.body == b"b.jpg":
+            return failed(422, "\x1b[2Jkind", "two\r\nlines\x07")
+        return found({**CELL, "label": "\x1b]0;title\x07\n" + "x" * 100_000})
+
+    json_lines = slides / "out.jsonl"
+    with StandInServer(hostile) as server:
+        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 1
+    out, err = capsys.readouterr()
+    for text in (out, err, json_lines.read_text()):
+        assert all(character.isprintable() or character == "\n" for character in text)
+    assert r"\x1b]0;title\x07\nxxx" in out
+    assert len(out) < 10_000
+    assert r"422 \x1b[2Jkind: two\r\nlines\x07" in err
+
+
+def test_a_file_name_that_is_no_text_is_sent_and_shown(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slides / os.fsdecode(b"\xff\x1b.jpg")).write_bytes(b"image")
+    json_lines = slides / "out.jsonl"
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 0
+    assert r"\udcff\x1b.jpg" in capsys.readouterr().out
+    assert len(json_lines.read_text().splitlines()) == 3
+
+
+def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter = count()
+
+    def starting(asked: Asked) -> Reply:
+        return failed(500, "InternalServerException", "Worker died.") if next(counter) < 2 else found(CELL)
+
+    with StandInServer(starting) as server:
+        assert detect.main([str(slides), "--url", server.url, "--in-flight", "1"]) == 0
+        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("RBC") == 4
+    assert err == "detect: 2 requests were sent again\n"
+
+
+def test_what_is_sent_again_for_too_long_is_named(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "full")) as server:
+        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 1
+    assert "2 of 2 images failed" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_command_at_once_in_one_line(slides: Path, project_dir: Path) -> None:
+    arrived, release = threading.Event(), threading.Event()
+
+    def silent(asked: Asked) -> Reply:
+        arrived.set()
+        release.wait(60)
+        return found()
+
+    with StandInServer(silent) as server:
+        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.url]
+        with subprocess.Popen(
+            command, cwd=project_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert arrived.wait(60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert process.stderr.read() == "detect: interrupted\n"
+        release.set()
+
+
+def test_a_proxy_of_the_environment_is_not_used(slides: Path, project_dir: Path) -> None:
+    with StandInServer(answer_by_content) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.url]
+        environment = {**os.environ, **dict.fromkeys(names, url), "no_proxy": "", "NO_PROXY": ""}
+        subprocess.run(
+            command, cwd=project_dir, env=environment, stdout=subprocess.DEVNULL, timeout=60, check=True
+        )
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody connected
+            proxy.accept()
+
+
 def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     output = slides.parent / "drawn"
     with StandInServer(answer_by_content) as server:
@@ -127,11 +218,14 @@ def test_without_a_server_the_error_names_the_command_that_starts_one(
     assert "scripts/serve.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "said"), [("absent.jpg", "does not exist"), ("hollow", "--recursive")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("absent.jpg", "does not exist"), ("hollow", "--recursive"), ("pipe", "regular")]
+)
 def test_a_path_without_images_is_named(
     slides: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
 ) -> None:
     (slides / "hollow").mkdir()
+    os.mkfifo(slides / "pipe")
     assert detect.main([str(slides / name)]) == 2
     err = capsys.readouterr().err
     assert name in err

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +116,41 @@ def test_a_failed_image_means_no_figures(
     assert "b.jpg: 422 CorruptImage: cut off" in err
     assert "AP50" not in out
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_worker_that_dies_costs_no_image(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    died = iter([False, True, True])  # the first request is the warm-up
+
+    def dying(asked: Asked) -> Reply:
+        if next(died, False):
+            return failed(507, "InternalServerException", "Worker died.")
+        return perfect(asked)
+
+    with StandInServer(dying) as server:
+        assert evaluate.main([*data, "--url", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert "4 detections in" in out
+    assert "2 requests were sent again" in err
+
+
+def test_an_interrupt_ends_the_command_at_once_in_one_line(data: list[str], project_dir: Path) -> None:
+    arrived, release = threading.Event(), threading.Event()
+
+    def silent(asked: Asked) -> Reply:
+        arrived.set()
+        release.wait(60)
+        return found()
+
+    with StandInServer(silent) as server:
+        command = [sys.executable, "scripts/evaluate.py", *data, "--url", server.url]
+        with subprocess.Popen(
+            command, cwd=project_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert arrived.wait(120)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert process.stderr.read() == "evaluate: interrupted\n"
+        release.set()
 
 
 def test_a_server_that_detects_nothing_is_reported_in_words(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli import ScriptError, command_parser, run_command
+from lib.cli import ScriptError, command_parser, printable, run_command
 
 from damoyolo.errors import ConfigError
 
@@ -30,6 +30,65 @@ def test_an_expected_error_is_one_line_and_exit_code_1(
 
     assert run_command(command, parser(), []) == 1
     assert capsys.readouterr().err == "some_command: why\n"
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escape_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("Blutzelle ß") == "Blutzelle ß"
+    assert printable("a\x1b[2J\r\nb\x9b\u202e\udcff") == r"a\x1b[2J\r\nb\x9b\u202e\udcff"
+    assert len(printable("a" * 10_000_000)) < 3000
+
+    def command(_arguments: argparse.Namespace) -> None:
+        raise ScriptError("two\nlines \x1b]0;title\x07")
+
+    assert run_command(command, parser(), []) == 1
+    assert capsys.readouterr().err == "some_command: two\nlines \\x1b]0;title\\x07\n"
+
+
+@pytest.mark.parametrize("package", ["pycocotools", "onnx.helper"])
+def test_a_missing_extra_package_is_one_line_with_what_installs_it(
+    capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    def command(_arguments: argparse.Namespace) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    assert run_command(command, parser(), []) == 1
+    err = capsys.readouterr().err
+    assert package in err
+    assert "pip install -r requirements-dev.txt" in err
+    assert err.count("\n") == 1
+
+
+def test_an_option_whose_package_is_missing_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = parser()
+    made.add_argument("--plot")
+    assert run_command(lambda _: pytest.fail("worked"), made, ["--plot", "x.png"]) == 1
+    assert "--plot needs the package matplotlib" in capsys.readouterr().err
+
+
+def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    made = parser()
+    made.add_argument("--plot")
+    assert run_command(lambda _: pytest.fail("worked"), made, ["--plot", "x.foo"]) == 1
+    assert "accepted are files that end in .png" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly(project_dir: Path) -> None:
+    code = (
+        "import sys, lib.cli as c; p = c.command_parser('x')\n"
+        "def f(_):\n while True: print('line' * 1000)\n"
+        "sys.exit(c.run_command(f, p, []))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=project_dir / "scripts", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(100)
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,12 @@ def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> N
         {"categories": [{"id": 3}]},
         {"categories": [{"id": 3, "name": "RBC"}, {"id": 90, "name": "rbc"}]},
         {"images": [{"id": 7, "file_name": "absent.jpg"}]},
+        {"images": [{"id": float("inf"), "file_name": "a.jpg"}]},
+        {"images": ["a.jpg"]},
+        {"annotations": {"a": 1}},
+        {"annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, 1e300, 1e300]}]},
+        {"annotations": [{"image_id": 7, "category_id": 3, "bbox": "none"}]},
+        {"annotations": [{"image_id": [7], "category_id": 3, "bbox": [0, 0, 9, 9]}]},
     ],
 )
 def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -128,12 +134,85 @@ def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes:
         read_coco(write_coco(tmp_path, **changes), tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00", "[" * 500_000])
 def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "instances.json"
     path.write_text(text)
     with pytest.raises(ScriptError, match=r"instances\.json"):
         read_coco(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file_name", ["/etc/passwd", "../secret.jpg", "x/../../secret.jpg", "link.jpg", "folder/secret.jpg"]
+)
+def test_a_coco_file_cannot_have_files_outside_its_folder_sent(tmp_path: Path, file_name: str) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (images / "folder").symlink_to(tmp_path)
+    path = write_coco(images, images=[{"id": 7, "file_name": file_name}])
+    with pytest.raises(ScriptError, match=r"is not inside .*images"):
+        read_coco(path, images)
+
+
+@pytest.mark.parametrize("file_name", ["a\x00b.jpg", "a" * 5000, "loop.jpg"])
+def test_a_file_name_that_no_file_can_have_is_refused(tmp_path: Path, file_name: str) -> None:
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    with pytest.raises(ScriptError, match=r"is not the name of a file|are missing"):
+        read_coco(write_coco(tmp_path, images=[{"id": 7, "file_name": file_name}]), tmp_path)
+
+
+def test_an_image_folder_that_is_itself_a_link_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    path = write_coco(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert len(read_coco(path, tmp_path / "link").images) == 1
+
+
+@pytest.mark.parametrize("what", ["filename", "stem"])
+def test_a_voc_data_set_cannot_have_files_outside_its_folder_read_or_sent(tmp_path: Path, what: str) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": []})
+    (tmp_path / "x.xml").write_text("<annotation/>")
+    if what == "stem":
+        (folder / "ImageSets" / "Main" / "test.txt").write_text("../../x\n")
+    else:
+        (folder / "JPEGImages" / "a.jpg").unlink()
+        text = "<annotation><filename>/etc/passwd</filename></annotation>"
+        (folder / "Annotations" / "a.xml").write_text(text)
+    with pytest.raises(ScriptError, match="is not inside"):
+        read_voc(folder, "test")
+
+
+ENTITIES = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+BOMB = f'<!DOCTYPE a [<!ENTITY e0 "ha">{ENTITIES}]><annotation><filename>&e11;</filename></annotation>'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB.encode(),
+        b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>',
+        '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a><annotation/>'.encode("utf-16"),
+        b'<?xml version="1.0" encoding="klingon"?><annotation/>',
+        b"<annotation>\xff</annotation>",
+        b"\x00" * 100,
+    ],
+)
+def test_a_voc_annotation_with_entities_or_an_unknown_encoding_is_refused_at_once(
+    tmp_path: Path, content: bytes
+) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": []})
+    (folder / "Annotations" / "a.xml").write_bytes(content)
+    with pytest.raises(ScriptError, match=r"cannot read the Pascal VOC annotation .*a\.xml"):
+        read_voc(folder, "test")
+
+
+def test_a_list_of_images_that_is_no_text_is_named(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path / "cells", {"a": []})
+    (folder / "ImageSets" / "Main" / "test.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ScriptError, match=r"test\.txt is not text in UTF-8"):
+        read_voc(folder, "test")
 
 
 def test_the_evaluation_images_are_read_whole(shared_dir: Path) -> None:

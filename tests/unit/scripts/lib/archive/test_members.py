@@ -5,7 +5,10 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from lib.archive.members import copy_archive
+import pytest
+
+from lib.archive.members import MANIFEST, batching_of, copy_archive, read_manifest, read_settings
+from lib.cli import ScriptError
 
 
 def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path: Path) -> None:
@@ -18,3 +21,56 @@ def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path:
     with zipfile.ZipFile(copy) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     assert content == {"kept": b"old kept", "replaced": b"new", "added": b"more"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no zip", b"PK\x03\x04"])
+def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "broken.mar"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_settings, read_manifest):
+        with pytest.raises(ScriptError, match=r"cannot read the archive .*broken\.mar"):
+            read(path)
+    with pytest.raises(ScriptError, match="cannot read the archive"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a: [b: {",
+        b"- 1",
+        b"",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b"handler: text",
+        b"a: !!python/name:os.system",
+    ],
+)
+def test_settings_that_are_not_settings_are_refused_in_one_line(tmp_path: Path, text: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
+        archive.writestr("model-config.yaml", text)
+    with pytest.raises(ScriptError, match=r"model-config\.yaml of .*a\.mar") as caught:
+        read_settings(tmp_path / "a.mar")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"model": {}}', b"[" * 500_000])
+def test_a_manifest_without_a_model_is_refused(tmp_path: Path, text: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
+        archive.writestr(MANIFEST, text)
+    with pytest.raises(ScriptError, match="names no model"):
+        read_manifest(tmp_path / "a.mar")
+
+
+def test_a_missing_member_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
+        archive.writestr("other", b"")
+    with pytest.raises(ScriptError, match=r"no item named 'model-config\.yaml'"):
+        read_settings(tmp_path / "a.mar")
+
+
+@pytest.mark.parametrize("value", [None, "8", True])
+def test_batching_settings_that_are_no_numbers_are_named(value: object) -> None:
+    with pytest.raises(ScriptError, match=r"maxBatchDelay of model-config\.yaml is"):
+        batching_of({"batchSize": 8, "maxBatchDelay": value, "minWorkers": 1})

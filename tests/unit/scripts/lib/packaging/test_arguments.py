@@ -20,5 +20,5 @@ def test_without_options_it_is_the_demo_network_and_names_must_fit(tmp_path: Pat
     assert class_names == DEMO_CLASS_NAMES
     assert (model.variant.name, model.num_classes) == ("S", 3)
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
-    with pytest.raises(CheckpointError, match="3 class channels, but 4 class names"):
+    with pytest.raises(CheckpointError, match="3 classes, but 4 class names"):
         load_network(parser.parse_args(["--class-names", str(tmp_path / "names.txt")]))

@@ -13,7 +13,7 @@ import yaml
 
 from lib.archive.members import MANIFEST, copy_archive
 from lib.cli import ScriptError
-from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive, content_digest, verify_archive
+from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive, content_digest
 from lib.packaging.class_names import DEMO_CLASS_NAMES
 
 from damoyolo.errors import CheckpointError, ConfigError
@@ -108,27 +108,17 @@ def test_without_the_packages_of_onnx_the_way_out_is_named(
         build_archive(ArchiveRequest(output_dir=tmp_path, onnx=Path("any.onnx")))
 
 
-def test_an_archive_that_lacks_a_module_is_refused(report: ArchiveReport, tmp_path: Path) -> None:
-    broken = copy_archive(report.path, tmp_path / "x.mar", {"damoyolo/boxes.py": None})
-    with pytest.raises(ScriptError, match=r"lacks damoyolo/boxes\.py"):
-        verify_archive(broken)
-
-
-def test_an_archive_that_cannot_detect_is_refused_with_its_traceback(
-    report: ArchiveReport, tmp_path: Path
-) -> None:
-    broken = copy_archive(report.path, tmp_path / "x.mar", {"damoyolo.pth": b"nothing"})
-    with pytest.raises(ScriptError, match=r"(?s)Traceback.*CheckpointError"):
-        verify_archive(broken)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"serving": {"score_threshold": 7.0}}, ConfigError, "score_threshold"),
         ({"serving": {"backend": "tensorrt"}}, ScriptError, r"build_tensorrt\.py"),
         ({"variant": "T"}, CheckpointError, "fits variant S"),
-        ({"class_names": ("a", "b", "c", "d")}, CheckpointError, "class names"),
+        ({"class_names": ("a", "b", "c", "d")}, CheckpointError, "3 classes, but 4 class names"),
+        ({"class_names": ("a", "b")}, CheckpointError, "3 classes, but 2 class names.*--unused-class"),
+        ({"class_names": ()}, ScriptError, "no class names"),
+        ({"class_names": ("a",)}, CheckpointError, "3 classes, but 1 class names"),
+        ({"unused_class": True}, CheckpointError, "3 classes, but 3 class names .*each class but the last"),
     ],
 )
 def test_what_the_worker_would_refuse_is_refused_before_packing(

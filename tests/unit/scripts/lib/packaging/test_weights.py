@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 
 from lib.cli import ScriptError
 from lib.packaging import weights as weights_source
-from lib.packaging.weights import fetch_weights
+from lib.packaging.weights import fetch_weights, load_source
+
+from damoyolo.errors import CheckpointError
+from damoyolo.model.damoyolo import build_model
+from damoyolo.model.variants import VARIANTS
 
 CONTENT = b"weights " * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -122,3 +127,32 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("DAMOYOLO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert weights_source.default_cache_dir() == tmp_path / "damoyolo"
+
+
+@pytest.fixture
+def four_classes(tmp_path: Path) -> Path:
+    """A checkpoint as trained with four class channels."""
+    path = tmp_path / "mine.pth"
+    torch.save(build_model(VARIANTS["Ns"], 4, folded=False).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("names", [1, 2, 3, 5, 80])
+def test_fewer_or_more_names_than_classes_are_refused_with_both_counts(
+    four_classes: Path, names: int
+) -> None:
+    with pytest.raises(CheckpointError, match=f"4 classes, but {names} class names") as caught:
+        load_source(four_classes, None, names)
+    assert ("--unused-class" in str(caught.value)) == (names == 3)
+
+
+def test_the_unused_class_of_an_older_head_is_left_out_where_it_is_known(four_classes: Path) -> None:
+    assert load_source(four_classes, None, 4).num_classes == 4
+    assert load_source(four_classes, None, 3, unused_class=True).num_classes == 3
+    official = four_classes.with_name("damoyolo_tinynasL25_S_456.pth")
+    four_classes.rename(official)
+    assert load_source(official, None, 3).num_classes == 3
+    with pytest.raises(CheckpointError, match="4 classes, but 2 class names"):
+        load_source(official, None, 2)
+    with pytest.raises(CheckpointError, match="one name for each class but the last"):
+        load_source(official, None, 4, unused_class=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lib.cli import ScriptError
-from lib.server.client import DetectionClient, RequestOptions, ServerAnswerError
+from lib.server.answers import ServerAnswerError
+from lib.server.client import DetectionClient, RequestOptions
+from lib.server.retry import MAX_LOSSES
 
 from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
 
@@ -75,7 +77,21 @@ def test_a_413_without_words_names_the_setting() -> None:
         client.detect(b"large")
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", b"[1, 2]", b'{"prediction": 3}', b""])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>hello</html>",
+        b"[1, 2]",
+        b'{"prediction": 3}',
+        b"",
+        b'{"detections": [3]}',
+        b'{"detections": [{"label": {}, "score": 1, "bbox": [1, 2, 3, 4]}]}',
+        b'{"detections": [{"label": "a", "score": NaN, "bbox": [1, 2, 3, 4]}]}',
+        b'{"detections": [{"label": "a", "score": 1, "bbox": [1, 2, 3]}]}',
+        b'{"detections": [{"label": "a", "score": 1, "bbox": [1, 2, 3, 1e999]}]}',
+        b"[" * 1_000_000,
+    ],
+)
 def test_a_200_that_is_no_detection_result_is_an_error(body: bytes) -> None:
     with (
         StandInServer(lambda asked: Reply(body=body)) as server,
@@ -96,14 +112,102 @@ def test_an_image_is_sent_again_until_the_queue_has_room() -> None:
     assert [asked.body for asked in server.asked] == [b"image"] * 3
 
 
-def test_a_queue_that_stays_full_ends_after_the_attempts() -> None:
+def test_a_queue_that_stays_full_is_given_up_after_the_total_time() -> None:
     with (
         StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "no worker")) as server,
-        DetectionClient(server.url, attempts=4, pause_s=0.001) as client,
-        pytest.raises(ServerAnswerError, match="503 ServiceUnavailableException"),
+        DetectionClient(server.url, retry_s=0.5, pause_s=0.01) as client,
+    ):
+        start_s = time.monotonic()
+        with pytest.raises(ServerAnswerError, match=r"503 ServiceUnavailableException: .*attempt \d+"):
+            client.detect(b"image")
+        assert time.monotonic() - start_s >= 0.5
+        first = len(server.asked)
+        assert client.repeated == first - 1 > 1
+        # The server has answered nobody for that time: the next image gets one attempt.
+        with pytest.raises(ServerAnswerError, match="503"):
+            client.detect(b"image")
+        assert len(server.asked) == first + 1
+
+
+@pytest.mark.parametrize("status", [500, 507])
+def test_an_image_whose_worker_died_is_sent_again(status: int) -> None:
+    counter = count()
+    died = failed(status, "InternalServerException", "Worker died.")
+    with (
+        StandInServer(lambda asked: died if next(counter) == 0 else found(CELL)) as server,
+        DetectionClient(server.url, pause_s=0.001) as client,
+    ):
+        assert client.detect(b"image")["detections"] == [CELL]
+
+
+def test_an_image_that_ends_every_worker_is_given_up() -> None:
+    with (
+        StandInServer(lambda asked: failed(500, "InternalServerException", "Worker died.")) as server,
+        DetectionClient(server.url, pause_s=0.001) as client,
+        pytest.raises(ServerAnswerError, match=r"Worker died\. \(attempt 6\)"),
     ):
         client.detect(b"image")
-    assert len(server.asked) == 4
+    assert len(server.asked) == MAX_LOSSES == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (400, "InvalidOption", "score"),
+        (404, "ModelNotFoundException", "m"),
+        (413, "ImageTooLarge", "large"),
+        (500, "InternalError", "the server failed"),
+        (507, "OutOfMemory", "too little memory"),
+    ],
+)
+def test_a_refusal_that_stays_is_not_retried(status: int, kind: str, message: str) -> None:
+    with (
+        StandInServer(lambda asked: failed(status, kind, message)) as server,
+        DetectionClient(server.url, pause_s=0.001) as client,
+        pytest.raises(ServerAnswerError, match=kind),
+    ):
+        client.detect(b"image")
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_starts_again_at_the_same_port_loses_no_image() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    images = [str(number).encode() for number in range(40)]
+
+    def slow(asked: Asked) -> Reply:
+        time.sleep(0.05)
+        return cell_named(asked)
+
+    with DetectionClient(f"http://127.0.0.1:{port}/predictions/damoyolo", pause_s=0.01) as client:
+        with StandInServer(slow, port):
+            outcomes = client.detect_many(images, in_flight=4)
+            answered = [next(outcomes) for _ in range(3)]
+        time.sleep(0.2)
+        with StandInServer(cell_named, port) as second:
+            answered += outcomes
+    labels = [outcome.answer["detections"][0]["label"] for outcome in answered if outcome.answer]
+    assert labels == [str(number) for number in range(40)]
+    assert second.asked
+    assert client.repeated > 0
+
+
+def test_abandoned_requests_do_not_hold_up_the_end() -> None:
+    release = threading.Event()
+
+    def silent_but_for_the_first(asked: Asked) -> Reply:
+        if asked.body != b"0":
+            release.wait(20)
+        return found()
+
+    images = [str(number).encode() for number in range(40)]
+    with StandInServer(silent_but_for_the_first) as server, DetectionClient(server.url) as client:
+        outcomes = client.detect_many(images, in_flight=4)
+        next(outcomes)
+        start_s = time.monotonic()
+        outcomes.close()
+        assert time.monotonic() - start_s < 5
+        release.set()
 
 
 @pytest.mark.parametrize("sent_before", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
@@ -119,21 +223,38 @@ def test_a_dropped_connection_is_tried_again(sent_before: bytes) -> None:
 def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
     with (
         StandInServer(lambda asked: Reply(drop=True)) as server,
-        DetectionClient(server.url, attempts=3, pause_s=0.001) as client,
-        pytest.raises(ScriptError, match="dropped the connection in attempt 3 of 3"),
+        DetectionClient(server.url, pause_s=0.001) as client,
+        pytest.raises(ScriptError, match=r"dropped the connection .*\(attempt 6\)"),
     ):
         client.detect(b"image")
-    assert len(server.asked) == 3
+    assert len(server.asked) == 6
 
 
-def test_silence_ends_at_the_time_limit_and_is_not_retried() -> None:
+def test_after_silence_an_image_is_sent_again() -> None:
+    release, counter = threading.Event(), count()
+
+    def silent_once(asked: Asked) -> Reply:
+        if next(counter) == 0:
+            release.wait(20)
+        return found(CELL)
+
+    with StandInServer(silent_once) as server, DetectionClient(server.url, timeout_s=0.5) as client:
+        assert client.detect(b"image")["detections"] == [CELL]
+        release.set()
+    assert len(server.asked) == 2
+
+
+def test_silence_ends_at_the_time_limit_and_without_retries_at_once() -> None:
     release = threading.Event()
 
     def silent(asked: Asked) -> Reply:
         release.wait(20)
         return found()
 
-    with StandInServer(silent) as server, DetectionClient(server.url, timeout_s=0.2) as client:
+    with (
+        StandInServer(silent) as server,
+        DetectionClient(server.url, timeout_s=0.2, retry_s=0) as client,
+    ):
         start_s = time.monotonic()
         with pytest.raises(ScriptError, match=r"within 0\.2 s"):
             client.detect(b"image")
@@ -157,7 +278,7 @@ def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too() -> None:
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/predictions/damoyolo"
         with (
-            DetectionClient(url, timeout_s=0.2) as client,
+            DetectionClient(url, timeout_s=0.2, retry_s=0) as client,
             pytest.raises(ScriptError, match=r"within 0\.2 s"),
         ):
             client.detect(b"image")
@@ -188,13 +309,26 @@ def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch: pytest.
 
 
 def test_an_absent_server_is_named_with_what_to_start() -> None:
-    client = DetectionClient(free_url())
+    client = DetectionClient(free_url(), retry_s=0)
     for call in (client.require_server, lambda: client.detect(b"image")):
         with pytest.raises(ScriptError, match=r"scripts/serve\.py"):
             call()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080/predictions/damoyolo", "ftp://host/x", "http://", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8080/predictions/damoyolo",
+        "ftp://host/x",
+        "http://",
+        "",
+        "http://h:port/",
+        "http://[::1/",
+        "http://h/a b",
+        "http://h/\n",
+        "http://h/\x1b[2J",
+    ],
+)
 def test_an_address_without_scheme_or_host_is_refused(url: str) -> None:
     with pytest.raises(ScriptError, match="accepted is http"):
         DetectionClient(url)

@@ -1,0 +1,118 @@
+"""What the server answered: a detection result, or an error; nothing in an answer is trusted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import urllib3
+
+from lib.cli import ScriptError, printable
+
+# A full queue or no worker; a proxy in front says 502 and 504 for a server that is starting.
+PASSING_STATUSES = (502, 503, 504)
+MAX_NUMBER = 1e9  # of a score or a side of a box in pixels; excludes infinity and NaN
+WORKER_DIED = "Worker died."  # TorchServe's message of a 500 or 507
+
+
+class RequestFailedError(ScriptError):
+    """A request that the client could not get a result for.
+
+    passes: whether another attempt may succeed. lost: whether the server had the image when it failed.
+    attempts: how many were made.
+    """
+
+    def __init__(self, message: str, passes: bool, lost: bool) -> None:
+        super().__init__(message)
+        self.passes = passes
+        self.lost = lost
+        self.attempts = 1
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.attempts == 1 else f"{message} (attempt {self.attempts})"
+
+
+class NoAnswerError(RequestFailedError):
+    """The server gave no answer."""
+
+    def __init__(self, message: str, passes: bool = True, lost: bool = False) -> None:
+        super().__init__(message, passes, lost)
+
+
+class ServerAnswerError(RequestFailedError):
+    """The server answered with an error, or with something that is no detection result.
+
+    A class of its own because its parts are reported one by one: `status` is the HTTP status code, `kind` the
+    error body's `type` ("" where it has none). Both texts are the server's, without control characters.
+    """
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        self.status = status
+        self.kind = printable(kind)
+        self.message = printable(message)
+        worker_died = status in (500, 507) and WORKER_DIED in message
+        super().__init__(
+            f"{status} {self.kind}: {self.message}" if kind else f"{status}: {self.message}",
+            passes=status in PASSING_STATUSES or worker_died,
+            lost=worker_died,
+        )
+
+
+def answer_error(response: urllib3.BaseHTTPResponse, sent_bytes: int) -> ServerAnswerError:
+    """The error that a status other than 200 stands for, in the words of its JSON body where it has one."""
+    status, kind = response.status, ""
+    body = json_of(response)
+    if 300 <= status < 400:
+        target = response.headers.get("Location", "an unnamed place")
+        message = f"redirects to {target}, which is not followed; give that as --url"
+    elif isinstance(body, dict) and "message" in body:
+        kind, message = str(body.get("type", "")), str(body["message"])
+    elif status == 413:
+        message = (
+            f"the server refuses {sent_bytes:,} bytes; max_request_size in config.properties sets the limit"
+        )
+    else:
+        message = text_of(response) or response.reason or "no explanation"
+    return ServerAnswerError(status, kind, message)
+
+
+def json_of(response: urllib3.BaseHTTPResponse) -> Any:
+    """The body as JSON; None where it is none."""
+    try:
+        return json.loads(response.data)
+    except (ValueError, RecursionError):  # RecursionError: of brackets without end
+        return None
+
+
+def detection_result(response: urllib3.BaseHTTPResponse) -> dict[str, Any]:
+    """The body as a result: `width`, `height` and `detections`, each with label, score and four box sides.
+
+    Raises:
+        ServerAnswerError: it is something else.
+    """
+    answer = json_of(response)
+    found = answer.get("detections") if isinstance(answer, dict) else None
+    if not isinstance(found, list) or not all(map(_is_detection, found)):
+        raise ServerAnswerError(response.status, "", f"the answer holds no detections: {text_of(response)!r}")
+    result: dict[str, Any] = answer
+    return result
+
+
+def _is_detection(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("label"), str)
+        and isinstance(found.get("bbox"), list)
+        and len(found["bbox"]) == 4
+        and all(_is_finite(number) for number in (found.get("score"), *found["bbox"]))
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+
+
+def text_of(response: urllib3.BaseHTTPResponse) -> str:
+    """The beginning of the body."""
+    return response.data[:200].decode(errors="replace")
