@@ -22,6 +22,7 @@ import requests
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.java import find_java_home
+from lib.server.local_http import direct_session
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 GRPC_PORT_KEYS = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
@@ -80,7 +81,8 @@ def _port(address: str) -> int:
 
 def describe_model(management_url: str, model_name: str) -> dict[str, Any]:
     """The management API's description of a model's default version."""
-    answer = requests.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
+    with direct_session() as session:
+        answer = session.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
     answer.raise_for_status()
     description: dict[str, Any] = answer.json()[0]
     return description
@@ -234,7 +236,8 @@ class TorchServeProcess:
 
     def model_names(self) -> list[str]:
         """Names of the registered models."""
-        answer = requests.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
+        with direct_session() as session:
+            answer = session.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
         return [model["modelName"] for model in answer.json()["models"]]
 
     def is_ready(self, model_name: str) -> bool:
