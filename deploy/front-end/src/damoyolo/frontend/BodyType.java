@@ -1,0 +1,139 @@
+package damoyolo.frontend;
+
+import io.netty.buffer.ByteBuf;
+import io.netty.buffer.ByteBufUtil;
+import io.netty.handler.codec.http.FullHttpRequest;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpUtil;
+import io.netty.handler.codec.http.multipart.HttpPostRequestDecoder;
+import io.netty.util.ByteProcessor;
+import java.nio.charset.StandardCharsets;
+import java.util.Locale;
+import org.pytorch.serve.http.BadRequestException;
+
+/**
+ * Finds out what a body is that is declared as a form, and bounds the work of decoding forms.
+ *
+ * <p>`curl --data-binary @picture.jpg`, `curl -d @request.json` and Python's urllib declare every body as
+ * application/x-www-form-urlencoded. TorchServe would decode a picture as a form and answer 500 with bytes of
+ * the picture in answer and log. Each field costs TorchServe and the worker about 4 microseconds and some
+ * objects, so a body of 34 MB with 17 million fields would take the heap.
+ */
+final class BodyType {
+    static final int MAX_FIELDS = 100;
+    static final int MAX_NAME_BYTES = 256;
+    static final int MAX_PART_HEADER_BYTES = 8192; // as for the headers of the request
+    private static final byte[] HEADER_END = {'\r', '\n', '\r', '\n'};
+
+    private BodyType() {}
+
+    /** Corrects the content type of a body that is no form; refuses forms with too many or too long fields. */
+    static void settle(FullHttpRequest request) {
+        CharSequence mimeType = HttpUtil.getMimeType(request);
+        if (HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED.contentEqualsIgnoreCase(mimeType)) {
+            CharSequence actual = typeOfDeclaredForm(request.content());
+            if (actual != null) {
+                request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
+            }
+        } else if (HttpPostRequestDecoder.isMultipart(request)) {
+            checkMultipart(ByteBufUtil.getBytes(request.content()), request.headers().get(HttpHeaderNames.CONTENT_TYPE));
+        }
+    }
+
+    /** The content type of the body; null if it is a form. */
+    private static CharSequence typeOfDeclaredForm(ByteBuf body) {
+        int first = body.forEachByte(value -> value == ' ' || value == '\t' || value == '\r' || value == '\n');
+        if (first < 0) {
+            return null; // empty: the handler says that there is no image
+        }
+        byte opening = body.getByte(first);
+        if (opening == '{' || opening == '[') {
+            return HttpHeaderValues.APPLICATION_JSON;
+        }
+        FormScan scan = new FormScan();
+        boolean complete = body.forEachByte(scan) < 0;
+        return complete && scan.hasValue ? null : HttpHeaderValues.APPLICATION_OCTET_STREAM;
+    }
+
+    /** Reads a form to its end; stops at a byte that none has (any picture has one among its first bytes). */
+    private static final class FormScan implements ByteProcessor {
+        boolean hasValue;
+        private int fields = 1;
+        private int nameBytes;
+        private boolean inName = true;
+
+        @Override
+        public boolean process(byte value) {
+            if (value == '&') {
+                inName = true;
+                nameBytes = 0;
+                if (++fields > MAX_FIELDS) {
+                    throw new BadRequestException(
+                            "The form has more than " + MAX_FIELDS + " fields; send the image as the raw body, or as one of at most "
+                                    + MAX_FIELDS + " fields.");
+                }
+            } else if (value == '=') {
+                inName = false;
+                hasValue = true;
+            } else if (inName && ++nameBytes > MAX_NAME_BYTES) {
+                return false;
+            }
+            // UTF-8 (negative bytes) that is not percent-encoded is accepted, as TorchServe does.
+            return value < 0 || value >= ' ' || value == '\t' || value == '\r' || value == '\n';
+        }
+    }
+
+    /** Limits parts and the length of their headers, both of which Netty would decode without an end. */
+    private static void checkMultipart(byte[] body, String contentType) {
+        byte[] delimiter = ("--" + boundaryOf(contentType)).getBytes(StandardCharsets.ISO_8859_1);
+        int parts = 0;
+        for (int at = indexOf(body, delimiter, 0); at >= 0; at = indexOf(body, delimiter, at)) {
+            at += delimiter.length;
+            if (at + 1 < body.length && body[at] == '-' && body[at + 1] == '-') {
+                return; // the end, after which nothing is decoded
+            }
+            int end = indexOf(body, HEADER_END, at);
+            int headerEnd = end < 0 ? body.length : end;
+            if (headerEnd - at > MAX_PART_HEADER_BYTES) {
+                throw new BadRequestException("A part of the multipart body has more than " + MAX_PART_HEADER_BYTES + " bytes of headers.");
+            }
+            String headers = new String(body, at, headerEnd - at, StandardCharsets.ISO_8859_1);
+            if (headers.toLowerCase(Locale.ROOT).contains("multipart/")) {
+                throw new BadRequestException("A part of the multipart body is itself multipart; send each image as a part of its own.");
+            }
+            if (++parts > MAX_FIELDS) {
+                throw new BadRequestException("The multipart body has more than " + MAX_FIELDS + " parts.");
+            }
+            at = headerEnd;
+        }
+    }
+
+    private static String boundaryOf(String contentType) {
+        for (String parameter : contentType.split(";")) {
+            String[] pair = parameter.trim().split("=", 2);
+            if (pair.length == 2 && pair[0].trim().equalsIgnoreCase("boundary")) {
+                String value = pair[1].trim();
+                boolean quoted = value.length() >= 2 && value.startsWith("\"") && value.endsWith("\"");
+                String boundary = quoted ? value.substring(1, value.length() - 1) : value;
+                if (!boundary.isEmpty()) {
+                    return boundary;
+                }
+            }
+        }
+        throw new BadRequestException("The content type multipart/form-data has no boundary; let the HTTP library set it.");
+    }
+
+    private static int indexOf(byte[] text, byte[] wanted, int start) {
+        for (int at = start; at <= text.length - wanted.length; at++) {
+            int matched = 0;
+            while (matched < wanted.length && text[at + matched] == wanted[matched]) {
+                matched++;
+            }
+            if (matched == wanted.length) {
+                return at;
+            }
+        }
+        return -1;
+    }
+}
