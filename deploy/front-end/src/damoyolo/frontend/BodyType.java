@@ -6,10 +6,10 @@ import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpUtil;
-import io.netty.handler.codec.http.multipart.HttpPostRequestDecoder;
 import io.netty.util.ByteProcessor;
 import java.nio.charset.StandardCharsets;
 import java.util.Locale;
+import java.util.regex.Pattern;
 import org.pytorch.serve.http.BadRequestException;
 
 /**
@@ -24,6 +24,8 @@ final class BodyType {
     static final int MAX_FIELDS = 100;
     static final int MAX_NAME_BYTES = 256;
     static final int MAX_PART_HEADER_BYTES = 8192; // as for the headers of the request
+    /** RFC 2046, 5.1.1. */
+    private static final Pattern BOUNDARY = Pattern.compile("[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]");
     private static final byte[] HEADER_END = {'\r', '\n', '\r', '\n'};
 
     private BodyType() {}
@@ -36,9 +38,23 @@ final class BodyType {
             if (actual != null) {
                 request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
             }
-        } else if (HttpPostRequestDecoder.isMultipart(request)) {
-            checkMultipart(ByteBufUtil.getBytes(request.content()), request.headers().get(HttpHeaderNames.CONTENT_TYPE));
+        } else if (HttpHeaderValues.MULTIPART_FORM_DATA.contentEqualsIgnoreCase(mimeType)) {
+            request.headers().set(HttpHeaderNames.CONTENT_TYPE, typeOfDeclaredMultipart(request));
         }
+    }
+
+    /** The content type with nothing but the boundary, so that Netty looks for the parts that were checked. */
+    private static String typeOfDeclaredMultipart(FullHttpRequest request) {
+        byte[] body = ByteBufUtil.getBytes(request.content());
+        String boundary = boundaryOf(request.headers().get(HttpHeaderNames.CONTENT_TYPE));
+        if (boundary == null && !(body.length > 1 && body[0] == '-' && body[1] == '-')) {
+            return HttpHeaderValues.APPLICATION_OCTET_STREAM.toString(); // a picture with a wrong type
+        }
+        if (boundary == null || !BOUNDARY.matcher(boundary).matches()) {
+            throw new BadRequestException("The content type multipart/form-data has no valid boundary; let the HTTP library set both.");
+        }
+        checkMultipart(body, ("--" + boundary).getBytes(StandardCharsets.ISO_8859_1));
+        return HttpHeaderValues.MULTIPART_FORM_DATA + "; boundary=" + boundary;
     }
 
     /** The content type of the body; null if it is a form. */
@@ -85,8 +101,7 @@ final class BodyType {
     }
 
     /** Limits parts and the length of their headers, both of which Netty would decode without an end. */
-    private static void checkMultipart(byte[] body, String contentType) {
-        byte[] delimiter = ("--" + boundaryOf(contentType)).getBytes(StandardCharsets.ISO_8859_1);
+    private static void checkMultipart(byte[] body, byte[] delimiter) {
         int parts = 0;
         for (int at = indexOf(body, delimiter, 0); at >= 0; at = indexOf(body, delimiter, at)) {
             at += delimiter.length;
@@ -109,19 +124,17 @@ final class BodyType {
         }
     }
 
+    /** The parameter of the content type, perhaps empty; null if there is none. */
     private static String boundaryOf(String contentType) {
         for (String parameter : contentType.split(";")) {
-            String[] pair = parameter.trim().split("=", 2);
+            String[] pair = parameter.split("=", 2);
             if (pair.length == 2 && pair[0].trim().equalsIgnoreCase("boundary")) {
                 String value = pair[1].trim();
                 boolean quoted = value.length() >= 2 && value.startsWith("\"") && value.endsWith("\"");
-                String boundary = quoted ? value.substring(1, value.length() - 1) : value;
-                if (!boundary.isEmpty()) {
-                    return boundary;
-                }
+                return quoted ? value.substring(1, value.length() - 1) : value;
             }
         }
-        throw new BadRequestException("The content type multipart/form-data has no boundary; let the HTTP library set it.");
+        return null;
     }
 
     private static int indexOf(byte[] text, byte[] wanted, int start) {

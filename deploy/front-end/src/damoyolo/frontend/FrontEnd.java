@@ -48,6 +48,7 @@ public final class FrontEnd extends ModelServerEndpoint {
         patches.put(
                 new ClassPatch(serve + "grpcimpl/GRPCServiceFactory", serve + "grpcimpl/InferenceImpl", GrpcService.class),
                 GRPCInterceptor.class);
+        GrpcLog.limit();
         // Every patch was checked when it was made: all of them or none.
         for (Map.Entry<ClassPatch, Class<?>> patch : patches.entrySet()) {
             patch.getKey().defineBeside(patch.getValue());

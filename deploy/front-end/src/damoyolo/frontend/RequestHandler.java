@@ -1,6 +1,7 @@
 package damoyolo.frontend;
 
 import io.netty.channel.ChannelHandlerContext;
+import io.netty.channel.ChannelOption;
 import io.netty.channel.ChannelPipeline;
 import io.netty.channel.SimpleChannelInboundHandler;
 import io.netty.handler.codec.http.FullHttpRequest;
@@ -9,6 +10,7 @@ import io.netty.handler.codec.http.QueryStringDecoder;
 import java.io.IOException;
 import org.pytorch.serve.http.BadRequestException;
 import org.pytorch.serve.http.HttpRequestHandlerChain;
+import org.pytorch.serve.http.ResourceNotFoundException;
 import org.pytorch.serve.util.NettyUtils;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
@@ -29,6 +31,9 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
     /** Adds what acts on all answers, those of the aggregator included (413, 100 Continue). */
     @Override
     public void handlerAdded(ChannelHandlerContext context) {
+        // TorchServe sets 0, so that closing, as after every error, discards what was not sent yet and resets
+        // the connection: the client may lose the answer.
+        context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
         ChannelPipeline pipeline = context.pipeline();
         pipeline.addAfter("http", "keep-alive", new HttpServerKeepAliveHandler());
         pipeline.addAfter("http", "answers", AnswerFinisher.INSTANCE);
@@ -52,12 +57,17 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
     }
 
     private static String[] segmentsOf(QueryStringDecoder uri) {
+        String[] segments;
         try {
             uri.parameters(); // decodes them, so that errors in them arise here
-            return uri.path().split("/");
+            segments = uri.path().split("/");
         } catch (IllegalArgumentException error) {
             throw new BadRequestException("The address has a % that two hexadecimal digits do not follow.");
         }
+        if (segments.length == 1) { // no slash, as in OPTIONS *; TorchServe takes for granted that there is one
+            throw new ResourceNotFoundException();
+        }
+        return segments;
     }
 
     @Override
