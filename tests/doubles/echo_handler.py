@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class EchoHandler:
-    """Answers the fields of a request, in base64, and its headers; field or header `status` sets the status."""
+    """Answers the fields of a request, in base64, and its headers; the field `status` sets the status."""
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler

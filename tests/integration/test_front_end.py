@@ -1,4 +1,4 @@
-"""What deploy/front-end makes of requests on their way to the handler, and of answers and errors on their way back."""
+"""What deploy/front-end makes of requests, answers and errors between the client and the handler."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ def test_an_address_that_means_nothing_gets_4xx(url, target, status):
 
 
 def test_a_body_over_the_limit_gets_413_with_an_explanation(url):
-    head = "POST /predictions/echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 34000001\r\n\r\n"
-    lines, answer = exchange(url, head.encode())
+    head = "POST /predictions/echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 34000001"
+    lines, answer = exchange(url, f"{head}\r\n\r\n".encode())
     assert lines[0].startswith("HTTP/1.1 413 ")
     assert "max_request_size" in json.loads(answer)["message"]
 
@@ -214,7 +214,9 @@ def test_the_connection_is_kept_otherwise(url):
     assert len(sockets) == 1
 
 
-@pytest.mark.parametrize(("status", "reason"), [(200, "OK"), (415, "Unsupported Media Type"), (507, "Insufficient Storage")])
+@pytest.mark.parametrize(
+    ("status", "reason"), [(200, "OK"), (415, "Unsupported Media Type"), (507, "Insufficient Storage")]
+)
 def test_an_empty_reason_is_filled_in(url, status, reason):
     response = requests.post(url, data={"status": str(status)}, timeout=TIMEOUT_S)
     assert (response.status_code, response.reason) == (status, reason)
