@@ -292,8 +292,11 @@ class TorchServeProcess:
                 if any(mark in line for mark in FAILURE_MARKS):
                     self._failed.set()
                 if self._echo is not None:
-                    self._echo.write(line)
-                    self._echo.flush()
+                    try:
+                        self._echo.write(line)
+                        self._echo.flush()
+                    except OSError:  # nobody reads it any more; Java blocks if its output is not read
+                        self._echo = None
 
     def last_output(self) -> str:
         """The last lines that the server and its workers printed."""
