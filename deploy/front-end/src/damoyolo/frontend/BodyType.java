@@ -1,7 +1,6 @@
 package damoyolo.frontend;
 
 import io.netty.buffer.ByteBuf;
-import io.netty.buffer.ByteBufUtil;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
@@ -26,7 +25,6 @@ final class BodyType {
     static final int MAX_PART_HEADER_BYTES = 8192; // as for the headers of the request
     /** RFC 2046, 5.1.1. */
     private static final Pattern BOUNDARY = Pattern.compile("[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]");
-    private static final byte[] HEADER_END = {'\r', '\n', '\r', '\n'};
 
     private BodyType() {}
 
@@ -45,15 +43,15 @@ final class BodyType {
 
     /** The content type with nothing but the boundary, so that Netty looks for the parts that were checked. */
     private static String typeOfDeclaredMultipart(FullHttpRequest request) {
-        byte[] body = ByteBufUtil.getBytes(request.content());
+        String body = request.content().toString(StandardCharsets.ISO_8859_1); // a character for each byte
         String boundary = boundaryOf(request.headers().get(HttpHeaderNames.CONTENT_TYPE));
-        if (boundary == null && !(body.length > 1 && body[0] == '-' && body[1] == '-')) {
+        if (boundary == null && !body.startsWith("--")) {
             return HttpHeaderValues.APPLICATION_OCTET_STREAM.toString(); // a picture with a wrong type
         }
         if (boundary == null || !BOUNDARY.matcher(boundary).matches()) {
             throw new BadRequestException("The content type multipart/form-data has no valid boundary; let the HTTP library set both.");
         }
-        checkMultipart(body, ("--" + boundary).getBytes(StandardCharsets.ISO_8859_1));
+        checkMultipart(body, "--" + boundary);
         return HttpHeaderValues.MULTIPART_FORM_DATA + "; boundary=" + boundary;
     }
 
@@ -101,20 +99,19 @@ final class BodyType {
     }
 
     /** Limits parts and the length of their headers, both of which Netty would decode without an end. */
-    private static void checkMultipart(byte[] body, byte[] delimiter) {
+    private static void checkMultipart(String body, String delimiter) {
         int parts = 0;
-        for (int at = indexOf(body, delimiter, 0); at >= 0; at = indexOf(body, delimiter, at)) {
-            at += delimiter.length;
-            if (at + 1 < body.length && body[at] == '-' && body[at + 1] == '-') {
+        for (int at = body.indexOf(delimiter); at >= 0; at = body.indexOf(delimiter, at)) {
+            at += delimiter.length();
+            if (body.startsWith("--", at)) {
                 return; // the end, after which nothing is decoded
             }
-            int end = indexOf(body, HEADER_END, at);
-            int headerEnd = end < 0 ? body.length : end;
+            int end = body.indexOf("\r\n\r\n", at);
+            int headerEnd = end < 0 ? body.length() : end;
             if (headerEnd - at > MAX_PART_HEADER_BYTES) {
                 throw new BadRequestException("A part of the multipart body has more than " + MAX_PART_HEADER_BYTES + " bytes of headers.");
             }
-            String headers = new String(body, at, headerEnd - at, StandardCharsets.ISO_8859_1);
-            if (headers.toLowerCase(Locale.ROOT).contains("multipart/")) {
+            if (body.substring(at, headerEnd).toLowerCase(Locale.ROOT).contains("multipart/")) {
                 throw new BadRequestException("A part of the multipart body is itself multipart; send each image as a part of its own.");
             }
             if (++parts > MAX_FIELDS) {
@@ -135,18 +132,5 @@ final class BodyType {
             }
         }
         return null;
-    }
-
-    private static int indexOf(byte[] text, byte[] wanted, int start) {
-        for (int at = start; at <= text.length - wanted.length; at++) {
-            int matched = 0;
-            while (matched < wanted.length && text[at + matched] == wanted[matched]) {
-                matched++;
-            }
-            if (matched == wanted.length) {
-                return at;
-            }
-        }
-        return -1;
     }
 }
