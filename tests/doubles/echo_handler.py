@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class EchoHandler:
-    """Answers the fields of a request, in base64, and its headers; the field `status` sets the status."""
+    """Answers the fields of a request, in base64, and its headers; `status` sets the status, `lines` logs as many."""
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
@@ -28,6 +28,8 @@ class EchoHandler:
             name: base64.b64encode(value.encode() if isinstance(value, str) else bytes(value)).decode()
             for name, value in row.items()
         }
+        for number in range(int(bytes(row.get("lines", b"0")))):
+            logging.warning("line %d", number)
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:

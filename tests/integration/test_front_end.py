@@ -302,3 +302,11 @@ def test_a_flood_of_bad_requests_leaves_next_to_nothing_in_log_and_output(echo, 
     # Room for a few lines of a server that is busy, not for one per request.
     assert len(echo.last_output()) - printed < 5_000
     assert len(log) - logged < 5_000
+
+
+def test_a_worker_that_prints_without_end_does_not_fill_log_and_output(echo, url, log_dir):
+    assert requests.post(url, data={"lines": "20000"}, timeout=TIMEOUT_S).status_code == 200
+    time.sleep(2.0)  # what is still to be written
+    log = (log_dir / "torchserve.log").read_text().splitlines()
+    # 2000 at once and 20 per second (deploy/log4j2.xml); the test takes no minute.
+    assert 1000 < len(log) < 2000 + 60 * 20
