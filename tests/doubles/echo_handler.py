@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class EchoHandler:
-    """Answers the fields of a request, in base64, and its headers; `status` sets the status, `lines` logs as many."""
+    """Answers the fields of a request, in base64, and its headers; `status` and `lines` ask for more."""
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
