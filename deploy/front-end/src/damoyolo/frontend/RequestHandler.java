@@ -75,6 +75,9 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
         if (!(error instanceof IOException)) { // such as a client that disconnects, which is no event
             LOGGER.warn("A connection was closed because of {}", ErrorAnswer.describe(error));
         }
+        if (error instanceof OutOfMemoryError) { // no room for the body; as TorchServe's handler
+            ErrorAnswer.send(context, error);
+        }
         context.close();
     }
 }
