@@ -1,10 +1,15 @@
 package damoyolo.frontend;
 
 import io.netty.buffer.ByteBuf;
+import io.netty.handler.codec.http.DefaultHttpRequest;
+import io.netty.handler.codec.http.DefaultLastHttpContent;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpRequest;
 import io.netty.handler.codec.http.HttpUtil;
+import io.netty.handler.codec.http.multipart.DefaultHttpDataFactory;
+import io.netty.handler.codec.http.multipart.HttpPostRequestDecoder;
 import io.netty.util.ByteProcessor;
 import java.nio.charset.StandardCharsets;
 import java.util.Locale;
@@ -33,11 +38,36 @@ final class BodyType {
         CharSequence mimeType = HttpUtil.getMimeType(request);
         if (HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED.contentEqualsIgnoreCase(mimeType)) {
             CharSequence actual = typeOfDeclaredForm(request.content());
-            if (actual != null) {
-                request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
+            request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
+            if (actual == HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED) {
+                requireDecodable(request);
             }
-        } else if (HttpHeaderValues.MULTIPART_FORM_DATA.contentEqualsIgnoreCase(mimeType)) {
-            request.headers().set(HttpHeaderNames.CONTENT_TYPE, typeOfDeclaredMultipart(request));
+        } else if (String.valueOf(mimeType).toLowerCase(Locale.ROOT).startsWith("multipart/form-data")) { // as Netty
+            String actual = typeOfDeclaredMultipart(request);
+            request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
+            if (HttpPostRequestDecoder.isMultipart(request)) {
+                requireDecodable(request);
+            }
+        }
+    }
+
+    /**
+     * Decodes the body as TorchServe will do. Where that fails in TorchServe, a copy of the body is never
+     * released, and some dozen large bodies would take all memory for buffers.
+     */
+    private static void requireDecodable(FullHttpRequest request) {
+        // Without its body, so that there is a decoder to destroy when the body fails.
+        HttpRequest head = new DefaultHttpRequest(
+                request.protocolVersion(), request.method(), request.uri(), request.headers());
+        HttpPostRequestDecoder decoder = new HttpPostRequestDecoder(new DefaultHttpDataFactory(Long.MAX_VALUE), head);
+        try {
+            decoder.offer(new DefaultLastHttpContent(request.content().duplicate()));
+        } catch (RuntimeException error) { // also NullPointerException and the like, for a part without a name
+            throw new BadRequestException(
+                    "The body cannot be decoded as the form or multipart that its content type says; send the image as "
+                            + "the raw body, or as the field data, body or image of a complete multipart/form-data body.");
+        } finally {
+            decoder.destroy();
         }
     }
 
@@ -55,11 +85,11 @@ final class BodyType {
         return HttpHeaderValues.MULTIPART_FORM_DATA + "; boundary=" + boundary;
     }
 
-    /** The content type of the body; null if it is a form. */
+    /** The content type of the body, as its first bytes and the names of its fields show. */
     private static CharSequence typeOfDeclaredForm(ByteBuf body) {
         int first = body.forEachByte(value -> value == ' ' || value == '\t' || value == '\r' || value == '\n');
         if (first < 0) {
-            return null; // empty: the handler says that there is no image
+            return HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED; // the handler says that there is no image
         }
         byte opening = body.getByte(first);
         if (opening == '{' || opening == '[') {
@@ -67,7 +97,9 @@ final class BodyType {
         }
         FormScan scan = new FormScan();
         boolean complete = body.forEachByte(scan) < 0;
-        return complete && scan.hasValue ? null : HttpHeaderValues.APPLICATION_OCTET_STREAM;
+        return complete && scan.hasValue
+                ? HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED
+                : HttpHeaderValues.APPLICATION_OCTET_STREAM;
     }
 
     /** Reads a form to its end; stops at a byte that none has (any picture has one among its first bytes). */

@@ -2,6 +2,8 @@ package damoyolo.frontend;
 
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.http.HttpResponseStatus;
+import java.util.Arrays;
+import java.util.stream.Collectors;
 import org.pytorch.serve.archive.DownloadArchiveException;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
@@ -19,15 +21,13 @@ import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
 /**
- * Answers an exception: TorchServe's own with its status and message, one that arose while the body was read
- * with 400, and any other with 500.
+ * Answers an exception: TorchServe's own with its status and message, any other with 500.
  *
  * <p>The message of an exception that is not TorchServe's may hold bytes of the body. It goes neither into
  * the answer nor into the log, which gets one line for a 500 and nothing for what the client caused.
  */
 final class ErrorAnswer {
     private static final Logger LOGGER = LoggerFactory.getLogger(ErrorAnswer.class);
-    private static final String READER = "parseRequest"; // in TorchServe's handlers of inference requests
 
     private ErrorAnswer() {}
 
@@ -35,10 +35,6 @@ final class ErrorAnswer {
         HttpResponseStatus status = statusOf(error);
         if (status != null) {
             NettyUtils.sendError(context, status, error);
-        } else if (arisesIn(READER, error)) {
-            NettyUtils.sendError(context, HttpResponseStatus.BAD_REQUEST, new BadRequestException(
-                    "The body cannot be decoded as the form or multipart that its content type says; send the image as "
-                            + "the raw body, or as the field data, body or image of a complete multipart/form-data body."));
         } else {
             LOGGER.error("A request failed because of {}", describe(error));
             NettyUtils.sendError(context, HttpResponseStatus.INTERNAL_SERVER_ERROR, new InternalServerException(
@@ -48,12 +44,12 @@ final class ErrorAnswer {
 
     /** The class of an error and where it arose, in one line without its message. */
     static String describe(Throwable error) {
-        StackTraceElement[] trace = error.getStackTrace();
-        StringBuilder line = new StringBuilder(error.getClass().getName());
-        for (int index = 0; index < Math.min(3, trace.length); index++) {
-            line.append(index == 0 ? " at " : " < ").append(trace[index]);
-        }
-        return line.toString();
+        String places = Arrays.stream(error.getStackTrace())
+                .filter(frame -> !frame.getClassName().startsWith("java."))
+                .limit(3)
+                .map(frame -> frame.getClassName() + "." + frame.getMethodName() + ":" + frame.getLineNumber())
+                .collect(Collectors.joining(" < "));
+        return error.getClass().getName() + " at " + places;
     }
 
     /** The status of TorchServe's exceptions, as in its HttpRequestHandler; null for others. */
@@ -79,17 +75,5 @@ final class ErrorAnswer {
             return HttpResponseStatus.SERVICE_UNAVAILABLE;
         }
         return error instanceof OutOfMemoryError ? HttpResponseStatus.INSUFFICIENT_STORAGE : null;
-    }
-
-    private static boolean arisesIn(String method, Throwable error) {
-        if (error instanceof Error) {
-            return false;
-        }
-        for (StackTraceElement frame : error.getStackTrace()) {
-            if (frame.getMethodName().equals(method)) {
-                return true;
-            }
-        }
-        return false;
     }
 }
