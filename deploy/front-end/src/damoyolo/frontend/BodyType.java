@@ -1,6 +1,7 @@
 package damoyolo.frontend;
 
 import io.netty.buffer.ByteBuf;
+import io.netty.buffer.Unpooled;
 import io.netty.handler.codec.http.DefaultHttpRequest;
 import io.netty.handler.codec.http.DefaultLastHttpContent;
 import io.netty.handler.codec.http.FullHttpRequest;
@@ -40,28 +41,24 @@ final class BodyType {
             CharSequence actual = typeOfDeclaredForm(request.content());
             request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
             if (actual == HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED) {
-                requireDecodable(request);
+                requireDecodable(request, request.content().duplicate());
             }
         } else if (String.valueOf(mimeType).toLowerCase(Locale.ROOT).startsWith("multipart/form-data")) { // as Netty
-            String actual = typeOfDeclaredMultipart(request);
-            request.headers().set(HttpHeaderNames.CONTENT_TYPE, actual);
-            if (HttpPostRequestDecoder.isMultipart(request)) {
-                requireDecodable(request);
-            }
+            settleMultipart(request);
         }
     }
 
     /**
-     * Decodes the body as TorchServe will do. Where that fails in TorchServe, buffers are not released, as
+     * Decodes a body as TorchServe will do. Where that fails in TorchServe, buffers are not released, as
      * Netty's leak detector reports (-Dio.netty.leakDetection.level=paranoid).
      */
-    private static void requireDecodable(FullHttpRequest request) {
+    private static void requireDecodable(FullHttpRequest request, ByteBuf body) {
         // Without its body, so that there is a decoder to destroy when the body fails.
         HttpRequest head = new DefaultHttpRequest(
                 request.protocolVersion(), request.method(), request.uri(), request.headers());
         HttpPostRequestDecoder decoder = new HttpPostRequestDecoder(new DefaultHttpDataFactory(Long.MAX_VALUE), head);
         try {
-            decoder.offer(new DefaultLastHttpContent(request.content().duplicate()));
+            decoder.offer(new DefaultLastHttpContent(body));
         } catch (RuntimeException error) { // also NullPointerException and the like, for a part without a name
             throw new BadRequestException(
                     "The body cannot be decoded as the form or multipart that its content type says; send the image as "
@@ -71,18 +68,20 @@ final class BodyType {
         }
     }
 
-    /** The content type with nothing but the boundary, so that Netty looks for the parts that were checked. */
-    private static String typeOfDeclaredMultipart(FullHttpRequest request) {
+    private static void settleMultipart(FullHttpRequest request) {
         String body = request.content().toString(StandardCharsets.ISO_8859_1); // a character for each byte
         String boundary = boundaryOf(request.headers().get(HttpHeaderNames.CONTENT_TYPE));
-        if (boundary == null && !body.startsWith("--")) {
-            return HttpHeaderValues.APPLICATION_OCTET_STREAM.toString(); // a picture with a wrong type
+        if (boundary == null && !body.startsWith("--")) { // a picture with a wrong type
+            request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_OCTET_STREAM);
+            return;
         }
         if (boundary == null || !BOUNDARY.matcher(boundary).matches()) {
             throw new BadRequestException("The content type multipart/form-data has no valid boundary; let the HTTP library set both.");
         }
-        checkMultipart(body, "--" + boundary);
-        return HttpHeaderValues.MULTIPART_FORM_DATA + "; boundary=" + boundary;
+        String empty = withoutContents(body, "--" + boundary);
+        // Nothing but the boundary, so that Netty looks for the parts that were checked.
+        request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.MULTIPART_FORM_DATA + "; boundary=" + boundary);
+        requireDecodable(request, Unpooled.copiedBuffer(empty, StandardCharsets.ISO_8859_1));
     }
 
     /** The content type of the body, as its first bytes and the names of its fields show. */
@@ -130,27 +129,34 @@ final class BodyType {
         }
     }
 
-    /** Limits parts and the length of their headers, both of which Netty would decode without an end. */
-    private static void checkMultipart(String body, String delimiter) {
+    /**
+     * The body with empty parts: enough to see whether their headers can be decoded. Limits the number of parts
+     * and the length of their headers, both of which Netty would decode without an end.
+     */
+    private static String withoutContents(String body, String delimiter) {
+        StringBuilder empty = new StringBuilder();
         int parts = 0;
         for (int at = body.indexOf(delimiter); at >= 0; at = body.indexOf(delimiter, at)) {
             at += delimiter.length();
             if (body.startsWith("--", at)) {
-                return; // the end, after which nothing is decoded
+                break; // the end, after which nothing is decoded
             }
             int end = body.indexOf("\r\n\r\n", at);
             int headerEnd = end < 0 ? body.length() : end;
             if (headerEnd - at > MAX_PART_HEADER_BYTES) {
                 throw new BadRequestException("A part of the multipart body has more than " + MAX_PART_HEADER_BYTES + " bytes of headers.");
             }
-            if (body.substring(at, headerEnd).toLowerCase(Locale.ROOT).contains("multipart/")) {
+            String headers = body.substring(at, headerEnd);
+            if (headers.toLowerCase(Locale.ROOT).contains("multipart/")) {
                 throw new BadRequestException("A part of the multipart body is itself multipart; send each image as a part of its own.");
             }
             if (++parts > MAX_FIELDS) {
                 throw new BadRequestException("The multipart body has more than " + MAX_FIELDS + " parts.");
             }
+            empty.append(delimiter).append(headers).append("\r\n\r\n\r\n");
             at = headerEnd;
         }
+        return empty.append(delimiter).append("--\r\n").toString();
     }
 
     /** The parameter of the content type, perhaps empty; null if there is none. */
