@@ -12,8 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
+
+from lib.server.local_http import direct_session
 
 HTTP_TIMEOUT_S = 10.0
 # The handler sends its counters at most once a second; what it holds back follows within another.
@@ -35,7 +36,8 @@ def parse_counters(text: str, model_name: str) -> dict[str, float]:
 
 def read_counters(metrics_url: str, model_name: str) -> dict[str, float]:
     """The model's present counters; empty where the server has none."""
-    answer = requests.get(f"{metrics_url}/metrics", timeout=HTTP_TIMEOUT_S)
+    with direct_session() as session:
+        answer = session.get(f"{metrics_url}/metrics", timeout=HTTP_TIMEOUT_S)
     answer.raise_for_status()
     return parse_counters(answer.text, model_name)
 

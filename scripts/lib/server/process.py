@@ -22,6 +22,7 @@ import requests
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.java import find_java_home
+from lib.server.local_http import direct_session
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 DEFAULT_ADDRESSES = dict(
@@ -97,7 +98,8 @@ def _port(key: str, value: str) -> int:
 
 def describe_model(management_url: str, model_name: str) -> dict[str, Any]:
     """The management API's description of a model's default version."""
-    answer = requests.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
+    with direct_session() as session:
+        answer = session.get(f"{management_url}/models/{model_name}", timeout=HTTP_TIMEOUT_S)
     answer.raise_for_status()
     description: dict[str, Any] = answer.json()[0]
     return description
@@ -251,7 +253,8 @@ class TorchServeProcess:
 
     def model_names(self) -> list[str]:
         """Names of the registered models."""
-        answer = requests.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
+        with direct_session() as session:
+            answer = session.get(f"{self.management_url}/models?limit=100", timeout=HTTP_TIMEOUT_S)
         return [model["modelName"] for model in answer.json()["models"]]
 
     def is_ready(self, model_name: str) -> bool:
@@ -306,8 +309,11 @@ class TorchServeProcess:
                 if any(mark in line for mark in FAILURE_MARKS):
                     self._failed.set()
                 if self._echo is not None:
-                    self._echo.write(line)
-                    self._echo.flush()
+                    try:
+                        self._echo.write(line)
+                        self._echo.flush()
+                    except OSError:  # nobody reads it any more; Java blocks if its output is not read
+                        self._echo = None
 
     def last_output(self) -> str:
         """The last lines that the server and its workers printed."""

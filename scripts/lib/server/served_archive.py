@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from lib.archive.members import BatchingSetting, archive_with_setting, empty_archive, read_manifest
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.gpus import workers_per_gpu
+from lib.server.local_http import direct_session
 from lib.server.process import HTTP_TIMEOUT_S, TorchServeProcess, describe_model
 
 START_TIMEOUT_S = 600.0
@@ -51,11 +50,12 @@ class ServedModel:
         Raises:
             ScriptError: they have not within the time.
         """
-        requests.put(
-            f"{self.management_url}/models/{self.model_name}",
-            params={"min_worker": str(workers), "max_worker": str(workers)},
-            timeout=HTTP_TIMEOUT_S,
-        ).raise_for_status()
+        with direct_session() as session:
+            session.put(
+                f"{self.management_url}/models/{self.model_name}",
+                params={"min_worker": str(workers), "max_worker": str(workers)},
+                timeout=HTTP_TIMEOUT_S,
+            ).raise_for_status()
         deadline = time.monotonic() + timeout_s
         while True:
             description = describe_model(self.management_url, self.model_name)

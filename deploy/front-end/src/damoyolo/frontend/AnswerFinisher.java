@@ -1,0 +1,50 @@
+package damoyolo.frontend;
+
+import io.netty.buffer.ByteBufUtil;
+import io.netty.channel.ChannelHandler;
+import io.netty.channel.ChannelHandlerContext;
+import io.netty.channel.ChannelOutboundHandlerAdapter;
+import io.netty.channel.ChannelPromise;
+import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.FullHttpResponse;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpResponse;
+import io.netty.handler.codec.http.HttpResponseStatus;
+import org.pytorch.serve.util.ConfigManager;
+
+/** Completes every answer just before it is encoded. */
+@ChannelHandler.Sharable
+final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
+    static final AnswerFinisher INSTANCE = new AnswerFinisher();
+
+    @Override
+    public void write(ChannelHandlerContext context, Object message, ChannelPromise promise) {
+        Object finished = message;
+        if (message instanceof HttpResponse) {
+            HttpResponse response = (HttpResponse) message;
+            // Without one TorchServe writes "HTTP/1.1 200 ", which load generators count as a failure.
+            if (response.status().reasonPhrase().isEmpty()) {
+                response.setStatus(HttpResponseStatus.valueOf(response.status().code()));
+            }
+            if (response.status().code() == HttpResponseStatus.REQUEST_ENTITY_TOO_LARGE.code()
+                    && response instanceof FullHttpResponse && !((FullHttpResponse) response).content().isReadable()) {
+                finished = tooLarge((FullHttpResponse) response);
+            }
+        }
+        context.write(finished, promise);
+    }
+
+    /** Netty's answer to a body over the limit, which is empty, with a body like all other errors. */
+    private static FullHttpResponse tooLarge(FullHttpResponse empty) {
+        String body = "{\"code\": 413, \"type\": \"PayloadTooLargeException\", \"message\": \"The request body has more than "
+                + ConfigManager.getInstance().getMaxRequestSize() + " bytes (max_request_size in config.properties).\"}\n";
+        FullHttpResponse answer = new DefaultFullHttpResponse(empty.protocolVersion(), empty.status());
+        answer.headers().set(empty.headers());
+        answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
+        ByteBufUtil.writeAscii(answer.content(), body);
+        answer.headers().setInt(HttpHeaderNames.CONTENT_LENGTH, answer.content().readableBytes());
+        empty.release();
+        return answer;
+    }
+}

@@ -1,0 +1,82 @@
+package damoyolo.frontend;
+
+import com.google.gson.JsonElement;
+import com.google.gson.JsonParseException;
+import com.google.gson.JsonParser;
+import io.grpc.Metadata;
+import io.grpc.Status;
+import io.grpc.stub.ServerCallStreamObserver;
+import io.grpc.stub.StreamObserver;
+import java.nio.charset.StandardCharsets;
+import java.util.Map;
+import org.pytorch.serve.grpc.inference.PredictionResponse;
+import org.pytorch.serve.job.GRPCJob;
+import org.pytorch.serve.util.messages.RequestInput;
+import org.pytorch.serve.util.messages.WorkerCommands;
+
+/**
+ * In place of TorchServe's GRPCJob for predictions: passes the metadata of the call to the handler as request
+ * headers, and an answer of the handler with an error status to the client as an error.
+ */
+public final class GrpcJob extends GRPCJob {
+    private static final String OPTION_PREFIX = "x-detect-";
+
+    private final ServerCallStreamObserver<PredictionResponse> client;
+
+    public GrpcJob(StreamObserver<PredictionResponse> client, String modelName, String modelVersion,
+            WorkerCommands command, RequestInput input) {
+        super(client, modelName, modelVersion, command, input);
+        this.client = (ServerCallStreamObserver<PredictionResponse>) client;
+        Metadata metadata = GrpcService.METADATA.get();
+        for (String name : metadata.keys()) {
+            if (name.startsWith(OPTION_PREFIX) && !name.endsWith(Metadata.BINARY_HEADER_SUFFIX)) {
+                input.updateHeaders(name, metadata.get(Metadata.Key.of(name, Metadata.ASCII_STRING_MARSHALLER)));
+            }
+        }
+    }
+
+    @Override
+    public void response(byte[] body, CharSequence contentType, int code, String reason, Map<String, String> headers) {
+        if (code < 400) {
+            super.response(body, contentType, code, reason, headers);
+        } else {
+            sendError(code, messageOf(body, reason));
+        }
+    }
+
+    @Override
+    public void sendError(int code, String message) {
+        if (!client.isCancelled()) {
+            client.onError(statusOf(code).withDescription(message).asRuntimeException());
+        }
+    }
+
+    private static Status statusOf(int code) {
+        switch (code) {
+            case 401:
+            case 403:
+                return Status.PERMISSION_DENIED;
+            case 404:
+                return Status.NOT_FOUND;
+            case 408:
+            case 504:
+                return Status.DEADLINE_EXCEEDED;
+            case 429:
+            case 503:
+            case 507:
+                return Status.RESOURCE_EXHAUSTED;
+            default:
+                return code < 500 ? Status.INVALID_ARGUMENT : Status.INTERNAL;
+        }
+    }
+
+    /** The message of an error body, {"code", "type", "message"}. */
+    private static String messageOf(byte[] body, String reason) {
+        try {
+            JsonElement error = JsonParser.parseString(new String(body, StandardCharsets.UTF_8));
+            return error.getAsJsonObject().get("message").getAsString();
+        } catch (JsonParseException | IllegalStateException | NullPointerException noErrorBody) {
+            return reason;
+        }
+    }
+}

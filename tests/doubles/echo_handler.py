@@ -1,0 +1,64 @@
+"""A TorchServe handler that answers what reached it, to test the front end without a network.
+
+`write_echo_archive` packs this file; the worker runs it without the project's other modules.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+
+class EchoHandler:
+    """Answers the fields of a request, in base64, and its headers; `status` and `lines` ask for more."""
+
+    def initialize(self, context):
+        logging.getLogger().setLevel(logging.WARNING)  # as the real handler
+
+    def handle(self, data, context):
+        """One answer for each row."""
+        return [self.answer(row, context, index) for index, row in enumerate(data)]
+
+    def answer(self, row, context, index):
+        headers = {str(name).lower(): value for name, value in context.get_all_request_header(index).items()}
+        fields = {
+            name: base64.b64encode(value.encode() if isinstance(value, str) else bytes(value)).decode()
+            for name, value in row.items()
+        }
+        for number in range(int(bytes(row.get("lines", b"0")))):
+            logging.warning("line %d", number)
+        status = int(bytes(row.get("status", b"200")))
+        context.set_response_content_type(index, "application/json")
+        if status != 200:
+            context.set_response_status(code=status, phrase="", idx=index)
+            error = {"code": status, "type": "EchoError", "message": f"status {status}"}
+            return json.dumps(error).encode()
+        return json.dumps({"fields": fields, "headers": headers}).encode()
+
+
+MODEL_CONFIG = """\
+batchSize: 4
+maxBatchDelay: 5
+minWorkers: 1
+maxWorkers: 1
+responseTimeout: 60
+startupTimeout: 120
+"""
+
+
+def write_echo_archive(path: Path, name: str) -> None:
+    """Write an archive with this handler."""
+    manifest = {
+        "createdOn": "01/01/2026 00:00:00",
+        "runtime": "python",
+        "model": {"modelName": name, "handler": "echo_handler.py", "modelVersion": "1.0"},
+        "archiverVersion": "0.12.0",
+    }
+    manifest["model"]["configFile"] = "model-config.yaml"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        archive.writestr("model-config.yaml", MODEL_CONFIG)
+        archive.write(__file__, "echo_handler.py")
