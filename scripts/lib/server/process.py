@@ -21,6 +21,7 @@ import requests
 
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
+from lib.server.gpus import require_device_indices
 from lib.server.java import find_java_home
 from lib.server.local_http import direct_session
 
@@ -196,6 +197,7 @@ class TorchServeProcess:
         self._reader.start()
 
     def _check_startable(self) -> None:
+        require_device_indices({**os.environ, **self._environment})
         for archive in self.startup_archives():
             if not (self.model_store / archive).exists():
                 raise ScriptError(
