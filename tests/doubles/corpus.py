@@ -36,7 +36,7 @@ def seed_images(random):
         if kind == "png-palette":
             image = image.convert("P")
         exif = Image.Exif()
-        exif[0x0112] = int(random.integers(0, 10))
+        exif[0x0112] = int(random.integers(1, 9))  # libtiff refuses to write others
         stream = io.BytesIO()
         if image_format in ("JPEG", "PNG", "WEBP", "TIFF"):
             options = {**options, "exif": exif}
