@@ -1,7 +1,5 @@
 """Material that many tests share."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,23 +7,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    import numpy as np
-    import onnx
-    from numpy.typing import NDArray
-
-    from damoyolo.model.damoyolo import DamoYolo
+    pass
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
-def project_dir() -> Path:
+def project_dir():
     """The project's root."""
     return PROJECT_DIR
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
+def shared_dir():
     """The folder of reference material: goldens, further weights, evaluation images."""
     folder = Path(os.environ.get("DAMOYOLO_SHARED", PROJECT_DIR.parent / "shared"))
     if not (folder / "model").is_dir():
@@ -34,7 +28,7 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_model() -> DamoYolo:
+def demo_model():
     """The demo network, folded, on the CPU, in float32; not to be changed."""
     from lib.packaging.class_names import DEMO_CLASS_NAMES
     from lib.packaging.weights import folded_network
@@ -44,7 +38,7 @@ def demo_model() -> DamoYolo:
 
 
 @pytest.fixture(scope="session")
-def demo_onnx(demo_model: DamoYolo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_onnx(demo_model, tmp_path_factory):
     """The ONNX file of the demo network with raw predictions, in float32; not to be changed."""
     from lib.onnx.export import export_onnx
     from lib.packaging.class_names import DEMO_CLASS_NAMES
@@ -55,7 +49,7 @@ def demo_onnx(demo_model: DamoYolo, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def demo_network(demo_onnx: Path) -> onnx.ModelProto:
+def demo_network(demo_onnx):
     """The content of `demo_onnx`; not to be changed."""
     import onnx
 
@@ -63,7 +57,7 @@ def demo_network(demo_onnx: Path) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="session")
-def smear_pixels() -> NDArray[np.uint8]:
+def smear_pixels():
     """(3, 3, 256, 320) uint8 RGB: the sample images, small."""
     from lib.onnx.quantization import image_paths, read_pixels
 

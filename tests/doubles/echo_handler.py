@@ -3,13 +3,10 @@
 `write_echo_archive` packs this file; the worker runs it without the project's other modules.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import logging
 import zipfile
-from pathlib import Path
 
 
 class EchoHandler:
@@ -49,7 +46,7 @@ startupTimeout: 120
 """
 
 
-def write_echo_archive(path: Path, name: str) -> None:
+def write_echo_archive(path, name):
     """Write an archive with this handler."""
     manifest = {
         "createdOn": "01/01/2026 00:00:00",

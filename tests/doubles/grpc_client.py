@@ -1,7 +1,5 @@
 """Calls of TorchServe's gRPC inference service, with messages encoded by hand instead of generated stubs."""
 
-from __future__ import annotations
-
 import grpc
 
 SERVICE = "org.pytorch.serve.grpc.inference.InferenceAPIsService"

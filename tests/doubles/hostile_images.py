@@ -4,8 +4,6 @@
 to pass limits of 64 million pixels where the class allows it.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,18 +1,14 @@
 """Small images, as arrays and as files."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 
-def make_pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+def make_pixels(height, width, seed=0):
     """(h, w, 3) uint8: smooth colours that no flip or rotation maps onto themselves."""
     rows, columns = np.mgrid[0:height, 0:width]
     red = 255 * columns / max(width - 1, 1)
@@ -21,7 +17,7 @@ def make_pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
 
 
-def encode(image: Image.Image | NDArray[Any], image_format: str = "PNG", **options: Any) -> bytes:
+def encode(image, image_format="PNG", **options):
     """An image as a file's bytes; options are those of `Image.save`."""
     encoded = io.BytesIO()
     as_image = image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -29,12 +25,12 @@ def encode(image: Image.Image | NDArray[Any], image_format: str = "PNG", **optio
     return encoded.getvalue()
 
 
-def encode_jpeg(image: Image.Image | NDArray[Any], **options: Any) -> bytes:
+def encode_jpeg(image, **options):
     """An image as a JPEG file's bytes."""
     return encode(image, "JPEG", **options)
 
 
-def exif(orientation: int, byte_order: str = ">") -> bytes:
+def exif(orientation, byte_order=">"):
     """EXIF data whose main directory holds two entries, the second of them the orientation."""
     head = b"MM\0*" if byte_order == ">" else b"II*\0"
     make = struct.pack(byte_order + "HHI4s", 0x010F, 2, 4, b"abc\0")
@@ -43,10 +39,10 @@ def exif(orientation: int, byte_order: str = ">") -> bytes:
     return b"Exif\0\0" + head + directory
 
 
-def png_of_header_only(width: int, height: int) -> bytes:
+def png_of_header_only(width, height):
     """A 1-bit PNG that promises a size and holds no pixels."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
+    def chunk(kind, content):
         checksum = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 

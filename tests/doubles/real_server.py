@@ -1,23 +1,19 @@
 """Settings of a real TorchServe for tests, and waiting for it."""
 
-from __future__ import annotations
-
 import re
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from lib.server.process import ADDRESS_KEYS, GRPC_PORT_KEYS, WORKER_PORT_KEY, free_ports, is_listening
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
+def wait_until(condition, what, timeout_s=240.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:.0f} s"
         time.sleep(0.1)
 
 
-def config_with_free_ports(project_dir: Path, folder: Path) -> tuple[Path, list[str]]:
+def config_with_free_ports(project_dir, folder):
     """The project's config.properties with other ports, and the three addresses."""
     ports = free_ports(6)
     addresses = [f"http://127.0.0.1:{port}" for port in ports[:3]]
@@ -31,5 +27,5 @@ def config_with_free_ports(project_dir: Path, folder: Path) -> tuple[Path, list[
     return path, addresses
 
 
-def ports_in_use(addresses: list[str]) -> list[str]:
+def ports_in_use(addresses):
     return [address for address in addresses if is_listening(int(address.rsplit(":", 1)[1]))]

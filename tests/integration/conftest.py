@@ -1,36 +1,32 @@
 """One real TorchServe for all integration tests: scripts/serve.py on an archive that is built for them."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lib.archive.reader import load_detector
-from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive
+from lib.packaging.builder import ArchiveRequest, build_archive
 from lib.server.served_archive import ServedModel
 
-from damoyolo.detector import Detector
 from doubles.answers import BACKEND, ONNX, PRECISION
 from doubles.real_server import config_with_free_ports, ports_in_use, wait_until
 
 INTEGRATION_DIR = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     for item in items:
         if INTEGRATION_DIR in item.path.parents:
             item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(scope="session")
-def smears(project_dir: Path) -> dict[str, tuple[bytes, list[list[object]]]]:
+def smears(project_dir):
     """Sample images by name: encoded bytes, and [label, x1, y1, x2, y2] of each cell in pixels."""
     folder = project_dir / "tests" / "data" / "smears"
     return {
@@ -40,13 +36,13 @@ def smears(project_dir: Path) -> dict[str, tuple[bytes, list[list[object]]]]:
 
 
 @pytest.fixture(scope="session")
-def smear(smears: dict[str, tuple[bytes, list[list[object]]]]) -> bytes:
+def smear(smears):
     """One sample image, 640x480 JPEG."""
     return smears["smear_3"][0]
 
 
 @pytest.fixture(scope="session")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
+def archive(tmp_path_factory):
     """The archive of the demo weights, with a delay long enough for concurrent requests to share batches."""
     return build_archive(
         ArchiveRequest(
@@ -59,9 +55,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
 
 
 @pytest.fixture(scope="session")
-def server(
-    archive: ArchiveReport, project_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServedModel]:
+def server(archive, project_dir, tmp_path_factory):
     """The archive served on free ports by scripts/serve.py, whose start and end are checked, too."""
     folder = tmp_path_factory.mktemp("serve")
     config, addresses = config_with_free_ports(project_dir, folder)
@@ -71,7 +65,7 @@ def server(
     with output.open("w") as file:
         serve = subprocess.Popen(command, cwd=project_dir, stdout=file, stderr=subprocess.STDOUT)
 
-    def is_ready() -> bool:
+    def is_ready():
         assert serve.poll() is None, output.read_text()
         return ready_file.exists() and bool(ready_file.read_text())
 
@@ -88,12 +82,12 @@ def server(
 
 
 @pytest.fixture(scope="session")
-def url(server: ServedModel) -> str:
+def url(server):
     """Where images are sent."""
     return server.predictions_url
 
 
 @pytest.fixture(scope="session")
-def detector(archive: ArchiveReport) -> Detector:
+def detector(archive):
     """The same archive in this process, on the device that the server uses."""
     return load_detector(archive.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,21 +1,16 @@
 """The first command of the README."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 
 @pytest.mark.slow
-def test_two_demos_at_once_detect_draw_and_leave_nothing_running_whatever_proxy_is_set(
-    project_dir: Path,
-) -> None:
+def test_two_demos_at_once_detect_draw_and_leave_nothing_running_whatever_proxy_is_set(project_dir):
     if not (project_dir / ".venv/bin/python").exists():
         pytest.skip("no .venv: scripts/test.sh makes it")
     drawn = project_dir / "output/smear_3_detected.jpg"
@@ -47,7 +42,7 @@ def test_two_demos_at_once_detect_draw_and_leave_nothing_running_whatever_proxy_
     assert [path.name for path in drawn.parent.glob(f"{drawn.name}*")] == [drawn.name]
 
 
-def test_an_unknown_word_is_refused(project_dir: Path) -> None:
+def test_an_unknown_word_is_refused(project_dir):
     demo = subprocess.run(
         ["bash", "scripts/demo.sh", "--keep"], cwd=project_dir, capture_output=True, text=True, timeout=30
     )

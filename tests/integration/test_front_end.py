@@ -1,7 +1,5 @@
 """What deploy/front-end makes of requests, answers and errors between the client and the handler."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import http.client

@@ -1,13 +1,10 @@
 """The commands that send images, while the server's worker is killed and while the server is restarted."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +23,14 @@ IMAGES = 300
 class Serving:
     """scripts/serve.py with a small model, always at the same ports."""
 
-    def __init__(self, project_dir: Path, folder: Path) -> None:
+    def __init__(self, project_dir, folder):
         self.project_dir = project_dir
         self.folder = folder
         self.config, self.addresses = config_with_free_ports(project_dir, folder)
         self.url = f"{self.addresses[0]}/predictions/damoyolo"
         self.ready_file = folder / "ready"
 
-    def start(self) -> None:
+    def start(self):
         self.ready_file.unlink(missing_ok=True)
         command = [sys.executable, "scripts/serve.py", "--ts-config", str(self.config)]
         command += ["--model-store", str(self.folder), "--ready-file", str(self.ready_file)]
@@ -43,26 +40,26 @@ class Serving:
             )
         wait_until(self.is_ready, "the server being ready")
 
-    def is_ready(self) -> bool:
+    def is_ready(self):
         assert self.process.poll() is None, (self.folder / "output.txt").read_text()
         return self.ready_file.exists() and bool(self.ready_file.read_text())
 
-    def stop(self) -> None:
+    def stop(self):
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
 
-    def kill_worker(self) -> None:
+    def kill_worker(self):
         model = requests.get(f"{self.addresses[1]}/models/damoyolo", timeout=60).json()[0]
         os.kill(model["workers"][0]["pid"], signal.SIGKILL)
 
-    def restart(self) -> None:
+    def restart(self):
         self.stop()
         assert not ports_in_use(self.addresses)
         self.start()
 
 
 @pytest.fixture(scope="module")
-def serving(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(project_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
     torch.manual_seed(0)
     torch.save(build_model(VARIANTS["Ns"], 2, folded=False).state_dict(), folder / "weights.pth")
@@ -85,22 +82,22 @@ def serving(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def images(smear: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(smear, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for number in range(IMAGES):
         (folder / f"{number:03}.jpg").write_bytes(smear)
     return folder
 
 
-def lines_of(path: Path) -> list[str]:
+def lines_of(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [Serving.kill_worker, Serving.restart])
 def test_every_image_is_answered_once_whatever_happens_to_the_server(
-    serving: Serving, images: Path, project_dir: Path, tmp_path: Path, disturb: Callable[[Serving], None]
-) -> None:
+    serving, images, project_dir, tmp_path, disturb
+):
     found = tmp_path / "found.jsonl"
     command = [sys.executable, "scripts/detect.py", str(images), "--url", serving.url, "--jsonl", str(found)]
     detect = subprocess.Popen(

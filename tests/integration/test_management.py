@@ -1,22 +1,16 @@
 """Workers scaled and versions registered through the management API of a real TorchServe."""
 
-from __future__ import annotations
-
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import requests
 
 from lib.cli import ScriptError
-from lib.packaging.builder import ArchiveReport
 from lib.server.process import TorchServeProcess
-from lib.server.served_archive import ServedModel
 
 from doubles.real_server import wait_until
 
@@ -24,15 +18,15 @@ TIMEOUT_S = 120.0
 
 
 @contextmanager
-def load(url: str, encoded: bytes, clients: int) -> Iterator[list[object]]:
+def load(url, encoded, clients):
     """Clients that send one request after another; yields their growing list of statuses and errors.
 
     On leaving, every request that was sent has its answer.
     """
-    outcomes: list[object] = []
+    outcomes = []
     stopped = threading.Event()
 
-    def send() -> None:
+    def send():
         while not stopped.is_set():
             try:
                 outcomes.append(requests.post(url, data=encoded, timeout=TIMEOUT_S).status_code)
@@ -48,7 +42,7 @@ def load(url: str, encoded: bytes, clients: int) -> Iterator[list[object]]:
             stopped.set()
 
 
-def edited_archive(source: Path, target: Path, edits: dict[str, tuple[str, str]]) -> None:
+def edited_archive(source, target, edits):
     """A copy of an archive with a text of some of its files replaced."""
     with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
         for name in before.namelist():
@@ -60,9 +54,7 @@ def edited_archive(source: Path, target: Path, edits: dict[str, tuple[str, str]]
             after.writestr(name, content)
 
 
-def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(
-    server: ServedModel, url: str, smear: bytes
-) -> None:
+def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(server, url, smear):
     with load(url, smear, clients=4) as before:
         wait_until(lambda: len(before) >= 4, "the first answers")
         server.scale(2)
@@ -77,9 +69,7 @@ def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(
 
 
 @pytest.mark.slow
-def test_a_second_version_is_served_next_to_the_first(
-    server: ServedModel, url: str, smear: bytes, archive: ArchiveReport
-) -> None:
+def test_a_second_version_is_served_next_to_the_first(server, url, smear, archive):
     edits = {
         "MAR-INF/MANIFEST.json": ('"modelVersion": "1.0"', '"modelVersion": "2.0"'),
         "model-config.yaml": ("handler:\n", "handler:\n  max_detections: 1\n"),
@@ -100,7 +90,7 @@ def test_a_second_version_is_served_next_to_the_first(
     assert requests.post(f"{url}/2.0", data=smear, timeout=TIMEOUT_S).status_code == 404
 
 
-def start_failure(store: Path, project_dir: Path) -> tuple[str, float]:
+def start_failure(store, project_dir):
     """The message of a server that cannot start, and after how many seconds."""
     started = time.monotonic()
     server = TorchServeProcess(project_dir / "config.properties", store, use_free_ports=True)
@@ -110,8 +100,8 @@ def start_failure(store: Path, project_dir: Path) -> tuple[str, float]:
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_traceback_within_seconds(
-    archive: ArchiveReport, tmp_path: Path, project_dir: Path
-) -> None:
+    archive, tmp_path, project_dir
+):
     edits = {"model-config.yaml": ("variant: S", "variant: T")}
     edited_archive(archive.path, tmp_path / "damoyolo.mar", edits)
     message, seconds = start_failure(tmp_path, project_dir)
@@ -120,15 +110,13 @@ def test_a_worker_that_cannot_start_is_reported_with_its_traceback_within_second
     assert seconds < 60
 
 
-def test_a_missing_archive_is_reported_before_anything_starts(tmp_path: Path, project_dir: Path) -> None:
+def test_a_missing_archive_is_reported_before_anything_starts(tmp_path, project_dir):
     message, seconds = start_failure(tmp_path, project_dir)
     assert "build_archive.py" in message
     assert seconds < 5
 
 
-def test_a_taken_port_is_reported_before_anything_starts(
-    server: ServedModel, archive: ArchiveReport, project_dir: Path
-) -> None:
+def test_a_taken_port_is_reported_before_anything_starts(server, archive, project_dir):
     overrides = {"inference_address": server.inference_url}
     second = TorchServeProcess(project_dir / "config.properties", archive.path.parent, overrides=overrides)
     with pytest.raises(ScriptError, match=rf"port .*{server.inference_url.rsplit(':', 1)[1]}"):

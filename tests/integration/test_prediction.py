@@ -1,16 +1,11 @@
 """Answers of a real TorchServe to images in every form, with every option, alone and in batches."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,31 +13,25 @@ import requests
 from PIL import Image, ImageOps
 from prometheus_client.parser import text_string_to_metric_families
 
-from lib.server.served_archive import ServedModel
-
-from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, Detections
 from doubles.answers import assert_same_detections, iou
 from doubles.images import encode
 from doubles.real_server import wait_until
 
 TIMEOUT_S = 120.0
-Smears = dict[str, tuple[bytes, list[list[Any]]]]
 SMEAR_NAMES = ("smear_3", "smear_4", "smear_7")
 
 
-def predict(url: str, encoded: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def predict(url, encoded, headers=None):
     """The answer to an image sent as raw body."""
     response = requests.post(url, data=encoded, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
     assert response.headers["Content-Type"] == "application/json"
-    answer: dict[str, Any] = response.json()
+    answer = response.json()
     return answer
 
 
-def detect_in_process(
-    detector: Detector, encoded: bytes, options: DetectionOptions | None = None
-) -> Detections:
+def detect_in_process(detector, encoded, options=None):
     """The same image through the detector of this process."""
     (outcome,) = detector.detect([encoded], [options or detector.config.default_options()])
     assert isinstance(outcome, Detections)
@@ -50,13 +39,13 @@ def detect_in_process(
 
 
 @pytest.fixture(scope="session")
-def whole_answer(url: str, smear: bytes) -> dict[str, Any]:
+def whole_answer(url, smear):
     """The answer to the sample image without any option."""
     return predict(url, smear)
 
 
 @pytest.mark.parametrize("name", SMEAR_NAMES)
-def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smears, name: str) -> None:
+def test_a_sample_smear_comes_back_with_exactly_its_cells(url, smears, name):
     encoded, cells = smears[name]
     answer = predict(url, encoded)
     assert Counter(found["label"] for found in answer["detections"]) == Counter(cell[0] for cell in cells)
@@ -69,9 +58,7 @@ def test_a_sample_smear_comes_back_with_exactly_its_cells(url: str, smears: Smea
     assert scores == sorted(scores, reverse=True)
 
 
-def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(
-    server: ServedModel, url: str, smears: Smears, detector: Detector
-) -> None:
+def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(server, url, smears, detector):
     random = np.random.default_rng(7)
     images = []
     for index in range(16):
@@ -88,7 +75,7 @@ def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(
     assert wait_for_counter(server, "batches_total", batches_before + 8) < batches_before + 40
 
 
-def counter_value(server: ServedModel, name: str, **labels: str) -> float:
+def counter_value(server, name, **labels):
     """Sum of a counter over all label sets that hold `labels`."""
     text = requests.get(f"{server.metrics_url}/metrics", timeout=TIMEOUT_S).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -97,7 +84,7 @@ def counter_value(server: ServedModel, name: str, **labels: str) -> float:
     )
 
 
-def wait_for_counter(server: ServedModel, name: str, at_least: float, **labels: str) -> float:
+def wait_for_counter(server, name, at_least, **labels):
     """The counter once it has reached a value; the handler sends its counters once a second."""
     wait_until(
         lambda: counter_value(server, name, **labels) >= at_least, f"{name} {labels} of {at_least}", 10
@@ -105,7 +92,7 @@ def wait_for_counter(server: ServedModel, name: str, at_least: float, **labels: 
     return counter_value(server, name, **labels)
 
 
-def test_stage_times_and_errors_arrive_as_metrics(server: ServedModel, url: str, smear: bytes) -> None:
+def test_stage_times_and_errors_arrive_as_metrics(server, url, smear):
     before = {
         stage: counter_value(server, "stage_seconds_total", Stage=stage)
         for stage in ("parse", "preprocess", "network", "postprocess", "respond")
@@ -120,11 +107,11 @@ def test_stage_times_and_errors_arrive_as_metrics(server: ServedModel, url: str,
         )
 
 
-def as_base64(data: bytes) -> str:
+def as_base64(data):
     return base64.b64encode(data).decode()
 
 
-INPUT_FORMS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+INPUT_FORMS = {
     "raw octets": lambda data: {"data": data, "headers": {"Content-Type": "application/octet-stream"}},
     "raw jpeg": lambda data: {"data": data, "headers": {"Content-Type": "image/jpeg"}},
     "part data": lambda data: {"files": {"data": data}},
@@ -140,21 +127,17 @@ INPUT_FORMS: dict[str, Callable[[bytes], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", INPUT_FORMS)
-def test_every_input_form_gives_the_same_answer(
-    url: str, smear: bytes, whole_answer: dict[str, Any], form: str
-) -> None:
+def test_every_input_form_gives_the_same_answer(url, smear, whole_answer, form):
     response = requests.post(url, **INPUT_FORMS[form](smear), timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
     assert response.json() == whole_answer
 
 
-def test_put_gives_the_same_answer_as_post(url: str, smear: bytes, whole_answer: dict[str, Any]) -> None:
+def test_put_gives_the_same_answer_as_post(url, smear, whole_answer):
     assert requests.put(url, data=smear, timeout=TIMEOUT_S).json() == whole_answer
 
 
-def test_instances_come_back_as_predictions_in_their_order(
-    url: str, server: ServedModel, smears: Smears, detector: Detector
-) -> None:
+def test_instances_come_back_as_predictions_in_their_order(url, server, smears, detector):
     images = [smears[name][0] for name in SMEAR_NAMES]
     body = {"instances": [{"b64": as_base64(image)} for image in images]}
     for address in (url, f"{server.inference_url}/v1/models/damoyolo:predict"):
@@ -180,9 +163,7 @@ def test_instances_come_back_as_predictions_in_their_order(
         ("GIF", "P", {}),
     ],
 )
-def test_every_image_format_is_served(
-    url: str, smear: bytes, detector: Detector, image_format: str, mode: str, options: dict[str, Any]
-) -> None:
+def test_every_image_format_is_served(url, smear, detector, image_format, mode, options):
     source = Image.open(io.BytesIO(smear)).resize((320, 240))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
@@ -195,7 +176,7 @@ def test_every_image_format_is_served(
     assert_same_detections(answer, detect_in_process(detector, encoded))
 
 
-def test_boxes_refer_to_the_image_as_a_viewer_shows_it(url: str, smears: Smears) -> None:
+def test_boxes_refer_to_the_image_as_a_viewer_shows_it(url, smears):
     source = Image.open(io.BytesIO(smears["smear_4"][0]))
     exif = Image.Exif()
     exif[0x0112] = 6  # the viewer turns it by 90 degrees clockwise
@@ -218,16 +199,14 @@ def test_boxes_refer_to_the_image_as_a_viewer_shows_it(url: str, smears: Smears)
         ("classes", "1", lambda found: [each for each in found if each["class_id"] == 1]),
     ],
 )
-def test_an_option_works_through_every_channel(
-    url: str, smear: bytes, whole_answer: dict[str, Any], channel: str, name: str, value: Any, keep: Any
-) -> None:
+def test_an_option_works_through_every_channel(url, smear, whole_answer, channel, name, value, keep):
     answer = send_with_option(url, smear, channel, name, value).json()
     expected = keep(whole_answer["detections"])
     assert 0 < len(expected) < len(whole_answer["detections"])
     assert answer["detections"] == expected
 
 
-def send_with_option(url: str, smear: bytes, channel: str, name: str, value: Any) -> requests.Response:
+def send_with_option(url, smear, channel, name, value):
     if channel == "header":
         header = "X-Detect-" + name.title().replace("_", "-")
         response = requests.post(url, data=smear, headers={header: str(value)}, timeout=TIMEOUT_S)
@@ -247,18 +226,14 @@ def send_with_option(url: str, smear: bytes, channel: str, name: str, value: Any
         {"iou_threshold": 0.05, "class_agnostic": True, "score_threshold": 0.05},
     ],
 )
-def test_suppression_options_equal_the_in_process_results(
-    url: str, smear: bytes, detector: Detector, options: dict[str, Any]
-) -> None:
+def test_suppression_options_equal_the_in_process_results(url, smear, detector, options):
     response = requests.post(url, json={"image": as_base64(smear), **options}, timeout=TIMEOUT_S)
     settings = {"score_threshold": 0.25, "iou_threshold": 0.45, "max_detections": 300, **options}
     expected = detect_in_process(detector, smear, DetectionOptions(**settings))
     assert_same_detections(response.json(), expected, score_threshold=settings["score_threshold"])
 
 
-def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(
-    server: ServedModel, smear: bytes
-) -> None:
+def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(server, smear):
     address = f"{server.inference_url}/models/damoyolo/invoke?max_detections=2"
     response = requests.post(address, data=smear, timeout=TIMEOUT_S)
     assert response.status_code == 200, response.text
@@ -273,14 +248,7 @@ def test_an_option_as_query_parameter_works_where_the_server_passes_it_on(
         ({"X-Detect-Format": "png"}, "image/png", "PNG"),
     ],
 )
-def test_the_image_comes_back_drawn(
-    url: str,
-    smear: bytes,
-    whole_answer: dict[str, Any],
-    headers: dict[str, str],
-    content_type: str,
-    image_format: str,
-) -> None:
+def test_the_image_comes_back_drawn(url, smear, whole_answer, headers, content_type, image_format):
     response = requests.post(url, data=smear, headers=headers, timeout=TIMEOUT_S)
     assert response.status_code == 200
     assert response.headers["Content-Type"] == content_type
@@ -314,8 +282,8 @@ def test_the_image_comes_back_drawn(
     ],
 )
 def test_a_bad_request_gets_its_own_status_and_says_what_is_accepted(
-    url: str, smear: bytes, body: bytes | str, headers: dict[str, str], status: int, kind: str, mentions: str
-) -> None:
+    url, smear, body, headers, status, kind, mentions
+):
     bodies = {
         "whole": smear,
         "truncated": smear[: len(smear) // 2],
@@ -331,9 +299,7 @@ def test_a_bad_request_gets_its_own_status_and_says_what_is_accepted(
     assert mentions in error["message"]
 
 
-def test_corrupt_neighbours_in_a_batch_cost_only_themselves(
-    server: ServedModel, url: str, smear: bytes, whole_answer: dict[str, Any]
-) -> None:
+def test_corrupt_neighbours_in_a_batch_cost_only_themselves(server, url, smear, whole_answer):
     bodies = [
         smear,
         smear[:5000],
@@ -358,7 +324,7 @@ def test_corrupt_neighbours_in_a_batch_cost_only_themselves(
     assert wait_for_counter(server, "batches_total", batches_before + 2) < batches_before + len(bodies)
 
 
-def test_a_batch_of_bad_requests_only_is_answered(url: str) -> None:
+def test_a_batch_of_bad_requests_only_is_answered(url):
     with ThreadPoolExecutor(8) as pool:
         responses = list(
             pool.map(lambda i: requests.post(url, data=b"bad %d" % i, timeout=TIMEOUT_S), range(8))
@@ -366,7 +332,7 @@ def test_a_batch_of_bad_requests_only_is_answered(url: str) -> None:
     assert [response.status_code for response in responses] == [415] * 8
 
 
-def test_curl_as_in_the_readme_works(url: str, project_dir: Path, whole_answer: dict[str, Any]) -> None:
+def test_curl_as_in_the_readme_works(url, project_dir, whole_answer):
     image = project_dir / "tests" / "data" / "smears" / "smear_3.jpg"
     command = ["curl", "--silent", "--max-time", "120", "-X", "POST", url, "-T", str(image)]
     assert (

@@ -1,7 +1,5 @@
 """Other starts of the server than that of conftest.py: with a proxy, stock, by TorchServe's command."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -10,12 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import requests
 
-from lib.packaging.builder import ArchiveReport
 from lib.server.java import find_java_home
 from lib.server.process import ADDRESS_KEYS, GRPC_PORT_KEYS, free_ports
 
@@ -23,7 +19,7 @@ from doubles.echo_handler import write_echo_archive
 from doubles.real_server import config_with_free_ports, ports_in_use, wait_until
 
 
-def test_serve_fails_at_once_without_an_archive(project_dir: Path, tmp_path: Path) -> None:
+def test_serve_fails_at_once_without_an_archive(project_dir, tmp_path):
     config, _ = config_with_free_ports(project_dir, tmp_path)
     command = [sys.executable, "scripts/serve.py", "--ts-config", str(config), "--model-store", str(tmp_path)]
     serve = subprocess.run(command, cwd=project_dir, capture_output=True, text=True, timeout=60)
@@ -31,7 +27,7 @@ def test_serve_fails_at_once_without_an_archive(project_dir: Path, tmp_path: Pat
     assert "scripts/build_archive.py" in serve.stderr
 
 
-def is_ready(management_url: str) -> bool:
+def is_ready(management_url):
     """Whether the only worker has loaded the model."""
     try:
         model = requests.get(f"{management_url}/models/damoyolo", timeout=60).json()[0]
@@ -40,7 +36,7 @@ def is_ready(management_url: str) -> bool:
     return [worker["status"] for worker in model["workers"]] == ["READY"]
 
 
-def readme_curl(project_dir: Path, address: str) -> list[str]:
+def readme_curl(project_dir, address):
     """The first request of the README after `torchserve --start`, to another address."""
     lines = (project_dir / "README.md").read_text().splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("torchserve --start"))
@@ -48,7 +44,7 @@ def readme_curl(project_dir: Path, address: str) -> list[str]:
     return shlex.split(command.replace("http://127.0.0.1:8080", address))
 
 
-def private_environment(folder: Path) -> dict[str, str]:
+def private_environment(folder):
     """Variables with which a server keeps its files in this folder."""
     return {
         **os.environ,
@@ -61,9 +57,7 @@ def private_environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_torchserve_s_own_command_works_from_the_project_root(
-    archive: ArchiveReport, project_dir: Path, tmp_path: Path, smear: bytes
-) -> None:
+def test_torchserve_s_own_command_works_from_the_project_root(archive, project_dir, tmp_path, smear):
     config, addresses = config_with_free_ports(project_dir, tmp_path)
     torchserve = [sys.executable, "-m", "ts.model_server"]
     options = ["--ncs", "--model-store", str(archive.path.parent), "--ts-config", str(config)]
@@ -89,9 +83,7 @@ def test_torchserve_s_own_command_works_from_the_project_root(
     assert not ports_in_use(addresses[:1])
 
 
-def test_an_archive_serves_on_a_stock_server_with_no_file_of_this_project_beside_it(
-    archive: ArchiveReport, tmp_path: Path, smear: bytes
-) -> None:
+def test_an_archive_serves_on_a_stock_server_with_no_file_of_this_project_beside_it(archive, tmp_path, smear):
     store, folder = tmp_path / "store", tmp_path / "elsewhere"
     for each in (store, folder):
         each.mkdir()
@@ -127,9 +119,7 @@ def test_an_archive_serves_on_a_stock_server_with_no_file_of_this_project_beside
     wait_until(lambda: not ports_in_use(addresses), "the end of the server", 60.0)
 
 
-def test_a_proxy_in_the_environment_does_not_keep_serve_from_reporting_ready(
-    project_dir: Path, tmp_path: Path
-) -> None:
+def test_a_proxy_in_the_environment_does_not_keep_serve_from_reporting_ready(project_dir, tmp_path):
     write_echo_archive(tmp_path / "damoyolo.mar", "damoyolo")
     config, addresses = config_with_free_ports(project_dir, tmp_path)
     ready_file = tmp_path / "ready"

@@ -1,34 +1,27 @@
 """Reference values of the network (golden weights, inputs, outputs), the demo archive and its images."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from damoyolo.backends import ONNX_FILE
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
-from damoyolo.model.damoyolo import DamoYolo, build_model
+from damoyolo.model.damoyolo import build_model
 from damoyolo.model.fold import fold_state_dict
 from damoyolo.model.variants import VARIANTS
 
 
 @pytest.fixture(scope="session")
-def model_dir(shared_dir: Path) -> Path:
+def model_dir(shared_dir):
     return shared_dir / "model"
 
 
 @pytest.fixture(scope="session")
-def golden(model_dir: Path) -> ModuleType:
+def golden(model_dir):
     """The module that makes the golden weights and inputs and compares outputs."""
     spec = importlib.util.spec_from_file_location("golden", model_dir / "golden.py")
     assert spec is not None
@@ -39,17 +32,17 @@ def golden(model_dir: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def variant_facts(model_dir: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((model_dir / "variants.json").read_text())
+def variant_facts(model_dir):
+    facts = json.loads((model_dir / "variants.json").read_text())
     return facts
 
 
 @pytest.fixture(scope="session")
-def golden_state_dict(golden: ModuleType, model_dir: Path) -> Callable[[str], dict[str, Tensor]]:
+def golden_state_dict(golden, model_dir):
     """The golden weights of a variant, as trained."""
 
     @functools.cache
-    def load(name: str) -> dict[str, Tensor]:
+    def load(name):
         filled = golden.fill(golden.load_spec(model_dir / f"state_dict_{name}.json"))
         return {key: torch.from_numpy(array) for key, array in filled.items()}
 
@@ -57,11 +50,11 @@ def golden_state_dict(golden: ModuleType, model_dir: Path) -> Callable[[str], di
 
 
 @pytest.fixture(scope="session")
-def golden_model(golden_state_dict: Callable[[str], dict[str, Tensor]]) -> Callable[[str, bool], DamoYolo]:
+def golden_model(golden_state_dict):
     """A variant with its golden weights, as trained or folded."""
 
     @functools.cache
-    def load(name: str, folded: bool) -> DamoYolo:
+    def load(name, folded):
         state_dict = golden_state_dict(name)
         model = build_model(VARIANTS[name], 80, folded=folded)
         model.load_state_dict(fold_state_dict(state_dict) if folded else state_dict, strict=True)
@@ -71,23 +64,21 @@ def golden_model(golden_state_dict: Callable[[str], dict[str, Tensor]]) -> Calla
 
 
 @pytest.fixture(scope="session")
-def golden_images(golden: ModuleType) -> Callable[..., Tensor]:
+def golden_images(golden):
     """The golden image in the size of a variant: (1, 3, H, W) float32, 0..255; a key, another image."""
 
-    def make(name: str, key: int = 0) -> Tensor:
+    def make(name, key=0):
         return torch.from_numpy(golden.input_tensor(*VARIANTS[name].input_size_hw, key))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def golden_onnx_dir(
-    golden_model: Callable[[str, bool], DamoYolo], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def golden_onnx_dir(golden_model, tmp_path_factory):
     """A folder with the ONNX form of a variant with its golden weights, classes named "0" to "79"."""
 
     @functools.cache
-    def export(name: str) -> Path:
+    def export(name):
         from lib.onnx.export import export_onnx
 
         folder = tmp_path_factory.mktemp(name)
@@ -98,15 +89,13 @@ def golden_onnx_dir(
 
 
 @pytest.fixture(scope="session")
-def demo_settings() -> dict[str, Any]:
+def demo_settings():
     """The `handler:` section for the demo weights, in float32."""
     return {"variant": "S", "class_names": ["Platelets", "RBC", "WBC"], "precision": "fp32"}
 
 
 @pytest.fixture(scope="session")
-def demo_archive_dir(
-    project_dir: Path, demo_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def demo_archive_dir(project_dir, demo_settings, tmp_path_factory):
     """A folder like an unpacked archive of the demo weights."""
     from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 
@@ -118,6 +107,6 @@ def demo_archive_dir(
 
 
 @pytest.fixture(scope="session")
-def smears(project_dir: Path) -> list[bytes]:
+def smears(project_dir):
     """JPEG images of drawn blood smears."""
     return [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]

@@ -1,7 +1,5 @@
 """The entry point in TorchServe's own service class, wire format included, without a server."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -9,10 +7,8 @@ import operator
 import os
 import struct
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +24,7 @@ from damoyolo_handler import COUNTERS, DamoYoloHandler, _share_machine
 
 
 @pytest.fixture(scope="module")
-def model_dir(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(project_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_packaged(
         folder / WEIGHTS_FILE, load_checkpoint(project_dir / "model_store/weights/damoyolo_s_bccd.pth")
@@ -39,7 +35,7 @@ def model_dir(project_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
+def service(model_dir, project_dir):
     metrics = MetricsCacheYamlImpl(str(project_dir / "deploy/metrics.yaml"))
     metrics.initialize_cache()
     manifest = {"model": {"modelName": "damoyolo", "configFile": SETTINGS_FILE}}
@@ -59,7 +55,7 @@ def service(model_dir: Path, project_dir: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def smear(project_dir: Path) -> bytes:
+def smear(project_dir):
     return (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
 
 
@@ -72,10 +68,8 @@ def smear(project_dir: Path) -> bytes:
         ("spin", 16, False),
     ],
 )
-def test_workers_sleep_while_waiting_if_others_need_the_cores(
-    monkeypatch: pytest.MonkeyPatch, cuda_sync: str, workers: int, blocking: bool
-) -> None:
-    calls: list[str] = []
+def test_workers_sleep_while_waiting_if_others_need_the_cores(monkeypatch, cuda_sync, workers, blocking):
+    calls = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr("damoyolo_handler.enable_blocking_sync", lambda _: calls.append("blocking sync"))
     monkeypatch.setattr("torch.cuda.set_device", lambda _: calls.append("set device"))
@@ -84,25 +78,23 @@ def test_workers_sleep_while_waiting_if_others_need_the_cores(
     assert calls == (["blocking sync", "set device"] if blocking else ["set device"])
 
 
-def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(
-    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    events: list[object] = []
+def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(service, monkeypatch, caplog):
+    events = []
     handler = DamoYoloHandler()
 
     class StubDetector:
         config = ServingConfig(class_names=("cell",), warmup_batch_sizes=(1, 3))
         pipeline = SimpleNamespace(name="openvino", precision="bf16")
 
-        def warm_up(self, batch_sizes: object) -> None:
+        def warm_up(self, batch_sizes):
             events.append(("warm up", batch_sizes, "ready" if handler.initialized else "not ready"))
 
-    def load(*_: object) -> StubDetector:
+    def load(*_):
         events.append("load")
         return StubDetector()
 
     @contextlib.contextmanager
-    def lock(device: torch.device) -> Iterator[None]:
+    def lock(device):
         events.append(("lock", device))
         yield
         events.append("unlock")
@@ -119,16 +111,14 @@ def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(
     assert "the network runs in openvino, bf16, on cpu" in caplog.text
 
 
-def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(
-    service: Service, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(service, model_dir, monkeypatch):
     threads = torch.get_num_threads()
-    seen: list[int] = []
+    seen = []
 
     class StopHereError(Exception):
         pass
 
-    def from_settings(*_: object) -> None:
+    def from_settings(*_):
         seen.append(torch.get_num_threads())
         raise StopHereError
 
@@ -150,7 +140,7 @@ def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(
     assert seen == [12, 3, 1, 5]
 
 
-def wire_request(name: str, body: bytes, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def wire_request(name, body, headers=None):
     """A request as the worker's protocol hands it over."""
     return {
         "requestId": name.encode(),
@@ -161,17 +151,17 @@ def wire_request(name: str, body: bytes, headers: dict[str, str] | None = None) 
     }
 
 
-def read_answers(message: bytes) -> list[tuple[str, int, bytes, dict[str, str]]]:
+def read_answers(message):
     """(request id, status, body, headers) of each item of an encoded batch response."""
     position = 0
 
-    def number() -> int:
+    def number():
         nonlocal position
         (value,) = struct.unpack_from("!i", message, position)
         position += 4
         return int(value)
 
-    def data() -> bytes:
+    def data():
         nonlocal position
         length = number()
         position += max(length, 0)
@@ -193,7 +183,7 @@ def read_answers(message: bytes) -> list[tuple[str, int, bytes, dict[str, str]]]
     return answers
 
 
-def test_a_batch_of_good_and_bad_requests_goes_over_the_wire(service: Service, project_dir: Path) -> None:
+def test_a_batch_of_good_and_bad_requests_goes_over_the_wire(service, project_dir):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     message = service.predict(
         [
@@ -214,7 +204,7 @@ def test_a_batch_of_good_and_bad_requests_goes_over_the_wire(service: Service, p
     assert [found["label"] for found in json.loads(answers["d"][2])["detections"]] == ["WBC"]
 
 
-def test_every_status_line_and_content_type_is_plain_ascii() -> None:
+def test_every_status_line_and_content_type_is_plain_ascii():
     import damoyolo.errors as errors
     from damoyolo.response import CONTENT_TYPES
 
@@ -228,13 +218,11 @@ def test_every_status_line_and_content_type_is_plain_ascii() -> None:
     assert all(content_type.isascii() for content_type in CONTENT_TYPES.values())
 
 
-def test_counters_name_the_model_and_carry_every_stage(
-    service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counters_name_the_model_and_carry_every_stage(service, project_dir, monkeypatch):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     handler = service.handler
     handler.counters.flush()
-    sent: dict[tuple[str, tuple[str, ...]], float] = {}
+    sent = {}
     monkeypatch.setattr(
         handler.counters, "_send", lambda name, dimensions, value: sent.update({(name, dimensions): value})
     )
@@ -247,16 +235,14 @@ def test_counters_name_the_model_and_carry_every_stage(
     assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
 
 
-def test_every_counter_is_declared_to_the_server(project_dir: Path) -> None:
+def test_every_counter_is_declared_to_the_server(project_dir):
     declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]["counter"]
     assert {metric["name"]: (metric["unit"], metric["dimensions"]) for metric in declared} == {
         name: (unit, ["ModelName", "Level", *dimensions]) for name, (unit, dimensions) in COUNTERS.items()
     }
 
 
-def test_a_server_with_its_own_metrics_file_gets_the_same_lines(
-    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_with_its_own_metrics_file_gets_the_same_lines(service, monkeypatch, caplog):
     caplog.set_level("INFO", "ts.metrics.caching_metric")
     lines = []
     for metrics in (service.handler.metrics, _stock_metrics()):
@@ -270,9 +256,7 @@ def test_a_server_with_its_own_metrics_file_gets_the_same_lines(
 
 
 @pytest.mark.parametrize("metrics", [None, "stock"])
-def test_metrics_that_the_server_lacks_fail_no_request(
-    service: Service, project_dir: Path, monkeypatch: pytest.MonkeyPatch, metrics: str | None
-) -> None:
+def test_metrics_that_the_server_lacks_fail_no_request(service, project_dir, monkeypatch, metrics):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     monkeypatch.setattr(service.handler, "metrics", _stock_metrics() if metrics else None)
     monkeypatch.setattr(service.handler.counters, "_sent_at", float("-inf"))
@@ -280,7 +264,7 @@ def test_metrics_that_the_server_lacks_fail_no_request(
     assert status == 200
 
 
-def _stock_metrics() -> MetricsCacheYamlImpl:
+def _stock_metrics():
     """The metrics of a server without this project's file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves closing the file to Python
@@ -294,10 +278,10 @@ class ProcessEnded(BaseException):
 
 
 @pytest.fixture
-def lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def lost_device(monkeypatch):
     """A device that no longer computes; ending the process raises `ProcessEnded`."""
 
-    def end(code: int) -> None:
+    def end(code):
         assert code == 1
         raise ProcessEnded
 
@@ -306,7 +290,7 @@ def lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
 
 
-def fail(*_: Any, **__: Any) -> Any:
+def fail(*_, **__):
     raise RuntimeError("CUDA error: unspecified launch failure")
 
 
@@ -325,8 +309,8 @@ PLACES = [
 
 @pytest.mark.parametrize(("owner", "name", "_statuses"), PLACES)
 def test_a_lost_device_ends_the_worker_wherever_it_surfaces(
-    service: Service, lost_device: None, smear: bytes, monkeypatch: Any, owner: str, name: str, _statuses: Any
-) -> None:
+    service, lost_device, smear, monkeypatch, owner, name, _statuses
+):
     monkeypatch.setattr(operator.attrgetter(owner)(service.handler), name, fail)
     with pytest.raises(ProcessEnded):
         service.predict([wire_request("a", smear)])
@@ -334,8 +318,8 @@ def test_a_lost_device_ends_the_worker_wherever_it_surfaces(
 
 @pytest.mark.parametrize(("owner", "name", "statuses"), PLACES)
 def test_the_same_failure_of_a_living_device_leaves_the_worker_serving(
-    service: Service, smear: bytes, monkeypatch: Any, owner: str, name: str, statuses: list[int]
-) -> None:
+    service, smear, monkeypatch, owner, name, statuses
+):
     with monkeypatch.context() as patch:
         patch.setattr(operator.attrgetter(owner)(service.handler), name, fail)
         answers = read_answers(service.predict([wire_request("a", smear), wire_request("b", b"broken")]))
@@ -346,10 +330,8 @@ def test_the_same_failure_of_a_living_device_leaves_the_worker_serving(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_lack_of_memory_outside_of_detection_is_507(
-    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(*_: Any) -> None:
+def test_a_lack_of_memory_outside_of_detection_is_507(service, monkeypatch, error):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(service.handler.service, "_respond_to_all", fail)
@@ -357,7 +339,7 @@ def test_a_lack_of_memory_outside_of_detection_is_507(
     assert [status for _, status, _, _ in answers] == [507, 507]
 
 
-def test_the_entry_file_defines_exactly_one_class(project_dir: Path) -> None:
+def test_the_entry_file_defines_exactly_one_class(project_dir):
     # TorchServe refuses a handler module with more.
     import ast
 

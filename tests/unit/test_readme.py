@@ -1,7 +1,5 @@
 """The documents name commands, options, links and files that exist."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess
@@ -22,23 +20,23 @@ CREATED = (".venv/", "output/", "logs/", "model_store/damoyolo.mar")
 CODE_SUFFIXES = ("md", "properties", "py", "sh", "toml", "txt", "xml", "yaml")
 
 
-def relative(path: Path) -> str:
+def relative(path):
     """The path from the project's root."""
     return path.relative_to(PROJECT_DIR).as_posix()
 
 
-def fenced_blocks(document: Path, languages: str) -> list[str]:
+def fenced_blocks(document, languages):
     """The contents of a document's fenced code blocks in one of the languages, joined by |."""
     return re.findall(rf"^```(?:{languages})\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def shell_commands(document: Path) -> list[list[str]]:
+def shell_commands(document):
     """The words of each command in the shell blocks of a document, continued lines joined."""
     text = "\n".join(fenced_blocks(document, "bash|sh|console")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def script_calls() -> list[tuple[str, str, list[str]]]:
+def script_calls():
     """Document, script and options of each documented call of a script."""
     calls = []
     for document in DOCUMENTS:
@@ -50,7 +48,7 @@ def script_calls() -> list[tuple[str, str, list[str]]]:
     return calls
 
 
-def named_files(document: Path) -> set[str]:
+def named_files(document):
     """Files of the repository that a document names: in backticks, or as an argument in a shell block."""
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
     quoted = [span for span in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(r"[\w./-]+", span)]
@@ -66,7 +64,7 @@ def named_files(document: Path) -> set[str]:
 
 
 @cache
-def help_text(script: str) -> str:
+def help_text(script):
     result = subprocess.run(
         [sys.executable, str(PROJECT_DIR / script), "--help"], capture_output=True, text=True, timeout=120
     )
@@ -75,7 +73,7 @@ def help_text(script: str) -> str:
 
 
 @cache
-def file_names() -> set[str]:
+def file_names():
     """Names of all files in the folders that hold code, and at the top."""
     folders = ("handler", "scripts", "tests", "deploy", "docs")
     nested = (path for folder in folders for path in (PROJECT_DIR / folder).rglob("*"))
@@ -83,37 +81,37 @@ def file_names() -> set[str]:
 
 
 @pytest.mark.parametrize(("document", "script", "options"), script_calls())
-def test_a_documented_command_exists_with_its_options(document: str, script: str, options: list[str]) -> None:
+def test_a_documented_command_exists_with_its_options(document, script, options):
     assert (PROJECT_DIR / script).is_file(), f"{document} names {script}"
     text = (PROJECT_DIR / script).read_text() if script.endswith(".sh") else help_text(script)
     for option in options:
         assert re.search(rf"{option}\b(?!-)", text), f"{document}: {script} has no {option}"
 
 
-def test_the_documents_hold_commands_at_all() -> None:
+def test_the_documents_hold_commands_at_all():
     scripts = {script for _, script, _ in script_calls()}
     assert {"scripts/demo.sh", "scripts/test.sh", "scripts/build_archive.py", "scripts/serve.py"} <= scripts
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, CHANGELOG], ids=relative)
-def test_a_link_to_a_file_of_the_project_leads_there(document: Path) -> None:
+def test_a_link_to_a_file_of_the_project_leads_there(document):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), f"{relative(document)} links to {target}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_a_file_that_a_document_names_exists(document: Path) -> None:
+def test_a_file_that_a_document_names_exists(document):
     for name in sorted(named_files(document)):
         found = (PROJECT_DIR / name).exists() if "/" in name else name in file_names()
         assert found, f"{relative(document)} names {name}"
 
 
-def listed_files(tree: str) -> set[str]:
+def listed_files(tree):
     """Paths of a tree that is drawn by two spaces per level; a line may name several files, by commas."""
     paths = set()
-    folders: list[str] = []
+    folders = []
     for line in tree.splitlines():
-        indent, names = re.fullmatch(r"( *)([^\s,]+(?:, [^\s,]+)*).*", line).groups()  # type: ignore[union-attr]
+        indent, names = re.fullmatch(r"( *)([^\s,]+(?:, [^\s,]+)*).*", line).groups()
         folders = folders[: len(indent) // 2]
         for name in names.split(", "):
             paths.add("".join(folders) + name)
@@ -122,7 +120,7 @@ def listed_files(tree: str) -> set[str]:
     return paths
 
 
-def test_the_architecture_lists_every_module_of_the_handler_and_every_folder_of_lib() -> None:
+def test_the_architecture_lists_every_module_of_the_handler_and_every_folder_of_lib():
     (tree,) = (block for block in fenced_blocks(ARCHITECTURE, "") if block.startswith("handler/\n"))
     modules = (PROJECT_DIR / "handler").rglob("*.py")
     shared = (PROJECT_DIR / "scripts/lib").glob("*")

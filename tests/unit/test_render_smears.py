@@ -1,9 +1,6 @@
 """The renderer of smears: one image per seed, with exact boxes."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from lib.accuracy.datasets import read_coco
 from data.smears.render import CellCounts, main, smear, varied_counts
 
 
-def test_a_seed_always_gives_the_same_image_and_another_seed_another() -> None:
+def test_a_seed_always_gives_the_same_image_and_another_seed_another():
     first, first_boxes = smear(5)
     again, again_boxes = smear(5)
     other, _ = smear(6)
@@ -24,7 +21,7 @@ def test_a_seed_always_gives_the_same_image_and_another_seed_another() -> None:
 
 
 @pytest.mark.parametrize("size_wh", [(640, 480), (960, 540), (200, 150)])
-def test_every_box_lies_in_the_image_and_has_an_area(size_wh: tuple[int, int]) -> None:
+def test_every_box_lies_in_the_image_and_has_an_area(size_wh):
     image, boxes = smear(1, size_wh, CellCounts(red=8, white=1, platelets=3))
     assert image.size == size_wh
     assert boxes
@@ -33,7 +30,7 @@ def test_every_box_lies_in_the_image_and_has_an_area(size_wh: tuple[int, int]) -
         assert 0 <= box.y1 < box.y2 <= size_wh[1]
 
 
-def test_there_is_a_cell_where_a_box_says_so() -> None:
+def test_there_is_a_cell_where_a_box_says_so():
     image, boxes = smear(2, counts=CellCounts(red=0, white=1, platelets=0))
     (box,) = boxes
     values = np.asarray(image, dtype=np.float32)
@@ -43,13 +40,13 @@ def test_there_is_a_cell_where_a_box_says_so() -> None:
     assert values[inside].mean() < values[~inside].mean() - 20
 
 
-def test_an_image_too_small_for_a_cell_is_refused() -> None:
+def test_an_image_too_small_for_a_cell_is_refused():
     with pytest.raises(ValueError, match="128"):
         smear(0, (640, 100))
 
 
 @pytest.mark.parametrize("seed", [3, 4, 7])
-def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int) -> None:
+def test_the_sample_smears_are_those_of_their_seeds(project_dir, seed):
     samples = project_dir / "tests" / "data" / "smears"
     image, boxes = smear(seed, counts=varied_counts(seed))
     expected = json.loads((samples / f"smear_{seed}.json").read_text())
@@ -63,7 +60,7 @@ def test_the_sample_smears_are_those_of_their_seeds(project_dir: Path, seed: int
     assert np.abs(difference).mean() < 2  # JPEG alone makes about 1
 
 
-def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:
+def test_what_it_writes_is_a_data_set(tmp_path):
     assert main([str(tmp_path), "--count", "2", "--first-seed", "10", "--size", "320", "240"]) == 0
     dataset = read_coco(tmp_path / "annotations.json", tmp_path)
     assert [image.path.name for image in dataset.images] == ["smear_10.jpg", "smear_11.jpg"]
@@ -73,7 +70,7 @@ def test_what_it_writes_is_a_data_set(tmp_path: Path) -> None:
             assert opened.size == (320, 240)
 
 
-def test_a_size_it_cannot_draw_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_size_it_cannot_draw_is_a_usage_error(tmp_path):
     for size in (["100", "100"], ["640"], ["0", "480"]):
         with pytest.raises(SystemExit) as exit_info:
             main([str(tmp_path), "--size", *size])

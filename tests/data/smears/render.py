@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,23 +58,23 @@ class Window(NamedTuple):
 class Canvas:
     """An image in the making: float32 values 0..255, the cells' centres and radii, and their boxes."""
 
-    def __init__(self, seed: int, size_wh: tuple[int, int]) -> None:
+    def __init__(self, seed, size_wh):
         self.rng = np.random.default_rng(seed)
         self.width, self.height = size_wh
         ground = np.array([226, 217, 222], np.float32) + self.rng.normal(0, 3, 3)
         self.values = np.broadcast_to(ground, (self.height, self.width, 3)).astype(np.float32)  # H, W, 3
         self.values += self.noise(160)[..., None] * 3 + self.noise(40)[..., None] * 1.2
-        self.taken: list[tuple[float, float, float]] = []
-        self.boxes: list[CellBox] = []
+        self.taken = []
+        self.boxes = []
 
-    def noise(self, grain_px: int) -> Field:
+    def noise(self, grain_px):
         """Smooth noise of mean 0 and deviation 1 over the whole canvas, (H, W)."""
         shape = (self.height // grain_px + 3, self.width // grain_px + 3)
         grid = Image.fromarray(self.rng.normal(size=shape).astype(np.float32))
         field = np.asarray(grid.resize((self.width, self.height), Image.Resampling.BICUBIC))
         return np.asarray((field - field.mean()) / (field.std() + 1e-6), dtype=np.float32)
 
-    def place(self, radius: float, spacing: float) -> tuple[float, float] | None:
+    def place(self, radius, spacing):
         """A free centre x, y, or None; cells keep `spacing` times the sum of their radii apart."""
         margin = radius * 0.55
         for _ in range(400):
@@ -86,7 +85,7 @@ class Canvas:
                 return x, y
         return None
 
-    def window(self, centre_xy: tuple[float, float], reach: float) -> Window:
+    def window(self, centre_xy, reach):
         """The canvas within `reach` pixels of a centre."""
         x, y = centre_xy
         return Window(
@@ -94,14 +93,7 @@ class Canvas:
             slice(max(0, int(x - reach)), min(self.width, int(x + reach) + 1)),
         )
 
-    def disc(
-        self,
-        window: Window,
-        centre_xy: tuple[float, float],
-        radii_xy: tuple[float, float],
-        wobble: float,
-        lobes: int,
-    ) -> Field:
+    def disc(self, window, centre_xy, radii_xy, wobble, lobes):
         """Distance field of a wobbly ellipse in the window: 1 on its outline, less inside."""
         tilt = self.rng.uniform(0, 3)
         rows = np.arange(window.rows.start, window.rows.stop, dtype=np.float32)[:, None]
@@ -112,17 +104,17 @@ class Canvas:
         ripple = 1 + wobble * np.sin(lobes * np.arctan2(v, u) + tilt * 3) * 0.5
         return np.asarray(np.hypot(u, v) / ripple, dtype=np.float32)
 
-    def paint(self, window: Window, opacity: Field, colour: NDArray[Any]) -> None:
+    def paint(self, window, opacity, colour):
         """Blend one colour, or one per pixel, over the window."""
         part = self.values[window]
         part += (colour.astype(np.float32) - part) * opacity[..., None]
 
-    def speckle(self, window: Window, opacity: Field, grain_px: int, strength: NDArray[Any]) -> None:
+    def speckle(self, window, opacity, grain_px, strength):
         """Add texture to the window, in proportion to `opacity`."""
         texture = self.noise(grain_px)[window] * opacity
         self.values[window] += texture[..., None] * strength.astype(np.float32)
 
-    def label(self, name: str, window: Window, body: Field) -> None:
+    def label(self, name, window, body):
         """Note the box of a cell."""
         ys, xs = np.nonzero(body > 0.5)
         top, left = window.rows.start, window.columns.start
@@ -137,13 +129,13 @@ class Canvas:
         )
 
 
-def edge(distance: Field, sharpness: float) -> Field:
+def edge(distance, sharpness):
     """Opacity of a shape from its distance field: 1 inside, 0 outside, one half on the outline."""
     steepness = np.minimum((distance - 1) * sharpness, 80)  # exp of more overflows float32
     return np.asarray(1 / (1 + np.exp(steepness)), dtype=np.float32)
 
 
-def draw_white_cell(canvas: Canvas) -> None:
+def draw_white_cell(canvas):
     """A white cell with a lobed nucleus."""
     rng = canvas.rng
     radius = rng.uniform(72, 100)
@@ -168,7 +160,7 @@ def draw_white_cell(canvas: Canvas) -> None:
     canvas.label("WBC", window, body)
 
 
-def draw_red_cell(canvas: Canvas) -> None:
+def draw_red_cell(canvas):
     """A red cell, paler in the middle and darker at the rim."""
     rng = canvas.rng
     radius = rng.uniform(44, 56)
@@ -188,7 +180,7 @@ def draw_red_cell(canvas: Canvas) -> None:
     canvas.label("RBC", window, body)
 
 
-def draw_platelet(canvas: Canvas) -> None:
+def draw_platelet(canvas):
     """A platelet: small, ragged, with a soft edge."""
     rng = canvas.rng
     radius = rng.uniform(13, 21)
@@ -202,9 +194,7 @@ def draw_platelet(canvas: Canvas) -> None:
     canvas.label("Platelets", window, body)
 
 
-def smear(
-    seed: int, size_wh: tuple[int, int] = BASE_SIZE_WH, counts: CellCounts = USUAL_COUNTS
-) -> tuple[Image.Image, list[CellBox]]:
+def smear(seed, size_wh=BASE_SIZE_WH, counts=USUAL_COUNTS):
     """One smear: an RGB image of `size_wh`, and its cells.
 
     Raises:
@@ -213,7 +203,7 @@ def smear(
     if min(size_wh) < MIN_SIDE_PX:
         raise ValueError(f"the size is {size_wh[0]}x{size_wh[1]}; both sides need {MIN_SIDE_PX} px or more")
     canvas = Canvas(seed, size_wh)
-    kinds: tuple[tuple[Callable[[Canvas], None], int], ...] = (
+    kinds = (
         (draw_white_cell, counts.white),
         (draw_red_cell, counts.red),
         (draw_platelet, counts.platelets),
@@ -226,7 +216,7 @@ def smear(
     return image.filter(ImageFilter.GaussianBlur(0.9)), canvas.boxes
 
 
-def varied_counts(seed: int, size_wh: tuple[int, int] = BASE_SIZE_WH) -> CellCounts:
+def varied_counts(seed, size_wh=BASE_SIZE_WH):
     """Numbers of cells that differ from seed to seed and are in proportion to the image's area."""
     area = size_wh[0] * size_wh[1] / (BASE_SIZE_WH[0] * BASE_SIZE_WH[1])
     red = int(np.random.default_rng(seed).integers(8, 20))
@@ -237,7 +227,7 @@ def varied_counts(seed: int, size_wh: tuple[int, int] = BASE_SIZE_WH) -> CellCou
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv=None):
     """Write smears as JPEG files, and their boxes as annotations.json in COCO form."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where to write")
@@ -251,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"both sides of --size must be at least {MIN_SIDE_PX} px")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     width, height = arguments.size
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images = []
+    annotations = []
     for seed in tqdm(range(arguments.first_seed, arguments.first_seed + arguments.count), disable=None):
         image, boxes = smear(seed, arguments.size, varied_counts(seed, arguments.size))
         file_name = f"smear_{seed}.jpg"

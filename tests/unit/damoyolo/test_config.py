@@ -1,14 +1,12 @@
 """Serving settings: refusals, round trip, and the batch sizes that are captured."""
 
-from __future__ import annotations
-
 import pytest
 
 from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
 from damoyolo.errors import ConfigError
 
 
-def test_the_mapping_of_a_config_gives_the_same_config_back() -> None:
+def test_the_mapping_of_a_config_gives_the_same_config_back():
     config = ServingConfig.from_mapping(
         {"class_names": ["a", "b"], "input_size_hw": [320, 640], "score_threshold": 1, "precision": "bf16"}
     )
@@ -39,13 +37,13 @@ def test_the_mapping_of_a_config_gives_the_same_config_back() -> None:
         ({"warmup_batch_sizes": [0]}, "1 to 1024"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_what_is_accepted(settings: dict[str, object], mentions: str) -> None:
+def test_a_wrong_setting_is_refused_with_what_is_accepted(settings, mentions):
     with pytest.raises(ConfigError, match=next(iter(settings))) as raised:
         ServingConfig.from_mapping(settings)
     assert mentions in str(raised.value)
 
 
-def test_a_request_without_options_gets_the_settings() -> None:
+def test_a_request_without_options_gets_the_settings():
     options = ServingConfig(score_threshold=0.3, iou_threshold=0.6, max_detections=7).default_options()
     assert (options.score_threshold, options.iou_threshold, options.max_detections) == (0.3, 0.6, 7)
     assert options.class_ids is None
@@ -61,5 +59,5 @@ def test_a_request_without_options_gets_the_settings() -> None:
         (100, [1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 100]),
     ],
 )
-def test_the_captured_batch_sizes_end_with_the_largest(largest: int, sizes: list[int]) -> None:
+def test_the_captured_batch_sizes_end_with_the_largest(largest, sizes):
     assert graph_batch_sizes_up_to(largest) == sizes

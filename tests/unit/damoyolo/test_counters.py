@@ -1,16 +1,12 @@
 """Counters that are sent at intervals."""
 
-from __future__ import annotations
-
 import time
-
-import pytest
 
 from damoyolo.counters import CounterTotals
 
 
-def test_counters_are_sent_at_once_then_summed_until_the_interval_is_over() -> None:
-    sent: list[tuple[str, tuple[str, ...], float]] = []
+def test_counters_are_sent_at_once_then_summed_until_the_interval_is_over():
+    sent = []
     totals = CounterTotals(lambda *counter: sent.append(counter), interval_s=0.2)
     totals.add({("n", ()): 1})
     assert sent == [("n", (), 1)]
@@ -23,12 +19,10 @@ def test_counters_are_sent_at_once_then_summed_until_the_interval_is_over() -> N
     assert sorted(sent[1:]) == [("m", ("x",), 5), ("n", (), 5)]
 
 
-def test_counters_that_cannot_be_sent_fail_nothing_and_are_logged_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    sent: list[str] = []
+def test_counters_that_cannot_be_sent_fail_nothing_and_are_logged_once(caplog):
+    sent = []
 
-    def send(name: str, *_: object) -> None:
+    def send(name, *_):
         if name == "broken":
             raise KeyError(name)
         sent.append(name)
@@ -41,11 +35,11 @@ def test_counters_that_cannot_be_sent_fail_nothing_and_are_logged_once(
     assert "KeyError" in caplog.text
 
 
-def test_a_machine_without_a_free_thread_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(_: object) -> None:
+def test_a_machine_without_a_free_thread_fails_nothing(monkeypatch):
+    def start(_):
         raise RuntimeError("can't start new thread")
 
-    sent: list[float] = []
+    sent = []
     totals = CounterTotals(lambda _name, _dimensions, value: sent.append(value), interval_s=3600.0)
     totals.add({("n", ()): 1})
     monkeypatch.setattr("threading.Timer.start", start)

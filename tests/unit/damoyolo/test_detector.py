@@ -1,17 +1,11 @@
 """The detector of the demo weights: stages in order, an error per image, batch equals single."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
@@ -20,13 +14,13 @@ from damoyolo.structures import Detections, RawPredictions
 
 
 @pytest.fixture(scope="module")
-def detector(demo_archive_dir: Path) -> Iterator[Detector]:
+def detector(demo_archive_dir):
     detector = Detector.from_archive_dir(demo_archive_dir)
     yield detector
     detector.close()
 
 
-def assert_equal(found: object, expected: object, score_tolerance: float, box_tolerance_px: float) -> None:
+def assert_equal(found, expected, score_tolerance, box_tolerance_px):
     assert isinstance(found, Detections)
     assert isinstance(expected, Detections)
     assert found.image_size_hw == expected.image_size_hw
@@ -40,9 +34,7 @@ def assert_equal(found: object, expected: object, score_tolerance: float, box_to
     )
 
 
-def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itself(
-    detector: Detector, smears: list[bytes]
-) -> None:
+def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itself(detector, smears):
     options = detector.config.default_options()
     batch = [smears[0], smears[1][:4000], smears[1], b"", smears[2]]
     outcomes = detector.detect(batch, [options] * 5)
@@ -52,19 +44,17 @@ def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itse
         assert_equal(outcomes[slot], detector.detect([image], [options])[0], 1e-5, 1e-2)
 
 
-def test_a_batch_of_bad_images_only_and_an_empty_one_are_answered(detector: Detector) -> None:
+def test_a_batch_of_bad_images_only_and_an_empty_one_are_answered(detector):
     options = detector.config.default_options()
     assert len(detector.detect([b"x", b"y"], [options] * 2)) == 2
     assert detector.detect([], []) == []
 
 
-def test_the_stages_run_in_order_and_without_images_only_the_first(
-    detector: Detector, smears: list[bytes]
-) -> None:
-    seen: list[str] = []
+def test_the_stages_run_in_order_and_without_images_only_the_first(detector, smears):
+    seen = []
 
     @contextlib.contextmanager
-    def time_stage(stage: str) -> Iterator[None]:
+    def time_stage(stage):
         seen.append(stage)
         yield
 
@@ -74,19 +64,17 @@ def test_the_stages_run_in_order_and_without_images_only_the_first(
     assert seen == ["preprocess", "network", "postprocess", "preprocess"]
 
 
-def test_warming_up_runs_every_batch_size(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+def test_warming_up_runs_every_batch_size(detector, monkeypatch):
+    seen = []
     pipeline = detector.pipeline
     assert isinstance(pipeline, EagerPipeline)
-    backend: Any = pipeline.backend
+    backend = pipeline.backend
     monkeypatch.setattr(pipeline, "backend", lambda pixels: seen.append(len(pixels)) or backend(pixels))
     detector.warm_up((1, 2))
     assert seen == [1, 2]
 
 
-def test_settings_that_do_not_fit_the_weights_are_refused(
-    demo_archive_dir: Path, demo_settings: dict[str, Any]
-) -> None:
+def test_settings_that_do_not_fit_the_weights_are_refused(demo_archive_dir, demo_settings):
     for change in ({"class_names": ["one"]}, {"variant": "T"}):
         with pytest.raises(ConfigError, match="rebuild the archive"):
             Detector.from_settings(
@@ -99,25 +87,25 @@ class FakePipeline:
 
     max_batch_size = 4
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.result = torch.zeros(4)
 
-    def network_call(self, pixels: Tensor) -> Any:
-        def replay() -> RawPredictions:
+    def network_call(self, pixels):
+        def replay():
             self.result[: len(pixels)] = pixels[:, 0, 0, 0].float()
             return RawPredictions((self.result[: len(pixels)],), (self.result[: len(pixels)],))
 
         return replay
 
 
-def raw_predictions(pipeline: FakePipeline, *values: int) -> RawPredictions:
+def raw_predictions(pipeline, *values):
     """Of images filled with these values."""
     pixels = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
-    detector: Any = SimpleNamespace(pipeline=pipeline)
+    detector = SimpleNamespace(pipeline=pipeline)
     return Detector.raw_predictions(detector, pixels)
 
 
-def test_later_calls_leave_raw_predictions_alone() -> None:
+def test_later_calls_leave_raw_predictions_alone():
     pipeline = FakePipeline()
     first = raw_predictions(pipeline, 7, 8, 9)
     second = raw_predictions(pipeline, 1)
@@ -125,7 +113,7 @@ def test_later_calls_leave_raw_predictions_alone() -> None:
     assert second.class_logits[0].tolist() == [1]
 
 
-def test_raw_predictions_of_more_images_than_the_pipeline_takes_come_from_several_calls() -> None:
+def test_raw_predictions_of_more_images_than_the_pipeline_takes_come_from_several_calls():
     assert raw_predictions(FakePipeline(), 1, 2, 3, 4, 5).class_logits[0].tolist() == [1, 2, 3, 4, 5]
 
 
@@ -137,13 +125,8 @@ def test_raw_predictions_of_more_images_than_the_pipeline_takes_come_from_severa
     [("fp32", 0.02, 1.0), ("tf32", 0.02, 1.0), ("amp", 0.02, 1.0), ("fp16", 0.02, 1.0), ("bf16", 0.05, 5.0)],
 )
 def test_a_gpu_finds_what_the_cpu_finds(
-    demo_archive_dir: Path,
-    detector: Detector,
-    smears: list[bytes],
-    precision: str,
-    score_tolerance: float,
-    box_tolerance_px: float,
-) -> None:
+    demo_archive_dir, detector, smears, precision, score_tolerance, box_tolerance_px
+):
     options = [detector.config.default_options()] * len(smears)
     on_gpu = Detector.from_archive_dir(demo_archive_dir, "cuda", precision)
     expected = detector.detect(smears, options)
@@ -153,8 +136,8 @@ def test_a_gpu_finds_what_the_cpu_finds(
 
 
 def test_a_cuda_device_that_is_not_there_is_refused_with_the_number_of_those_that_are(
-    demo_archive_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    demo_archive_dir, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="device is cuda:1; CUDA devices found: 1"):
         Detector.from_archive_dir(demo_archive_dir, "cuda:1")

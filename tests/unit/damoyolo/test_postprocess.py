@@ -1,32 +1,24 @@
 """Postprocessing against torchvision called image by image and class by class, and against the golden."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from torch import Tensor
 
 from damoyolo import postprocess as postprocess_module
 from damoyolo.boxes import decode_predictions
-from damoyolo.postprocess import Selection, nms_per_group, postprocess, select
-from damoyolo.structures import DetectionOptions, Detections, RawPredictions
+from damoyolo.postprocess import nms_per_group, postprocess, select
+from damoyolo.structures import DetectionOptions, RawPredictions
 
 INPUT_SIZE_HW = (96, 64)
 LEVEL_SIZES_HW = ((12, 8), (6, 4), (3, 2))
 NO_LIMIT = 2**31
 PLAIN = DetectionOptions(score_threshold=0.4, iou_threshold=0.5, max_detections=1000)
 
-Kept = tuple[Tensor, Tensor, Tensor]  # boxes_xyxy, scores, class_ids of one image
 
-
-def torchvision_loop(scores: Tensor, boxes_xyxy: Tensor, options: Sequence[DetectionOptions]) -> list[Kept]:
+def torchvision_loop(scores, boxes_xyxy, options):
     """The plainest reference: a loop over images and classes, each with an NMS of its own."""
     results = []
     for image_scores, image_boxes, option in zip(scores, boxes_xyxy, options, strict=True):
@@ -46,7 +38,7 @@ def torchvision_loop(scores: Tensor, boxes_xyxy: Tensor, options: Sequence[Detec
     return results
 
 
-def nms_loop(boxes_xyxy: Tensor, group_ids: Tensor, scores: Tensor, thresholds: Tensor) -> Tensor:
+def nms_loop(boxes_xyxy, group_ids, scores, thresholds):
     kept = torch.zeros(len(boxes_xyxy), dtype=torch.bool)
     for group in sorted(set(group_ids.tolist())):
         rows = (group_ids == group).nonzero().squeeze(1)
@@ -55,32 +47,30 @@ def nms_loop(boxes_xyxy: Tensor, group_ids: Tensor, scores: Tensor, thresholds: 
     return kept
 
 
-def per_image(selection: Selection, image_count: int) -> list[Kept]:
+def per_image(selection, image_count):
     of_image = [selection.image_ids == image for image in range(image_count)]
     return [(selection.boxes_xyxy[m], selection.scores[m], selection.class_ids[m]) for m in of_image]
 
 
-def assert_same(got: Sequence[Kept], wanted: Sequence[Kept]) -> None:
+def assert_same(got, wanted):
     assert len(got) == len(wanted)
     for got_image, wanted_image in zip(got, wanted, strict=True):
         for got_values, wanted_values in zip(got_image, wanted_image, strict=True):
             assert torch.equal(got_values, wanted_values)
 
 
-def assert_same_detections(got: Detections, wanted: Detections) -> None:
+def assert_same_detections(got, wanted):
     np.testing.assert_array_equal(got.class_ids, wanted.class_ids)
     np.testing.assert_array_equal(got.scores, wanted.scores)
     np.testing.assert_allclose(got.boxes_xyxy, wanted.boxes_xyxy, rtol=0, atol=1e-4)
 
 
-def crowd(
-    batch_size: int, anchor_count: int, class_count: int, *, objects: int = 8, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def crowd(batch_size, anchor_count, class_count, *, objects=8, seed=0):
     """Decoded predictions with many boxes about each of a few objects, on a canvas of 640 pixels."""
     B, A, K = batch_size, anchor_count, class_count
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(*shape: int) -> Tensor:
+    def uniform(*shape):
         return torch.rand(*shape, generator=generator)
 
     centres = uniform(B, objects, 2) * 640
@@ -92,7 +82,7 @@ def crowd(
     return uniform(B, A, K) ** 3, boxes
 
 
-def random_predictions(*, batch_size: int = 4, seed: int = 0) -> RawPredictions:
+def random_predictions(*, batch_size=4, seed=0):
     B, K, R = batch_size, 5, 7
     generator = torch.Generator().manual_seed(seed)
     return RawPredictions(
@@ -101,13 +91,11 @@ def random_predictions(*, batch_size: int = 4, seed: int = 0) -> RawPredictions:
     )
 
 
-def image_of(raw: RawPredictions, image: int) -> RawPredictions:
+def image_of(raw, image):
     return RawPredictions(*(tuple(level[image : image + 1] for level in levels) for levels in raw))
 
 
-def detect(
-    raw: RawPredictions, *options: DetectionOptions, max_candidates: int = NO_LIMIT
-) -> list[Detections]:
+def detect(raw, *options, max_candidates=NO_LIMIT):
     """At the network's own size, so that boxes are not scaled."""
     sizes = [INPUT_SIZE_HW] * len(options)
     return postprocess(raw, options, sizes, INPUT_SIZE_HW, max_candidates)
@@ -117,8 +105,8 @@ def detect(
     ("prefix", "score_threshold", "iou_threshold"), [("", 0.05, 0.7), ("nano_", 0.03, 0.65)]
 )
 def test_the_golden_boxes_are_kept_in_the_golden_order(
-    golden: ModuleType, shared_dir: Path, prefix: str, score_threshold: float, iou_threshold: float
-) -> None:
+    golden, shared_dir, prefix, score_threshold, iou_threshold
+):
     scores, boxes = map(torch.from_numpy, golden.postprocess_case())
     option = DetectionOptions(score_threshold, iou_threshold, max_detections=500)
     results = per_image(select(scores, boxes, [option] * 2, NO_LIMIT), 2)
@@ -129,7 +117,7 @@ def test_the_golden_boxes_are_kept_in_the_golden_order(
                 np.testing.assert_array_equal(values.numpy(), stored[f"{prefix}{name}_{image}"])
 
 
-def test_the_golden_boxes_are_scaled_to_the_original_image(golden: ModuleType, shared_dir: Path) -> None:
+def test_the_golden_boxes_are_scaled_to_the_original_image(golden, shared_dir):
     scores, boxes = map(torch.from_numpy, golden.postprocess_case())
     selection = select(scores, boxes, [DetectionOptions(0.05, 0.7, 500)] * 2, NO_LIMIT)
     with np.load(shared_dir / "model" / "golden_postprocess.npz") as stored:
@@ -142,7 +130,7 @@ def test_the_golden_boxes_are_scaled_to_the_original_image(golden: ModuleType, s
 
 @pytest.mark.parametrize("class_count", [1, 3, 80])
 @pytest.mark.parametrize("iou_threshold", [0.0, 0.3, 0.45, 0.7, 1.0])
-def test_the_choice_equals_torchvision_class_by_class(class_count: int, iou_threshold: float) -> None:
+def test_the_choice_equals_torchvision_class_by_class(class_count, iou_threshold):
     scores, boxes = crowd(batch_size=3, anchor_count=400, class_count=class_count, seed=class_count)
     options = [DetectionOptions(0.5, iou_threshold, 10**6)] * 3
     assert_same(
@@ -150,7 +138,7 @@ def test_the_choice_equals_torchvision_class_by_class(class_count: int, iou_thre
     )
 
 
-def test_64_images_of_80_classes_with_options_of_their_own_equal_torchvision_class_by_class() -> None:
+def test_64_images_of_80_classes_with_options_of_their_own_equal_torchvision_class_by_class():
     scores, boxes = crowd(batch_size=64, anchor_count=100, class_count=80)
     options = [
         DetectionOptions(0.8, 0.01 * image, 10**6, class_agnostic=image % 4 == 0) for image in range(64)
@@ -160,7 +148,7 @@ def test_64_images_of_80_classes_with_options_of_their_own_equal_torchvision_cla
     )
 
 
-def test_the_last_class_of_64_images_keeps_what_an_offset_in_float32_would_lose() -> None:
+def test_the_last_class_of_64_images_keeps_what_an_offset_in_float32_would_lose():
     # The offset of group 64 * 80 - 1 leaves float32 a grid of a quarter pixel: an IoU of 0.488 becomes 0.5.
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4.88]])
     scores = torch.tensor([0.9, 0.8])
@@ -171,7 +159,7 @@ def test_the_last_class_of_64_images_keeps_what_an_offset_in_float32_would_lose(
     assert kept.tolist() == [True, True]
 
 
-def test_groups_may_be_mixed_unequal_and_empty() -> None:
+def test_groups_may_be_mixed_unequal_and_empty():
     scores, boxes = crowd(batch_size=1, anchor_count=1500, class_count=1, objects=30)
     best_first = scores[0, :, 0].sort(descending=True)
     boxes = boxes[0][best_first.indices]
@@ -183,7 +171,7 @@ def test_groups_may_be_mixed_unequal_and_empty() -> None:
     assert torch.equal(kept, nms_loop(boxes, groups, best_first.values, thresholds))
 
 
-def test_a_long_chain_of_boxes_that_suppress_one_another_is_resolved_exactly() -> None:
+def test_a_long_chain_of_boxes_that_suppress_one_another_is_resolved_exactly():
     # Each box suppresses only the next one, so that every second stays.
     left = torch.arange(200.0)
     boxes = torch.stack((left, torch.zeros(200), left + 2.5, torch.ones(200)), dim=1)
@@ -191,7 +179,7 @@ def test_a_long_chain_of_boxes_that_suppress_one_another_is_resolved_exactly() -
     assert kept.tolist() == [True, False] * 100
 
 
-def test_each_image_of_a_batch_gets_what_it_would_get_alone() -> None:
+def test_each_image_of_a_batch_gets_what_it_would_get_alone():
     raw = random_predictions(batch_size=6)
     options = [
         PLAIN,
@@ -214,7 +202,7 @@ def test_each_image_of_a_batch_gets_what_it_would_get_alone() -> None:
         np.testing.assert_allclose(detections.boxes_xyxy, alone.boxes_xyxy, rtol=1e-6, atol=1e-3)
 
 
-def test_decoding_only_the_candidates_equals_decoding_everything() -> None:
+def test_decoding_only_the_candidates_equals_decoding_everything():
     raw = random_predictions()
     options = [PLAIN, dataclasses.replace(PLAIN, class_agnostic=True), PLAIN, PLAIN]
     scores, boxes = decode_predictions(raw)
@@ -227,7 +215,7 @@ def test_decoding_only_the_candidates_equals_decoding_everything() -> None:
         np.testing.assert_allclose(got.boxes_xyxy, wanted_boxes.numpy(), rtol=0, atol=1e-4)
 
 
-def test_options_of_an_image_are_obeyed() -> None:
+def test_options_of_an_image_are_obeyed():
     raw = random_predictions(batch_size=1)
     (everything,) = detect(raw, PLAIN)
     (few,) = detect(raw, dataclasses.replace(PLAIN, max_detections=4))
@@ -239,7 +227,7 @@ def test_options_of_an_image_are_obeyed() -> None:
     assert (np.diff(everything.scores) <= 0).all()
 
 
-def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:
+def test_a_score_equal_to_the_threshold_is_no_candidate():
     threshold = torch.tensor(0.05)
     steps = [torch.nextafter(threshold, torch.tensor(end)) for end in (0.0, 1.0)]
     scores = torch.stack((steps[0], threshold, steps[1])).reshape(1, 3, 1)
@@ -249,7 +237,7 @@ def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:
 
 
 @pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.7])
-def test_an_iou_equal_to_the_threshold_suppresses_nothing(iou_threshold: float) -> None:
+def test_an_iou_equal_to_the_threshold_suppresses_nothing(iou_threshold):
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10 * iou_threshold]])
     groups, thresholds = torch.zeros(2, dtype=torch.int64), torch.tensor([iou_threshold])
     assert nms_per_group(boxes, groups, thresholds).all()
@@ -257,7 +245,7 @@ def test_an_iou_equal_to_the_threshold_suppresses_nothing(iou_threshold: float) 
     assert nms_per_group(boxes, groups, thresholds).tolist() == [True, False]
 
 
-def test_of_equal_scores_the_earlier_anchor_is_the_better_one() -> None:
+def test_of_equal_scores_the_earlier_anchor_is_the_better_one():
     # Many more equal scores than an unstable sort leaves in order; every box suppresses the next.
     left = torch.arange(2000.0)
     boxes = torch.stack((left, torch.zeros(2000), left + 2.5, torch.ones(2000)), dim=1)[None]
@@ -266,7 +254,7 @@ def test_of_equal_scores_the_earlier_anchor_is_the_better_one() -> None:
     assert torch.equal(selection.boxes_xyxy[:, 0], left[::2])
 
 
-def test_equal_scores_come_in_the_order_of_anchors_and_classes() -> None:
+def test_equal_scores_come_in_the_order_of_anchors_and_classes():
     left = torch.arange(40.0) * 10
     boxes = torch.stack((left, torch.zeros(40), left + 5, torch.ones(40)), dim=1)
     scores = torch.full((2, 40, 3), 0.5)
@@ -277,7 +265,7 @@ def test_equal_scores_come_in_the_order_of_anchors_and_classes() -> None:
         assert torch.equal(image_boxes[:, 0], flat_ids.div(3, rounding_mode="floor") * 10.0)
 
 
-def test_of_identical_boxes_only_the_best_of_each_class_stays() -> None:
+def test_of_identical_boxes_only_the_best_of_each_class_stays():
     scores = torch.rand(1, 500, 3, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([5.0, 5, 50, 60]).expand(1, 500, 4)
     selection = select(scores, boxes, [DetectionOptions(0.1, 0.5, 100)], NO_LIMIT)
@@ -285,7 +273,7 @@ def test_of_identical_boxes_only_the_best_of_each_class_stays() -> None:
 
 
 @pytest.mark.parametrize("max_candidates", [1, 50, 1199, 1200, 5000])
-def test_only_the_best_candidates_of_each_image_enter_nms(max_candidates: int) -> None:
+def test_only_the_best_candidates_of_each_image_enter_nms(max_candidates):
     scores, boxes = crowd(batch_size=3, anchor_count=400, class_count=3)
     scores = (scores * 50).round() / 50  # many ties
     scores[1] *= 0.2  # an image with weaker candidates is not crowded out by its neighbours
@@ -297,7 +285,7 @@ def test_only_the_best_candidates_of_each_image_enter_nms(max_candidates: int) -
     assert_same(got, torchvision_loop(bounded.reshape(scores.shape), boxes, options))
 
 
-def test_boxes_are_scaled_to_the_image_and_not_clipped() -> None:
+def test_boxes_are_scaled_to_the_image_and_not_clipped():
     R = 7
     class_logits = [torch.full((2, 1, h, w), -9.0) for h, w in LEVEL_SIZES_HW]
     distance_logits = [torch.full((2, 4 * (R + 1), h, w), -torch.inf) for h, w in LEVEL_SIZES_HW]
@@ -311,7 +299,7 @@ def test_boxes_are_scaled_to_the_image_and_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_predictions_give_float32_results(dtype: torch.dtype) -> None:
+def test_half_precision_predictions_give_float32_results(dtype):
     raw = random_predictions()
     half = RawPredictions(*(tuple(level.to(dtype) for level in levels) for levels in raw))
     widened = RawPredictions(*(tuple(level.float() for level in levels) for levels in half))
@@ -321,9 +309,7 @@ def test_half_precision_predictions_give_float32_results(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(("dtype", "score_error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
-def test_half_precision_predictions_give_nearly_the_same_best_detection(
-    dtype: torch.dtype, score_error: float
-) -> None:
+def test_half_precision_predictions_give_nearly_the_same_best_detection(dtype, score_error):
     raw = random_predictions()
     half = RawPredictions(*(tuple(level.to(dtype) for level in levels) for levels in raw))
     option = dataclasses.replace(PLAIN, max_detections=1)
@@ -332,7 +318,7 @@ def test_half_precision_predictions_give_nearly_the_same_best_detection(
         np.testing.assert_allclose(got.boxes_xyxy, wanted.boxes_xyxy, rtol=0, atol=1.0)
 
 
-def test_autocast_and_inference_mode_change_nothing() -> None:
+def test_autocast_and_inference_mode_change_nothing():
     raw = random_predictions()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = detect(raw, *[PLAIN] * 4)
@@ -340,7 +326,7 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
         assert_same_detections(got, wanted)
 
 
-def test_an_image_with_broken_numbers_costs_its_neighbour_nothing() -> None:
+def test_an_image_with_broken_numbers_costs_its_neighbour_nothing():
     raw = random_predictions(batch_size=2)
     (healthy,) = detect(image_of(raw, 1), PLAIN)
     raw.class_logits[0][0, 0] = torch.nan
@@ -355,13 +341,13 @@ def test_an_image_with_broken_numbers_costs_its_neighbour_nothing() -> None:
     assert_same_detections(neighbour, healthy)
 
 
-def test_a_score_that_is_no_number_is_no_candidate() -> None:
+def test_a_score_that_is_no_number_is_no_candidate():
     scores = torch.tensor([torch.nan, 0.6]).reshape(1, 2, 1)
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9]])[None]
     assert select(scores, boxes, [PLAIN], NO_LIMIT).scores.tolist() == pytest.approx([0.6])
 
 
-def test_boxes_that_are_not_finite_are_left_out_and_suppress_nothing() -> None:
+def test_boxes_that_are_not_finite_are_left_out_and_suppress_nothing():
     infinite, nan = torch.inf, torch.nan
     boxes = torch.tensor(
         [[-infinite, 0, infinite, 9], [nan, 0, 9, 9], [0, 0, infinite, infinite], [0, 0, 9, 9]]
@@ -371,7 +357,7 @@ def test_boxes_that_are_not_finite_are_left_out_and_suppress_nothing() -> None:
     assert selection.boxes_xyxy.tolist() == [[0, 0, 9, 9]]
 
 
-def test_boxes_without_area_suppress_nothing() -> None:
+def test_boxes_without_area_suppress_nothing():
     boxes = torch.tensor([[3.0, 3, 3, 3], [3, 3, 3, 3], [0, 0, 9, 9]])[None]
     scores = torch.tensor([0.9, 0.8, 0.7]).reshape(1, 3, 1)
     selection = select(scores, boxes, [dataclasses.replace(PLAIN, iou_threshold=0.0)], NO_LIMIT)
@@ -383,7 +369,7 @@ def test_boxes_without_area_suppress_nothing() -> None:
     [dataclasses.replace(PLAIN, score_threshold=1.0), dataclasses.replace(PLAIN, class_ids=())],
     ids=["no score high enough", "no class requested"],
 )
-def test_an_image_without_candidates_has_no_detections(option: DetectionOptions) -> None:
+def test_an_image_without_candidates_has_no_detections(option):
     raw = random_predictions(batch_size=3)
     empty, full, also_empty = detect(raw, option, PLAIN, option)
     for detections in (empty, also_empty):
@@ -394,11 +380,11 @@ def test_an_image_without_candidates_has_no_detections(option: DetectionOptions)
     assert [len(detections) for detections in detect(raw, option, option, option)] == [0, 0, 0]
 
 
-def test_an_empty_batch_gives_an_empty_list() -> None:
+def test_an_empty_batch_gives_an_empty_list():
     assert detect(random_predictions(batch_size=0)) == []
 
 
-def test_options_and_sizes_must_be_one_per_image() -> None:
+def test_options_and_sizes_must_be_one_per_image():
     raw = random_predictions(batch_size=2)
     with pytest.raises(ValueError, match="1 options for 2 images"):
         postprocess(raw, [PLAIN], [INPUT_SIZE_HW] * 2, INPUT_SIZE_HW, NO_LIMIT)
@@ -408,7 +394,7 @@ def test_options_and_sizes_must_be_one_per_image() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_makes_the_same_choice_as_the_cpu() -> None:
+def test_cuda_makes_the_same_choice_as_the_cpu():
     scores, boxes = crowd(batch_size=8, anchor_count=1000, class_count=80)
     options = [DetectionOptions(0.5, 0.5, 10**6)] * 8
     on_cuda = select(scores.cuda(), boxes.cuda(), options, 16384)

@@ -1,23 +1,15 @@
 """Batches for a CPU and for a device, and the scale factors that undo the resizing."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
-from damoyolo.formats.essential import EssentialImage
-from damoyolo.preprocess import ImagePreprocessor, PreparedBatch, scale_factors_xyxy
+from damoyolo.preprocess import ImagePreprocessor, scale_factors_xyxy
 from doubles.images import encode, make_pixels, png_of_header_only
 
 CONFIG = ServingConfig()
@@ -28,19 +20,19 @@ INPUT_SIZE_HW = (96, 128)
 class UploadingPreprocessor(ImagePreprocessor):
     """Prepares batches as for a GPU without nvJPEG, on the CPU."""
 
-    def prepare(self, encoded_images: list[bytes], out: Tensor | None = None) -> PreparedBatch:  # type: ignore[override]
+    def prepare(self, encoded_images, out=None):
         return self._prepare_on_device(encoded_images, out)
 
 
 @pytest.fixture
-def on_cpu() -> Iterator[ImagePreprocessor]:
+def on_cpu():
     made = ImagePreprocessor(CONFIG, INPUT_SIZE_HW, CPU)
     yield made
     made.close()
 
 
 @pytest.fixture(params=[ImagePreprocessor, UploadingPreprocessor])
-def preprocessor(request: pytest.FixtureRequest) -> Iterator[ImagePreprocessor]:
+def preprocessor(request):
     """Both ways to prepare a batch."""
     made = request.param(CONFIG, INPUT_SIZE_HW, CPU)
     yield made
@@ -48,11 +40,11 @@ def preprocessor(request: pytest.FixtureRequest) -> Iterator[ImagePreprocessor]:
 
 
 @pytest.mark.parametrize("module", ["decode", "orientation", "preprocess", "request", "response", "service"])
-def test_the_plain_path_does_not_import_the_one_of_cuda(project_dir: Path, module: str) -> None:
+def test_the_plain_path_does_not_import_the_one_of_cuda(project_dir, module):
     assert "damoyolo.cuda" not in (project_dir / f"handler/damoyolo/{module}.py").read_text()
 
 
-def test_the_batch_keeps_order_and_sizes(preprocessor: ImagePreprocessor) -> None:
+def test_the_batch_keeps_order_and_sizes(preprocessor):
     sizes_hw = [(20, 30), (300, 200), (96, 128), (1, 1), (7, 400)]
     colours = [(10 * i, 255 - 10 * i, 7 * i) for i in range(len(sizes_hw))]
     batch = preprocessor.prepare(
@@ -68,7 +60,7 @@ def test_the_batch_keeps_order_and_sizes(preprocessor: ImagePreprocessor) -> Non
         assert row.flatten(1).unique(dim=1).tolist() == [[value] for value in colour]
 
 
-def test_a_corrupt_neighbour_costs_only_itself(preprocessor: ImagePreprocessor) -> None:
+def test_a_corrupt_neighbour_costs_only_itself(preprocessor):
     good = [encode(make_pixels(40, 50, seed)) for seed in range(3)]
     broken = encode(make_pixels(40, 50), "JPEG")[:300]
     alone = [preprocessor.prepare([encoded]).pixels[0] for encoded in good]
@@ -84,19 +76,15 @@ def test_a_corrupt_neighbour_costs_only_itself(preprocessor: ImagePreprocessor) 
 
 
 @pytest.mark.parametrize("encoded_images", [[], [b"bad"], [b"bad", b"", b"worse"]])
-def test_an_empty_batch_and_one_of_bad_images_only_work(
-    preprocessor: ImagePreprocessor, encoded_images: list[bytes]
-) -> None:
+def test_an_empty_batch_and_one_of_bad_images_only_work(preprocessor, encoded_images):
     batch = preprocessor.prepare(encoded_images)
     assert batch.pixels.shape == (0, 3, *INPUT_SIZE_HW)
     assert batch.image_sizes_hw == batch.slots == []
     assert list(batch.errors) == list(range(len(encoded_images)))
 
 
-def test_an_error_that_is_not_about_the_image_is_not_hidden(
-    preprocessor: ImagePreprocessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
+def test_an_error_that_is_not_about_the_image_is_not_hidden(preprocessor, monkeypatch):
+    def fail(*_):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("damoyolo.preprocess.reduce_image", fail)
@@ -104,13 +92,13 @@ def test_an_error_that_is_not_about_the_image_is_not_hidden(
         preprocessor.prepare([encode(make_pixels(8, 8))])
 
 
-def test_an_image_of_the_networks_size_is_copied_exactly(preprocessor: ImagePreprocessor) -> None:
+def test_an_image_of_the_networks_size_is_copied_exactly(preprocessor):
     pixels = np.random.default_rng(0).integers(0, 256, (*INPUT_SIZE_HW, 3), dtype=np.uint8)
     expected = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(preprocessor.prepare([encode(pixels)]).pixels[0], expected)
 
 
-def test_both_ways_of_resizing_agree_within_one(on_cpu: ImagePreprocessor) -> None:
+def test_both_ways_of_resizing_agree_within_one(on_cpu):
     random = np.random.default_rng(0)
     encoded = [
         encode(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -127,7 +115,7 @@ def test_both_ways_of_resizing_agree_within_one(on_cpu: ImagePreprocessor) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_resizes_as_the_cpu_does(on_cpu: ImagePreprocessor) -> None:
+def test_a_gpu_resizes_as_the_cpu_does(on_cpu):
     encoded = [encode(make_pixels(height, width)) for height, width in [(37, 53), (480, 640), (96, 128)]]
     on_gpu = ImagePreprocessor(CONFIG, INPUT_SIZE_HW, torch.device("cuda")).prepare([*encoded, b"bad"])
     assert on_gpu.pixels.is_cuda
@@ -137,12 +125,7 @@ def test_a_gpu_resizes_as_the_cpu_does(on_cpu: ImagePreprocessor) -> None:
 
 @pytest.mark.parametrize("input_size_hw", [(640, 640), (416, 416)])
 @pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
-def test_resizing_agrees_with_the_golden_file_within_one(
-    golden: ModuleType,
-    model_dir: Path,
-    input_size_hw: tuple[int, int],
-    kind: type[ImagePreprocessor],
-) -> None:
+def test_resizing_agrees_with_the_golden_file_within_one(golden, model_dir, input_size_hw, kind):
     preprocessor = kind(CONFIG, input_size_hw, CPU)
     encoded = [encode(image, compress_level=1) for image in golden.preprocess_images()]
     pixels = preprocessor.prepare(encoded).pixels
@@ -158,7 +141,7 @@ def test_resizing_agrees_with_the_golden_file_within_one(
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def test_the_scale_factors_undo_the_resizing() -> None:
+def test_the_scale_factors_undo_the_resizing():
     sizes_hw = [(480, 640), (1080, 1920), (37, 53)]
     factors = scale_factors_xyxy(sizes_hw, (640, 416))
     assert factors.dtype == np.float32
@@ -166,11 +149,11 @@ def test_the_scale_factors_undo_the_resizing() -> None:
     np.testing.assert_array_equal(factors, np.array(expected, dtype=np.float32))
 
 
-def test_no_images_have_no_scale_factors() -> None:
+def test_no_images_have_no_scale_factors():
     assert scale_factors_xyxy([], (640, 640)).shape == (0, 4)
 
 
-def test_a_mark_is_found_where_the_scale_factors_say(preprocessor: ImagePreprocessor) -> None:
+def test_a_mark_is_found_where_the_scale_factors_say(preprocessor):
     pixels = np.zeros((300, 200, 3), dtype=np.uint8)
     pixels[150:180, 40:80] = 255
     batch = preprocessor.prepare([encode(pixels)])
@@ -185,7 +168,7 @@ def test_a_mark_is_found_where_the_scale_factors_say(preprocessor: ImagePreproce
 
 
 @pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
-def test_a_small_budget_of_memory_changes_neither_pixels_nor_order(kind: type[ImagePreprocessor]) -> None:
+def test_a_small_budget_of_memory_changes_neither_pixels_nor_order(kind):
     images = [encode(make_pixels(20 + 7 * i, 300 - 9 * i, i), "PNG") for i in range(9)]
     images[4] = b"bad"
     results = []
@@ -202,13 +185,11 @@ def test_a_small_budget_of_memory_changes_neither_pixels_nor_order(kind: type[Im
         assert torch.equal(batch.pixels, results[-1].pixels)
 
 
-def test_images_are_decoded_at_the_same_time_only_as_far_as_the_budget_goes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    running: list[int] = []
-    most: list[int] = []
+def test_images_are_decoded_at_the_same_time_only_as_far_as_the_budget_goes(monkeypatch):
+    running = []
+    most = []
 
-    def decode_slowly(image: EssentialImage, config: ServingConfig) -> NDArray[np.uint8]:
+    def decode_slowly(image, config):
         running.append(1)
         most.append(len(running))
         time.sleep(0.01)
@@ -225,10 +206,8 @@ def test_images_are_decoded_at_the_same_time_only_as_far_as_the_budget_goes(
     assert max(most) <= 2
 
 
-def test_a_lack_of_memory_is_not_blamed_on_an_image(
-    on_cpu: ImagePreprocessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
+def test_a_lack_of_memory_is_not_blamed_on_an_image(on_cpu, monkeypatch):
+    def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("damoyolo.preprocess._resize_into", fail)

@@ -1,9 +1,5 @@
-from __future__ import annotations
-
 import base64
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -18,13 +14,11 @@ CONFIG = ServingConfig(class_names=("cell", "traffic light", "7", "salt, pepper"
 DEFAULTS = CONFIG.default_options()
 
 
-def parse(
-    row: dict[str, Any], headers: dict[str, Any] | None = None, config: ServingConfig = CONFIG
-) -> ImageRequest:
+def parse(row, headers=None, config=CONFIG):
     return RequestParser(config).parse(row, headers or {})
 
 
-def refusal(row: dict[str, Any], headers: dict[str, Any] | None = None) -> RequestError:
+def refusal(row, headers=None):
     with pytest.raises(RequestError) as caught:
         parse(row, headers)
     assert str(caught.value).isascii()
@@ -33,29 +27,28 @@ def refusal(row: dict[str, Any], headers: dict[str, Any] | None = None) -> Reque
 
 
 # The channels that an option can come through, as TorchServe passes them on.
-def by_form(name: str, text: str, _: Any) -> ImageRequest:
+def by_form(name, text, _):
     return parse({"data": bytearray(IMAGE), name: bytearray(text.encode())})
 
 
-def by_query(name: str, text: str, _: Any) -> ImageRequest:
+def by_query(name, text, _):
     return parse({"body": bytearray(IMAGE), name: text})
 
 
-def by_header(name: str, text: str, _: Any) -> ImageRequest:
+def by_header(name, text, _):
     spelling = "-".join(part.capitalize() for part in ("x-detect-" + name.replace("_", "-")).split("-"))
     return parse({"body": bytearray(IMAGE)}, {spelling: text})
 
 
-def by_json(name: str, _: str, value: Any) -> ImageRequest:
+def by_json(name, _, value):
     return parse({"body": {"image": IMAGE_BASE64, name: value}})
 
 
-def by_json_bytes(name: str, _: str, value: Any) -> ImageRequest:
+def by_json_bytes(name, _, value):
     return parse({"body": bytearray(json.dumps({"image": IMAGE_BASE64, name: value}).encode())})
 
 
 CHANNELS = [by_form, by_query, by_header, by_json, by_json_bytes]
-Channel = Callable[[str, str, Any], ImageRequest]
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -63,11 +56,11 @@ Channel = Callable[[str, str, Any], ImageRequest]
 
 @pytest.mark.parametrize("field", ["body", "data", "image"])
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_a_raw_body_or_a_multipart_field_is_the_image(field: str, wrap: Callable[[bytes], Any]) -> None:
+def test_a_raw_body_or_a_multipart_field_is_the_image(field, wrap):
     assert parse({field: wrap(IMAGE)}) == ImageRequest((IMAGE,), DEFAULTS, "json", batched=False)
 
 
-JSON_FORMS: list[Callable[[Any], dict[str, Any]]] = [
+JSON_FORMS = [
     lambda document: {"body": document},
     lambda document: {"body": bytearray(json.dumps(document).encode())},
     lambda document: {"body": bytearray(b"\xef\xbb\xbf \r\n" + json.dumps(document).encode())},
@@ -78,15 +71,13 @@ JSON_FORMS: list[Callable[[Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("row_of", JSON_FORMS)
-def test_json_with_base64_is_read_parsed_or_not(row_of: Callable[[Any], dict[str, Any]]) -> None:
+def test_json_with_base64_is_read_parsed_or_not(row_of):
     assert parse(row_of({"image": IMAGE_BASE64})) == ImageRequest((IMAGE,), DEFAULTS, "json", False)
 
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("row_of", JSON_FORMS)
-def test_instances_keep_their_order_and_get_predictions(
-    row_of: Callable[[Any], dict[str, Any]], count: int
-) -> None:
+def test_instances_keep_their_order_and_get_predictions(row_of, count):
     images = [bytes([i]) * 5 for i in range(count)]
     document = {"instances": [{"b64": base64.b64encode(image).decode()} for image in images]}
     assert parse(row_of(document)) == ImageRequest(tuple(images), DEFAULTS, "json", batched=True)
@@ -101,7 +92,7 @@ def test_instances_keep_their_order_and_get_predictions(
         IMAGE_BASE64.replace("/", "/ ").replace("8", "8\r\n\t"),
     ],
 )
-def test_data_urls_and_wrapped_base64_are_read(text: str) -> None:
+def test_data_urls_and_wrapped_base64_are_read(text):
     assert parse({"body": {"image": text}}).images == (IMAGE,)
     assert parse({"body": {"instances": [{"b64": text}]}}).images == (IMAGE,)
 
@@ -123,7 +114,7 @@ def test_data_urls_and_wrapped_base64_are_read(text: str) -> None:
         {"b64": IMAGE_BASE64},
     ],
 )
-def test_anything_but_base64_is_refused(text: Any) -> None:
+def test_anything_but_base64_is_refused(text):
     assert "image is " in str(refusal({"body": {"image": text}}))
     error = refusal({"body": {"instances": [{"b64": IMAGE_BASE64}, {"b64": text}]}})
     assert error.status == 400
@@ -150,7 +141,7 @@ def test_anything_but_base64_is_refused(text: Any) -> None:
         {"body": {"instances": None}},
     ],
 )
-def test_a_request_without_an_image_is_refused_with_every_accepted_form(row: dict[str, Any]) -> None:
+def test_a_request_without_an_image_is_refused_with_every_accepted_form(row):
     error = refusal(row)
     assert type(error) is MissingImageError
     assert error.status == 400
@@ -159,19 +150,19 @@ def test_a_request_without_an_image_is_refused_with_every_accepted_form(row: dic
 
 
 @pytest.mark.parametrize("document", [{"image": ""}, {"image": " \n"}, {"image": "data:image/png;base64,"}])
-def test_an_empty_text_is_a_missing_image(document: dict[str, str]) -> None:
+def test_an_empty_text_is_a_missing_image(document):
     error = refusal({"body": document})
     assert type(error) is MissingImageError
     assert "image is empty" in str(error)
 
 
-def test_an_image_sent_as_a_form_is_refused_with_the_curl_option() -> None:
+def test_an_image_sent_as_a_form_is_refused_with_the_curl_option():
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     assert "-T" in str(refusal({"\xff\xd8garbage": bytearray()}, headers))
     assert "curl" not in str(refusal({}, {}))
 
 
-def test_two_image_fields_are_refused() -> None:
+def test_two_image_fields_are_refused():
     error = refusal({"data": bytearray(IMAGE), "image": bytearray(IMAGE)})
     assert "data and image" in str(error)
     assert "exactly one" in str(error)
@@ -181,7 +172,7 @@ def test_two_image_fields_are_refused() -> None:
 
 
 @pytest.mark.parametrize("document", [5, "text", [1], True, IMAGE_BASE64])
-def test_text_and_json_that_is_not_an_object_are_refused(document: Any) -> None:
+def test_text_and_json_that_is_not_an_object_are_refused(document):
     error = refusal({"body": document})
     assert error.status == 400
     assert '{"image": "..."}' in str(error)
@@ -191,7 +182,7 @@ def test_text_and_json_that_is_not_an_object_are_refused(document: Any) -> None:
     "instances",
     [5, "text", {"b64": IMAGE_BASE64}, [IMAGE_BASE64], [{}], [{"b64": IMAGE_BASE64, "x": 1}]],
 )
-def test_instances_of_another_form_are_refused(instances: Any) -> None:
+def test_instances_of_another_form_are_refused(instances):
     assert '{"b64": "..."}' in str(refusal({"body": {"instances": instances}}))
 
 
@@ -199,14 +190,14 @@ def test_instances_of_another_form_are_refused(instances: Any) -> None:
     "body",
     [b"{", b'{"image": "abc', b"{\xff}", b'{"image": ' + b"[" * 100_000, b'{"a": 1' + b"0" * 9999 + b"x}"],
 )
-def test_broken_json_is_refused_with_the_place(body: bytes) -> None:
+def test_broken_json_is_refused_with_the_place(body):
     error = refusal({"body": bytearray(body)})
     assert error.status == 400
     assert "not" in str(error)
     assert "JSON" in str(error)
 
 
-def test_more_instances_than_the_server_accepts_are_refused() -> None:
+def test_more_instances_than_the_server_accepts_are_refused():
     config = ServingConfig(max_instances=3)
     document = {"instances": [{"b64": IMAGE_BASE64}] * 3}
     assert len(parse({"body": document}, config=config).images) == 3
@@ -225,16 +216,14 @@ def test_more_instances_than_the_server_accepts_are_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("limit", [99, 100, 101])
-def test_the_limit_on_bytes_is_exact_in_every_form(
-    row_of: Callable[[bytes], dict[str, Any]], limit: int
-) -> None:
+def test_the_limit_on_bytes_is_exact_in_every_form(row_of, limit):
     config = ServingConfig(max_image_bytes=limit)
     assert parse(row_of(bytes(limit)), config=config).images == (bytes(limit),)
     with pytest.raises(ImageTooLargeError, match=rf"{limit + 1} bytes.*max_image_bytes"):
         parse(row_of(bytes(limit + 1)), config=config)
 
 
-def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr("base64.b64decode", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(ImageTooLargeError):
         parse({"body": {"image": IMAGE_BASE64}}, config=ServingConfig(max_image_bytes=50))
@@ -243,7 +232,7 @@ def test_too_much_base64_is_refused_before_it_is_decoded(monkeypatch: pytest.Mon
 # ----------------------------------------------------------------------------------------------- options
 
 
-def test_the_server_settings_are_the_defaults() -> None:
+def test_the_server_settings_are_the_defaults():
     config = ServingConfig(score_threshold=0.1, iou_threshold=0.2, max_detections=3)
     assert parse({"body": IMAGE}, config=config).options == DetectionOptions(0.1, 0.2, 3, None, False)
 
@@ -269,9 +258,7 @@ def test_the_server_settings_are_the_defaults() -> None:
         ("class_agnostic", "0", False, "class_agnostic", False),
     ],
 )
-def test_every_option_comes_through_every_channel(
-    channel: Channel, name: str, text: str, value: Any, field: str, expected: Any
-) -> None:
+def test_every_option_comes_through_every_channel(channel, name, text, value, field, expected):
     options = channel(name, text, value).options
     assert getattr(options, field) == expected
     assert type(getattr(options, field)) is type(expected)
@@ -283,7 +270,7 @@ def test_every_option_comes_through_every_channel(
 
 @pytest.mark.parametrize("channel", CHANNELS)
 @pytest.mark.parametrize("output_format", ["json", "jpeg", "png"])
-def test_the_output_format_comes_through_every_channel(channel: Channel, output_format: str) -> None:
+def test_the_output_format_comes_through_every_channel(channel, output_format):
     assert channel("format", output_format, output_format).output_format == output_format
     assert channel("format", output_format.upper(), output_format.upper()).output_format == output_format
 
@@ -322,9 +309,7 @@ def test_the_output_format_comes_through_every_channel(channel: Channel, output_
         ("format", "", 3, "json, jpeg, png"),
     ],
 )
-def test_a_bad_value_is_refused_with_what_is_accepted(
-    channel: Channel, name: str, text: str, value: Any, accepted: str
-) -> None:
+def test_a_bad_value_is_refused_with_what_is_accepted(channel, name, text, value, accepted):
     with pytest.raises(InvalidOptionError) as caught:
         channel(name, text, value)
     message = str(caught.value)
@@ -346,7 +331,7 @@ def test_a_bad_value_is_refused_with_what_is_accepted(
         *("1e400", "nan", "-nan", "inf", "-inf", "infinity", "0." + "1" * 100_000),
     ],
 )
-def test_only_a_number_of_json_is_a_number(channel: Channel, text: str) -> None:
+def test_only_a_number_of_json_is_a_number(channel, text):
     for name in ("score_threshold", "iou_threshold", "max_detections", "classes"):
         with pytest.raises(InvalidOptionError) as caught:
             channel(name, text, None)
@@ -355,12 +340,12 @@ def test_only_a_number_of_json_is_a_number(channel: Channel, text: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ["1_0", "\uff10", "+0", "00", " 0", "0.0"])
-def test_a_class_id_in_a_json_string_is_a_number_of_json(entry: str) -> None:
+def test_a_class_id_in_a_json_string_is_a_number_of_json(entry):
     with pytest.raises(InvalidOptionError):
         by_json("classes", "", [entry])
 
 
-def test_a_number_too_small_to_hold_is_zero() -> None:
+def test_a_number_too_small_to_hold_is_zero():
     assert by_form("score_threshold", "1e-400", None).options.score_threshold == 0.0
 
 
@@ -385,9 +370,7 @@ def test_a_number_too_small_to_hold_is_zero() -> None:
         (b'{"secret"}', "at character"),
     ],
 )
-def test_json_that_only_python_would_read_or_that_takes_long_is_refused(
-    body: bytes, reason: str, content_type: str
-) -> None:
+def test_json_that_only_python_would_read_or_that_takes_long_is_refused(body, reason, content_type):
     error = refusal({"body": bytearray(body)}, {"Content-Type": content_type})
     assert error.status == 400
     assert reason in str(error)
@@ -395,12 +378,12 @@ def test_json_that_only_python_would_read_or_that_takes_long_is_refused(
 
 
 @pytest.mark.parametrize("body", [b"[1]", b'"text"', b"null", b"17", b"not json", b"\xff\xd8"])
-def test_the_content_type_of_json_makes_any_content_json(body: bytes) -> None:
+def test_the_content_type_of_json_makes_any_content_json(body):
     assert "JSON" in str(refusal({"body": bytearray(body)}, {"content-type": "application/json"}))
     assert parse({"body": bytearray(body)}, {"content-type": "image/jpeg"}).images == (body,)
 
 
-def test_a_multipart_field_may_be_json() -> None:
+def test_a_multipart_field_may_be_json():
     as_json = {"content-type": "application/json"}
     row = {"data": bytearray(IMAGE), "classes": bytearray(b'["cell", 1]'), "max_detections": bytearray(b"7")}
     options = parse(row, {"classes": as_json, "max_detections": as_json, "data": {}}).options
@@ -412,14 +395,14 @@ def test_a_multipart_field_may_be_json() -> None:
 
 
 @pytest.mark.parametrize("name", OPTION_NAMES)
-def test_a_text_too_long_for_any_option_is_refused_unread(name: str) -> None:
+def test_a_text_too_long_for_any_option_is_refused_unread(name):
     for text in ("1," * 5_000_000, "x" * 65_537):
         error = refusal({"data": bytearray(IMAGE), name: bytearray(text.encode())})
         assert type(error) is InvalidOptionError
         assert f"{name} has {len(text)} characters; at most 65536" in str(error)
 
 
-def test_hundreds_of_fields_and_odd_names_are_refused_in_short() -> None:
+def test_hundreds_of_fields_and_odd_names_are_refused_in_short():
     odd = ["\x00", "\n[METRICS]x.Count:1", "a" * 70_000, "\ud800", "💥", "data\r\n", "__class__", " body"]
     for names in (odd, [f"field{i}" for i in range(5000)]):
         row = {"data": bytearray(IMAGE)} | {name: bytearray(b"1") for name in names}
@@ -441,29 +424,27 @@ def test_hundreds_of_fields_and_odd_names_are_refused_in_short() -> None:
         ({}, {}, False),
     ],
 )
-def test_only_a_question_without_content_asks_for_the_model_card(
-    row: dict[str, Any], headers: dict[str, Any], expected: bool
-) -> None:
+def test_only_a_question_without_content_asks_for_the_model_card(row, headers, expected):
     assert asks_for_model_card(row, headers) is expected
 
 
-def test_a_json_list_takes_any_class_name_and_a_form_those_without_commas() -> None:
+def test_a_json_list_takes_any_class_name_and_a_form_those_without_commas():
     assert by_json("classes", "", ["größe", "salt, pepper"]).options.class_ids == (3, 4)
     assert by_form("classes", "größe", None).options.class_ids == (4,)
 
 
-def test_of_many_classes_only_a_few_are_named() -> None:
+def test_of_many_classes_only_a_few_are_named():
     config = ServingConfig(class_names=tuple(f"class {i}" for i in range(500)))
     with pytest.raises(InvalidOptionError, match=r"0 to 499.*'class 0', .*'class 7', \.\.\.$"):
         parse({"body": IMAGE, "classes": "dog"}, config=config)
 
 
-def test_null_in_json_counts_as_absent() -> None:
+def test_null_in_json_counts_as_absent():
     document = dict.fromkeys(OPTION_NAMES) | {"image": IMAGE_BASE64}
     assert parse({"body": document}) == ImageRequest((IMAGE,), DEFAULTS, "json", batched=False)
 
 
-def test_options_apply_to_all_instances() -> None:
+def test_options_apply_to_all_instances():
     request = parse({"body": {"instances": [{"b64": IMAGE_BASE64}] * 2, "max_detections": 7}})
     assert len(request.images) == 2
     assert request.options.max_detections == 7
@@ -472,7 +453,7 @@ def test_options_apply_to_all_instances() -> None:
 @pytest.mark.parametrize(
     "name", ["conf", "Score_Threshold", "score-threshold", "data2", "x" * 9999, "\xff\xd8\x00"]
 )
-def test_an_unknown_field_is_refused_with_the_known_ones(name: str) -> None:
+def test_an_unknown_field_is_refused_with_the_known_ones(name):
     for row in (
         {"data": bytearray(IMAGE), name: bytearray(b"0.5")},
         {"body": {"image": IMAGE_BASE64, name: 0.5}},
@@ -484,14 +465,14 @@ def test_an_unknown_field_is_refused_with_the_known_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["X-Detect-Conf", "x-detect-", "X-Detect-Score_Threshold"])
-def test_an_unknown_detect_header_is_refused_with_the_known_ones(name: str) -> None:
+def test_an_unknown_detect_header_is_refused_with_the_known_ones(name):
     error = refusal({"body": IMAGE}, {name: "0.5"})
     assert type(error) is InvalidOptionError
     assert name.lower() in str(error)
     assert "x-detect-score-threshold" in str(error)
 
 
-def test_other_headers_and_the_model_name_are_no_options() -> None:
+def test_other_headers_and_the_model_name_are_no_options():
     headers = {
         "User-Agent": "x",
         "X-Request-Id": "1",
@@ -504,11 +485,11 @@ def test_other_headers_and_the_model_name_are_no_options() -> None:
 @pytest.mark.parametrize(
     "spelling", ["X-Detect-Max-Detections", "x-detect-max-detections", "X-DETECT-MAX-DETECTIONS"]
 )
-def test_header_names_may_have_any_case(spelling: str) -> None:
+def test_header_names_may_have_any_case(spelling):
     assert parse({"body": IMAGE}, {spelling: "5"}).options.max_detections == 5
 
 
-def test_json_takes_precedence_over_form_over_header_over_default() -> None:
+def test_json_takes_precedence_over_form_over_header_over_default():
     headers = {
         "X-Detect-Max-Detections": "4",
         "X-Detect-Score-Threshold": "0.4",
@@ -522,7 +503,7 @@ def test_json_takes_precedence_over_form_over_header_over_default() -> None:
     assert parse(row, headers).options == DetectionOptions(0.3, 0.4, 2)
 
 
-def test_a_form_field_that_is_not_text_is_refused() -> None:
+def test_a_form_field_that_is_not_text_is_refused():
     error = refusal({"data": IMAGE, "score_threshold": bytearray(b"\xff\xfe")})
     assert type(error) is InvalidOptionError
     assert "UTF-8" in str(error)
@@ -561,18 +542,18 @@ def test_a_form_field_that_is_not_text_is_refused() -> None:
         ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "png"),
     ],
 )
-def test_the_accept_header_decides_the_format(accept: str, expected: str) -> None:
+def test_the_accept_header_decides_the_format(accept, expected):
     assert parse({"body": IMAGE}, {"aCCept": accept}).output_format == expected
 
 
-def test_the_format_option_takes_precedence_over_the_accept_header() -> None:
+def test_the_format_option_takes_precedence_over_the_accept_header():
     for headers in ({"Accept": "image/jpeg", "X-Detect-Format": "json"}, {"accept": "image/png"}):
         row = {"body": IMAGE} if len(headers) == 2 else {"body": IMAGE, "format": bytearray(b"json")}
         assert parse(row, headers).output_format == "json"
 
 
 @pytest.mark.parametrize("headers", [{"Accept": "image/png"}, {"X-Detect-Format": "png"}])
-def test_a_drawn_image_answers_a_request_of_one_image_only(headers: dict[str, str]) -> None:
+def test_a_drawn_image_answers_a_request_of_one_image_only(headers):
     instance = {"b64": IMAGE_BASE64}
     assert parse({"body": {"instances": [instance]}}, headers).output_format == "png"
     error = refusal({"body": {"instances": [instance, instance]}}, headers)

@@ -1,12 +1,8 @@
-from __future__ import annotations
-
 import io
 import json
-from typing import Literal
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, InvalidOptionError, RequestError
@@ -24,12 +20,7 @@ CLASS_NAMES = ("cell", 'a "quoted", name', "Zelle größer 細胞")
 GREY = np.full((120, 200, 3), 128, dtype=np.uint8)
 
 
-def make_detections(
-    boxes_xyxy: list[list[float]],
-    class_ids: list[int] | None = None,
-    scores: list[float] | None = None,
-    image_size_hw: tuple[int, int] = (120, 200),
-) -> Detections:
+def make_detections(boxes_xyxy, class_ids=None, scores=None, image_size_hw=(120, 200)):
     count = len(boxes_xyxy)
     return Detections(
         boxes_xyxy=np.array(boxes_xyxy, dtype=np.float32).reshape(count, 4),
@@ -39,7 +30,7 @@ def make_detections(
     )
 
 
-def test_json_has_the_documented_form_and_is_compact_ascii() -> None:
+def test_json_has_the_documented_form_and_is_compact_ascii():
     detections = make_detections([[1.25, 2.5, 30, 40], [5, 6, 7, 8.125]], [1, 2], [0.75, 0.5])
     assert format_json(detections, CLASS_NAMES) == (
         rb'{"width":200,"height":120,"detections":['
@@ -50,7 +41,7 @@ def test_json_has_the_documented_form_and_is_compact_ascii() -> None:
     assert format_json(make_detections([]), CLASS_NAMES) == b'{"width":200,"height":120,"detections":[]}'
 
 
-def test_numbers_lose_less_than_the_stated_decimals() -> None:
+def test_numbers_lose_less_than_the_stated_decimals():
     random = np.random.default_rng(0)
     boxes = (random.random((300, 4)) * 119).astype(np.float32)
     scores = np.sort(random.random(300).astype(np.float32))[::-1]
@@ -68,7 +59,7 @@ def test_numbers_lose_less_than_the_stated_decimals() -> None:
         ([float("nan"), -float("inf"), float("inf"), 5], [0, 0, 200, 5]),
     ],
 )
-def test_boxes_are_clipped_to_the_image_and_numbers_are_finite(box: list[float], clipped: list[int]) -> None:
+def test_boxes_are_clipped_to_the_image_and_numbers_are_finite(box, clipped):
     (found,) = json.loads(
         format_json(make_detections([box], scores=[float("nan")]), CLASS_NAMES), parse_constant=pytest.fail
     )["detections"]
@@ -76,14 +67,14 @@ def test_boxes_are_clipped_to_the_image_and_numbers_are_finite(box: list[float],
     assert found["score"] == 0
 
 
-def test_the_detections_are_not_changed() -> None:
+def test_the_detections_are_not_changed():
     detections = make_detections([[-5, -5, 500, 500]])
     format_json(detections, CLASS_NAMES)
     draw_detections(GREY, detections, CLASS_NAMES, "png", 90)
     assert detections.boxes_xyxy.tolist() == [[-5, -5, 500, 500]]
 
 
-def test_predictions_hold_each_image_as_it_is_alone() -> None:
+def test_predictions_hold_each_image_as_it_is_alone():
     batch = [make_detections([[1, 2, 3, 4]]), make_detections([], image_size_hw=(7, 9))]
     answer = json.loads(format_json_predictions(batch, CLASS_NAMES))
     assert answer == {"predictions": [json.loads(format_json(single, CLASS_NAMES)) for single in batch]}
@@ -92,7 +83,7 @@ def test_predictions_hold_each_image_as_it_is_alone() -> None:
 @pytest.mark.parametrize(
     "error_type", [RequestError, InvalidOptionError, CorruptImageError, ImageTooLargeError]
 )
-def test_an_error_carries_code_type_and_message(error_type: type[RequestError]) -> None:
+def test_an_error_carries_code_type_and_message(error_type):
     body = format_error(error_type('größe is "x"\n'))
     assert body.isascii()
     assert json.loads(body) == {
@@ -105,13 +96,13 @@ def test_an_error_carries_code_type_and_message(error_type: type[RequestError]) 
 # ---------------------------------------------------------------------------------------------- images
 
 
-def decode(encoded: bytes) -> NDArray[np.uint8]:
+def decode(encoded):
     with Image.open(io.BytesIO(encoded)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_a_drawn_image_has_the_format_and_size_asked_for(output_format: Literal["jpeg", "png"]) -> None:
+def test_a_drawn_image_has_the_format_and_size_asked_for(output_format):
     encoded = draw_detections(GREY, make_detections([[50, 40, 150, 100]]), CLASS_NAMES, output_format, 90)
     with Image.open(io.BytesIO(encoded)) as image:
         assert image.format == output_format.upper()
@@ -119,7 +110,7 @@ def test_a_drawn_image_has_the_format_and_size_asked_for(output_format: Literal[
         assert Image.MIME[image.format] == CONTENT_TYPES[output_format]
 
 
-def test_a_box_is_drawn_at_its_edges_and_nowhere_else() -> None:
+def test_a_box_is_drawn_at_its_edges_and_nowhere_else():
     drawn = decode(draw_detections(GREY, make_detections([[50, 40, 150, 100]], [0]), CLASS_NAMES, "png", 90))
     changed = (drawn != 128).any(axis=-1)
     assert changed[40:101, [50, 150]].all()
@@ -131,7 +122,7 @@ def test_a_box_is_drawn_at_its_edges_and_nowhere_else() -> None:
     assert changed[20:40, 50:80].any()  # the label
 
 
-def test_an_image_without_detections_is_not_changed() -> None:
+def test_an_image_without_detections_is_not_changed():
     assert (decode(draw_detections(GREY, make_detections([]), CLASS_NAMES, "png", 90)) == GREY).all()
     assert (GREY == 128).all()
 
@@ -139,7 +130,7 @@ def test_an_image_without_detections_is_not_changed() -> None:
 @pytest.mark.parametrize(
     "box", [[0, 0, 200, 120], [150, 0, 200, 10], [199, 119, 200, 120], [-9, -9, 300, 300]]
 )
-def test_boxes_and_labels_at_the_edge_stay_readable(box: list[float]) -> None:
+def test_boxes_and_labels_at_the_edge_stay_readable(box):
     drawn = decode(draw_detections(GREY, make_detections([box], [0]), CLASS_NAMES, "png", 90))
     rows, columns = np.nonzero((drawn == class_colour_rgb(0)).all(axis=-1))
     first_row, first_column = rows.min(), columns.min()
@@ -151,14 +142,14 @@ def test_boxes_and_labels_at_the_edge_stay_readable(box: list[float]) -> None:
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (3, 2), (20, 400), (1500, 30)])
-def test_any_size_of_image_can_be_drawn_on(size_hw: tuple[int, int]) -> None:
+def test_any_size_of_image_can_be_drawn_on(size_hw):
     height, width = size_hw
     detections = make_detections([[0, 0, width, height], [0.4, 0.4, 0.6, 0.6]], [2, 1], image_size_hw=size_hw)
     image = np.zeros((height, width, 3), dtype=np.uint8)
     assert decode(draw_detections(image, detections, CLASS_NAMES, "jpeg", 90)).shape == image.shape
 
 
-def test_a_read_only_image_is_drawn_on_a_copy() -> None:
+def test_a_read_only_image_is_drawn_on_a_copy():
     image = np.zeros((60, 60, 3), dtype=np.uint8)
     image.flags.writeable = False
     detections = make_detections([[5, 30, 50, 50]], image_size_hw=(60, 60))
@@ -166,8 +157,8 @@ def test_a_read_only_image_is_drawn_on_a_copy() -> None:
     assert not image.any()
 
 
-def test_lines_and_labels_grow_with_the_image() -> None:
-    def changed_share(scale: int) -> float:
+def test_lines_and_labels_grow_with_the_image():
+    def changed_share(scale):
         image = np.full((120 * scale, 200 * scale, 3), 128, dtype=np.uint8)
         box = [40 * scale, 60 * scale, 150 * scale, 110 * scale]
         detections = make_detections([box], image_size_hw=image.shape[:2])
@@ -177,7 +168,7 @@ def test_lines_and_labels_grow_with_the_image() -> None:
     assert 0.7 < changed_share(12) / changed_share(6) < 1.4
 
 
-def test_an_image_too_long_for_jpeg_is_refused_with_a_way_out() -> None:
+def test_an_image_too_long_for_jpeg_is_refused_with_a_way_out():
     image = np.zeros((1, 70_000, 3), dtype=np.uint8)
     detections = make_detections([], image_size_hw=(1, 70_000))
     with pytest.raises(ImageTooLargeError, match="json or png"):
@@ -185,14 +176,14 @@ def test_an_image_too_long_for_jpeg_is_refused_with_a_way_out() -> None:
     assert draw_detections(image, detections, CLASS_NAMES, "png", 90).startswith(b"\x89PNG")
 
 
-def test_quality_changes_the_size_of_a_jpeg() -> None:
+def test_quality_changes_the_size_of_a_jpeg():
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     detections = make_detections([], image_size_hw=(60, 60))
     sizes = [len(draw_detections(noise, detections, CLASS_NAMES, "jpeg", quality)) for quality in (20, 90)]
     assert sizes[0] < sizes[1]
 
 
-def test_every_class_keeps_its_own_colour() -> None:
+def test_every_class_keeps_its_own_colour():
     colours = [class_colour_rgb(class_id) for class_id in range(80)]
     assert len(set(colours)) == 80
     neighbours = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)

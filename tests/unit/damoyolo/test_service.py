@@ -1,12 +1,8 @@
 """Answers of a whole batch, whatever happens to one of its requests."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +10,9 @@ import torch
 from PIL import Image
 
 from damoyolo.config import ServingConfig
-from damoyolo.errors import CorruptImageError, DeviceLostError, RequestError
-from damoyolo.service import Answer, DetectionService
-from damoyolo.structures import DetectionOptions, Detections
+from damoyolo.errors import CorruptImageError, DeviceLostError
+from damoyolo.service import DetectionService
+from damoyolo.structures import Detections
 from doubles.images import encode_jpeg
 
 IMAGE = encode_jpeg(Image.new("RGB", (64, 48), (10, 20, 30)))
@@ -27,15 +23,13 @@ CORRUPT = IMAGE + b"corrupt"
 class ScriptedDetector:
     """A detector that finds one object per image and fails on request."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure=None):
         self.config = ServingConfig(class_names=("cat", "dog"))
         self.device = torch.device("cpu")
         self.failure = failure
-        self.batch_sizes: list[int] = []
+        self.batch_sizes = []
 
-    def detect(
-        self, images: Sequence[bytes], options: Sequence[DetectionOptions], time_stage: Any
-    ) -> list[Detections | RequestError]:
+    def detect(self, images, options, time_stage):
         assert len(images) == len(options)
         self.batch_sizes.append(len(images))
         if self.failure is not None and POISON in images:
@@ -52,16 +46,16 @@ class ScriptedDetector:
             for image, each in zip(images, options, strict=True)
         ]
 
-    def close(self) -> None:
+    def close(self):
         """Nothing is held."""
 
 
 @pytest.fixture
-def services() -> Iterator[Any]:
-    made: list[DetectionService] = []
+def services():
+    made = []
 
-    def make(failure: Exception | None = None, **settings: Any) -> DetectionService:
-        detector: Any = ScriptedDetector(failure)
+    def make(failure=None, **settings):
+        detector = ScriptedDetector(failure)
         detector.config = ServingConfig.from_mapping({"class_names": ["cat", "dog"], **settings})
         made.append(DetectionService(detector))
         return made[-1]
@@ -71,16 +65,16 @@ def services() -> Iterator[Any]:
         service.close()
 
 
-def fail(*_: Any) -> Any:
+def fail(*_):
     raise RuntimeError("surprise")
 
 
-def answer(service: DetectionService, *bodies: bytes, **headers: str) -> list[Answer]:
+def answer(service, *bodies, **headers):
     heads = {name.replace("_", "-"): value for name, value in headers.items()}
     return service.answer([{"body": bytearray(body)} for body in bodies], [heads] * len(bodies))
 
 
-def test_every_request_gets_its_own_answer_in_order(services: Any) -> None:
+def test_every_request_gets_its_own_answer_in_order(services):
     answers = answer(services(), IMAGE, CORRUPT, b"", IMAGE)
     assert [each.error and each.error.kind for each in answers] == [
         None,
@@ -93,14 +87,14 @@ def test_every_request_gets_its_own_answer_in_order(services: Any) -> None:
     assert json.loads(answers[1].body) == {"code": 422, "type": "CorruptImage", "message": "broken"}
 
 
-def test_requests_of_a_batch_keep_their_options(services: Any) -> None:
+def test_requests_of_a_batch_keep_their_options(services):
     rows = [{"body": bytearray(IMAGE)}] * 3
     heads = [{"X-Detect-Score-Threshold": str(value)} for value in (0.1, 0.5, 0.9)]
     answers = services().answer(rows, heads)
     assert [json.loads(each.body)["detections"][0]["score"] for each in answers] == [0.1, 0.5, 0.9]
 
 
-def test_only_bad_requests_do_not_reach_the_detector(services: Any) -> None:
+def test_only_bad_requests_do_not_reach_the_detector(services):
     service = services()
     assert [each.error is not None for each in answer(service, b"", b"")] == [True, True]
     assert service.detector.batch_sizes == []
@@ -116,8 +110,8 @@ def test_only_bad_requests_do_not_reach_the_detector(services: Any) -> None:
     ],
 )
 def test_a_batch_that_fails_as_a_whole_is_halved_until_the_failing_image_is_alone(
-    services: Any, failure: Exception, status: int, caplog: pytest.LogCaptureFixture
-) -> None:
+    services, failure, status, caplog
+):
     service = services(failure)
     answers = answer(service, IMAGE, IMAGE, POISON, IMAGE, IMAGE)
     assert [each.error.status if each.error else 200 for each in answers] == [200, 200, status, 200, 200]
@@ -127,18 +121,14 @@ def test_a_batch_that_fails_as_a_whole_is_halved_until_the_failing_image_is_alon
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError, torch.OutOfMemoryError, ValueError])
-def test_a_lost_device_is_not_the_failure_of_one_request(
-    services: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
+def test_a_lost_device_is_not_the_failure_of_one_request(services, monkeypatch, error):
     monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
     with pytest.raises(DeviceLostError):
         answer(services(error("CUDA error: illegal address")), IMAGE, POISON)
 
 
 @pytest.mark.parametrize("place", ["format_json_each", "draw_detections", "RequestParser.parse"])
-def test_a_lost_device_is_noticed_wherever_it_surfaces(
-    services: Any, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+def test_a_lost_device_is_noticed_wherever_it_surfaces(services, monkeypatch, place):
     monkeypatch.setattr("damoyolo.failures.is_alive", lambda _: False)
     monkeypatch.setattr(f"damoyolo.service.{place}", fail)
     rows = [{"body": bytearray(IMAGE)}] * 2
@@ -146,17 +136,17 @@ def test_a_lost_device_is_noticed_wherever_it_surfaces(
         services().answer(rows, [{"Accept": "image/png"}, {}] if place == "draw_detections" else [{}, {}])
 
 
-def test_memory_given_back_makes_room_for_the_halves(services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[torch.device] = []
+def test_memory_given_back_makes_room_for_the_halves(services, monkeypatch):
+    freed = []
     monkeypatch.setattr("damoyolo.service.free_cached_memory", freed.append)
     answer(services(MemoryError()), IMAGE, POISON, IMAGE)
     answer(services(RuntimeError("surprise")), IMAGE, POISON, IMAGE)
     assert freed == [torch.device("cpu")] * 2  # the batches of 3 and of 2
 
 
-def test_the_question_for_the_model_card_is_answered_beside_images(services: Any) -> None:
+def test_the_question_for_the_model_card_is_answered_beside_images(services):
     service = DetectionService(services().detector, model_card=b'{"variant":"S"}')
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"body": bytearray(IMAGE)},
         {},
         {"body": bytearray()},
@@ -169,10 +159,10 @@ def test_the_question_for_the_model_card_is_answered_beside_images(services: Any
     assert [each.body == b'{"variant":"S"}' for each in answers] == [False, True, True, False]
 
 
-def test_instances_share_the_batch_and_come_back_together(services: Any) -> None:
+def test_instances_share_the_batch_and_come_back_together(services):
     encoded = [{"b64": base64.b64encode(image).decode()} for image in (IMAGE, CORRUPT)]
     service = services()
-    row: dict[str, Any] = {"body": {"instances": [encoded[0], encoded[0]]}}
+    row = {"body": {"instances": [encoded[0], encoded[0]]}}
     (good,) = service.answer([row], [{}])
     assert len(json.loads(good.body)["predictions"]) == 2
     bad, neighbour = service.answer([{"body": {"instances": encoded}}, {"body": bytearray(IMAGE)}], [{}, {}])
@@ -182,14 +172,14 @@ def test_instances_share_the_batch_and_come_back_together(services: Any) -> None
     assert neighbour.error is None
 
 
-def test_an_answer_that_the_server_could_not_send_is_refused(services: Any) -> None:
+def test_an_answer_that_the_server_could_not_send_is_refused(services):
     (refused,) = answer(services(max_response_bytes=500), IMAGE, Accept="image/png")
     assert refused.error is not None
     assert refused.error.status == 413
     assert "max_response_bytes" in str(refused.error)
 
 
-def test_drawn_and_plain_answers_share_a_batch(services: Any) -> None:
+def test_drawn_and_plain_answers_share_a_batch(services):
     rows = [{"body": bytearray(IMAGE)}] * 3
     answers = services().answer(rows, [{"Accept": "image/jpeg"}, {}, {"X-Detect-Format": "png"}])
     assert [each.content_type for each in answers] == ["image/jpeg", "application/json", "image/png"]
@@ -197,9 +187,7 @@ def test_drawn_and_plain_answers_share_a_batch(services: Any) -> None:
     assert answers[2].body[:4] == b"\x89PNG"
 
 
-def test_a_failure_to_write_one_answer_costs_only_that_answer(
-    services: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_to_write_one_answer_costs_only_that_answer(services, monkeypatch):
     monkeypatch.setattr("damoyolo.service.draw_detections", fail)
     drawn, plain = services().answer([{"body": bytearray(IMAGE)}] * 2, [{"Accept": "image/png"}, {}])
     assert drawn.error is not None
@@ -207,19 +195,17 @@ def test_a_failure_to_write_one_answer_costs_only_that_answer(
     assert plain.error is None
 
 
-def test_a_failure_to_write_a_batch_costs_no_request_its_answer(
-    services: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_to_write_a_batch_costs_no_request_its_answer(services, monkeypatch):
     together = answer(services(), IMAGE, IMAGE, IMAGE)
     monkeypatch.setattr("damoyolo.service.format_json_each", fail)
     assert answer(services(), IMAGE, IMAGE, IMAGE) == together
 
 
-def test_every_stage_is_timed(services: Any) -> None:
-    seen: list[str] = []
+def test_every_stage_is_timed(services):
+    seen = []
 
     @contextlib.contextmanager
-    def time_stage(stage: str) -> Iterator[None]:
+    def time_stage(stage):
         seen.append(stage)
         yield
 

@@ -1,7 +1,5 @@
 """The clock over the stages."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from damoyolo.stage_timing import StageClock
 
 
-def test_the_clock_sums_each_stage_and_starts_again_when_read() -> None:
+def test_the_clock_sums_each_stage_and_starts_again_when_read():
     clock = StageClock(torch.device("cpu"))
     for stage, seconds in (("a", 0.02), ("b", 0.01), ("a", 0.02)):
         with clock(stage):
@@ -21,29 +19,29 @@ def test_the_clock_sums_each_stage_and_starts_again_when_read() -> None:
     assert clock.read_seconds() == {}
 
 
-def test_a_stage_that_fails_is_timed_too() -> None:
+def test_a_stage_that_fails_is_timed_too():
     clock = StageClock(torch.device("cpu"))
     with pytest.raises(ValueError, match="no"), clock("a"):
         raise ValueError("no")
     assert "a" in clock.read_seconds()
 
 
-def test_a_stage_is_timed_on_the_stream_of_the_clock_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_timed_on_the_stream_of_the_clock_s_device(monkeypatch):
     recorded = []
 
     class Event:
         """In place of a CUDA event."""
 
-        def __init__(self, enable_timing: bool) -> None:
+        def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self, stream: object) -> None:
+        def record(self, stream):
             recorded.append(stream)
 
-        def synchronize(self) -> None:
+        def synchronize(self):
             """Nothing to wait for."""
 
-        def elapsed_time(self, _end: Event) -> float:
+        def elapsed_time(self, _end):
             return 5.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

@@ -1,7 +1,5 @@
 """The checked-in jar of deploy/front-end is what its sources compile to."""
 
-from __future__ import annotations
-
 import importlib.util
 import zipfile
 

@@ -1,11 +1,9 @@
 """What the tests of several commands share."""
 
-from __future__ import annotations
-
 import pytest
 
 
 @pytest.fixture
-def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+def unverified(monkeypatch):
     """Skip the fresh interpreter that checks each new archive; for tests of something else."""
     monkeypatch.setattr("lib.packaging.builder.verify_archive", lambda *_: [])

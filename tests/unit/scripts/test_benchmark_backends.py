@@ -1,11 +1,6 @@
 """The table of backends: what is built, measured, printed and written."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -13,7 +8,7 @@ import torch
 
 from lib.cli import ScriptError
 from lib.measure.backend_archives import Model
-from lib.measure.backend_rows import BackendRow, Machine, rows_of
+from lib.measure.backend_rows import Machine, rows_of
 from lib.onnx.export import export_onnx
 from lib.packaging.weights import folded_network
 from lib.paths import DEMO_WEIGHTS
@@ -31,23 +26,23 @@ CPU_ONLY = Machine(
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(monkeypatch):
     monkeypatch.setattr(Machine, "here", classmethod(lambda _: CPU_ONLY))
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def built(monkeypatch):
     """The rows that archives are built for, without building and measuring; ONNX Runtime's are refused."""
-    built: list[str] = []
+    built = []
 
-    def build(model: Model, row: BackendRow, folder: Path, *_: object) -> Path:
+    def build(model, row, folder, *_):
         built.append(row.name)
         if row.backend == "onnxruntime":
             raise ScriptError("too large")
         folder.mkdir()
         return folder  # a folder counts as unpacked
 
-    def measure(folders: Mapping[str, Path], *_: object) -> dict[str, dict[str, Any]]:
+    def measure(folders, *_):
         return {name: {"ap": 0.5, "detector_ms": 12.3, "best_batch_size": 4} for name in folders}
 
     model = Model(DEMO_WEIGHTS, "S", ("a",))
@@ -58,9 +53,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return built
 
 
-def test_every_row_of_the_device_is_in_the_table_with_figures_or_a_reason(
-    built: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_row_of_the_device_is_in_the_table_with_figures_or_a_reason(built, tmp_path, capsys):
     file = tmp_path / "new" / "rows.jsonl"
     assert benchmark_backends.main(["--json", str(file), "--batch-sizes", "4"]) == 0
     assert built == ["pytorch fp32", "onnxruntime fp32"]
@@ -79,9 +72,7 @@ def test_every_row_of_the_device_is_in_the_table_with_figures_or_a_reason(
     assert all(row["method"]["batch_sizes"] == [1, 4] and row["torch"] for row in rows)
 
 
-def test_backends_can_be_left_out_and_a_missing_gpu_is_a_reason(
-    built: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backends_can_be_left_out_and_a_missing_gpu_is_a_reason(built, capsys):
     assert benchmark_backends.main(["--backends", "openvino"]) == 0
     assert benchmark_backends.main(["--device", "cuda"]) == 0
     assert built == []
@@ -91,16 +82,14 @@ def test_backends_can_be_left_out_and_a_missing_gpu_is_a_reason(
 
 
 @pytest.mark.parametrize("option", ["--weights", "--images", "--voc"])
-def test_mistakes_are_found_before_anything_is_built(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_found_before_anything_is_built(option, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_backends, "measure_model", lambda *_: pytest.fail("measured"))
     assert benchmark_backends.main([option, "nowhere"]) == 1
     assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_archives_are_built_and_measured_from_end_to_end(tmp_path: Path) -> None:
+def test_archives_are_built_and_measured_from_end_to_end(tmp_path):
     class_names = ("one", "two", "three")
     torch.manual_seed(4)
     weights, int8_file, names = tmp_path / "ns.pth", tmp_path / "int8.onnx", tmp_path / "names.txt"

@@ -1,27 +1,20 @@
 """The command that measures the network and the detector."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
-
-from lib.measure.timing import Call
 
 import benchmark_detector
 from benchmark_detector import main
 from doubles.tiny_archive import write_tiny_archive
 
 
-def test_a_folder_without_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
     assert main(["--images", str(tmp_path)]) == 1
     assert "no *.jpg" in capsys.readouterr().err
 
 
-def test_steps_are_printed_and_appended_with_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_are_printed_and_appended_with_the_environment(tmp_path, monkeypatch, capsys):
     row = {"step": "float32", "ap": 0.5}
     monkeypatch.setattr(benchmark_detector, "measure_network", lambda *_: [row])
     file = tmp_path / "new" / "rows.jsonl"
@@ -35,10 +28,8 @@ def test_steps_are_printed_and_appended_with_the_environment(
     assert written["torch"]
 
 
-def test_the_whole_detector_is_measured_in_each_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run_once(calls: dict[str, Call], _device: object) -> dict[str, float]:
+def test_the_whole_detector_is_measured_in_each_precision(tmp_path, monkeypatch):
+    def run_once(calls, _device):
         for call in calls.values():
             call()
         return {name: 0.2 if name.startswith("network") else 0.4 for name in calls}

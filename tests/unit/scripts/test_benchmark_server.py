@@ -1,9 +1,6 @@
 """The command that measures a server, against a stand-in."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +11,11 @@ import benchmark_server
 from doubles.stand_in_server import StandInModel
 
 
-def addresses(url: str) -> list[str]:
+def addresses(url):
     return ["--url", url, "--management-url", url, "--metrics-url", url, "--model", "m"]
 
 
-def test_the_command_prints_a_table_and_writes_rows_and_a_plot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_and_writes_rows_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
     rows, plot = tmp_path / "rows.json", tmp_path / "p.png"
     options = ["--concurrency", "2", "--rates", "20", "--limit-network", "1000", "--processes", "1"]
@@ -36,7 +31,7 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(
     assert "closed 2" in capsys.readouterr().out
 
 
-def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_not_there_is_one_line(capsys):
     assert benchmark_server.main([*addresses("http://127.0.0.1:1"), "--concurrency", "1"]) == 1
     err = capsys.readouterr().err
     assert "refused" in err
@@ -44,18 +39,14 @@ def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("option", ["--limit-empty", "--limit-network=measure", "--mps", "--gpus=2"])
-def test_what_needs_an_archive_is_a_usage_error_without_one(
-    option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_needs_an_archive_is_a_usage_error_without_one(option, capsys):
     with pytest.raises(SystemExit) as exit_info:
         benchmark_server.main(["--url", "http://127.0.0.1:1", option])
     assert exit_info.value.code == 2
     assert "--archive" in capsys.readouterr().err
 
 
-def test_more_gpus_than_there_are_are_refused_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_gpus_than_there_are_are_refused_before_anything_starts(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert benchmark_server.main(["--archive", "missing.mar", "--gpus", "1", "2"]) == 1
     assert "2 GPUs were requested; found: 1" in capsys.readouterr().err

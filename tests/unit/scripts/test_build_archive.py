@@ -1,9 +1,5 @@
 """The command that builds archives: which options reach the builder, and how it fails."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lib.packaging.builder import ArchiveReport, ArchiveRequest
@@ -11,12 +7,10 @@ from lib.packaging.builder import ArchiveReport, ArchiveRequest
 import build_archive
 
 
-def test_options_become_a_request_and_what_is_not_given_stays_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    requests: list[ArchiveRequest] = []
+def test_options_become_a_request_and_what_is_not_given_stays_the_default(tmp_path, monkeypatch, capsys):
+    requests = []
 
-    def build(request: ArchiveRequest) -> ArchiveReport:
+    def build(request):
         requests.append(request)
         (tmp_path / "x.mar").write_bytes(b" " * 1_500_000)
         return ArchiveReport(tmp_path / "x.mar", "ab12", "T", 2, 3)
@@ -50,9 +44,7 @@ def test_options_become_a_request_and_what_is_not_given_stays_the_default(
         (["--model-name", "../x"], "--model-name is '../x'"),
     ],
 )
-def test_the_command_says_what_is_wrong_and_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys, options, message):
     assert build_archive.main([*options, "--output-dir", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

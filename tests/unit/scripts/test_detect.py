@@ -1,7 +1,5 @@
 """The command that sends images, against a stand-in server."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -17,12 +15,12 @@ import pytest
 from lib.images import find_images
 
 import detect
-from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
+from doubles.stand_in_server import Reply, StandInServer, failed, found
 
 CELL = {"class_id": 1, "label": "RBC", "score": 0.912, "bbox": [1.0, 2.0, 30.5, 40.0]}
 
 
-def answer_by_content(asked: Asked) -> Reply:
+def answer_by_content(asked):
     """No detection in an empty slide, an error for a bad image, one cell in any other."""
     if asked.body == b"bad":
         return failed(415, "UnsupportedImage", "no image")
@@ -32,7 +30,7 @@ def answer_by_content(asked: Asked) -> Reply:
 
 
 @pytest.fixture
-def slides(tmp_path: Path) -> Path:
+def slides(tmp_path):
     folder = tmp_path / "slides"
     (folder / "more").mkdir(parents=True)
     for name in ("b.jpg", "a.PNG", "more/b.jpg", "notes.txt"):
@@ -40,22 +38,20 @@ def slides(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_recursive(slides: Path) -> None:
+def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_recursive(slides):
     assert find_images([slides], recursive=False) == [slides / "a.PNG", slides / "b.jpg"]
     assert slides / "more" / "b.jpg" in find_images([slides], recursive=True)
     assert find_images([slides / "notes.txt"], recursive=False) == [slides / "notes.txt"]
 
 
-def test_drawn_images_have_names_of_their_own(slides: Path) -> None:
+def test_drawn_images_have_names_of_their_own(slides):
     images = [Path("x/a.jpg"), Path("y/a.jpg"), Path("a.png"), Path("a_detections.jpg")]
     names = detect.drawn_names(images)
     assert len(set(names)) == 4
     assert not {image.name for image in images} & set(names)
 
 
-def test_the_table_has_a_row_for_each_detection_and_each_empty_image(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_has_a_row_for_each_detection_and_each_empty_image(slides, capsys):
     (slides / "c.jpg").write_bytes(b"empty")
     with StandInServer(answer_by_content) as server:
         assert detect.main([str(slides), "--url", server.url]) == 0
@@ -67,9 +63,7 @@ def test_the_table_has_a_row_for_each_detection_and_each_empty_image(
     assert err == ""
 
 
-def test_a_failed_image_is_named_and_the_others_are_answered(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_image_is_named_and_the_others_are_answered(slides, capsys):
     (slides / "a.PNG").write_bytes(b"bad")
     json_lines = slides.parent / "new" / "out.jsonl"
     with StandInServer(answer_by_content) as server:
@@ -85,8 +79,8 @@ def test_a_failed_image_is_named_and_the_others_are_answered(
     assert rows[1]["detections"] == [CELL]
 
 
-def test_a_label_cannot_steer_the_terminal(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def hostile(asked: Asked) -> Reply:
+def test_a_label_cannot_steer_the_terminal(slides, capsys):
+    def hostile(asked):
         if asked.body == b"b.jpg":
             return failed(422, "\x1b[2Jkind", "two\r\nlines\x07")
         return found({**CELL, "label": "\x1b]0;title\x07\n" + "x" * 100_000})
@@ -102,9 +96,7 @@ def test_a_label_cannot_steer_the_terminal(slides: Path, capsys: pytest.CaptureF
     assert r"422 \x1b[2Jkind: two\r\nlines\x07" in err
 
 
-def test_a_file_name_that_is_no_text_is_sent_and_shown(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_name_that_is_no_text_is_sent_and_shown(slides, capsys):
     (slides / os.fsdecode(b"\xff\x1b.jpg")).write_bytes(b"image")
     json_lines = slides / "out.jsonl"
     with StandInServer(answer_by_content) as server:
@@ -113,12 +105,10 @@ def test_a_file_name_that_is_no_text_is_sent_and_shown(
     assert len(json_lines.read_text().splitlines()) == 3
 
 
-def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(slides, capsys):
     counter = count()
 
-    def starting(asked: Asked) -> Reply:
+    def starting(asked):
         return failed(500, "InternalServerException", "Worker died.") if next(counter) < 2 else found(CELL)
 
     with StandInServer(starting) as server:
@@ -129,16 +119,16 @@ def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(
     assert err == "detect: 2 requests were sent again\n"
 
 
-def test_what_is_sent_again_for_too_long_is_named(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_sent_again_for_too_long_is_named(slides, capsys):
     with StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "full")) as server:
         assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 1
     assert "2 of 2 images failed" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_the_command_at_once_in_one_line(slides: Path, project_dir: Path) -> None:
+def test_an_interrupt_ends_the_command_at_once_in_one_line(slides, project_dir):
     arrived, release = threading.Event(), threading.Event()
 
-    def silent(asked: Asked) -> Reply:
+    def silent(asked):
         arrived.set()
         release.wait(60)
         return found()
@@ -155,7 +145,7 @@ def test_an_interrupt_ends_the_command_at_once_in_one_line(slides: Path, project
         release.set()
 
 
-def test_a_proxy_of_the_environment_is_not_used(slides: Path, project_dir: Path) -> None:
+def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):
     with StandInServer(answer_by_content) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
@@ -169,7 +159,7 @@ def test_a_proxy_of_the_environment_is_not_used(slides: Path, project_dir: Path)
             proxy.accept()
 
 
-def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
+def test_drawn_images_are_written_beside_nothing_else(slides):
     output = slides.parent / "drawn"
     with StandInServer(answer_by_content) as server:
         assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
@@ -180,7 +170,7 @@ def test_drawn_images_are_written_beside_nothing_else(slides: Path) -> None:
     }
 
 
-def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides: Path) -> None:
+def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides):
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
     options += ["--classes", "RBC, 2", "--class-agnostic"]
     with StandInServer(answer_by_content) as server:
@@ -201,17 +191,13 @@ def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides: Path)
     }
 
 
-def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(slides, capsys):
     with StandInServer(answer_by_content) as server:
         detect.main([str(slides), "--url", server.url, "--progress"])
     assert "2/2" in capsys.readouterr().err
 
 
-def test_without_a_server_the_error_names_the_command_that_starts_one(
-    slides: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_server_the_error_names_the_command_that_starts_one(slides, capsys):
     with StandInServer(answer_by_content) as server:
         url = server.url
     assert detect.main([str(slides), "--url", url]) == 2
@@ -221,9 +207,7 @@ def test_without_a_server_the_error_names_the_command_that_starts_one(
 @pytest.mark.parametrize(
     ("name", "said"), [("absent.jpg", "does not exist"), ("hollow", "--recursive"), ("pipe", "regular")]
 )
-def test_a_path_without_images_is_named(
-    slides: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
-) -> None:
+def test_a_path_without_images_is_named(slides, capsys, name, said):
     (slides / "hollow").mkdir()
     os.mkfifo(slides / "pipe")
     assert detect.main([str(slides / name)]) == 2
@@ -236,7 +220,7 @@ def test_a_path_without_images_is_named(
     "option",
     ["--score-threshold=1.5", "--iou-threshold=nan", "--max-detections=0", "--timeout=inf", "--classes=a,,b"],
 )
-def test_a_value_out_of_range_is_a_usage_error(slides: Path, option: str) -> None:
+def test_a_value_out_of_range_is_a_usage_error(slides, option):
     with pytest.raises(SystemExit) as exit_info:
         detect.main([str(slides), option])
     assert exit_info.value.code == 2

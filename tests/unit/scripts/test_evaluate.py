@@ -1,15 +1,10 @@
 """The evaluation command, with a stand-in server and with a stand-in detector."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +14,8 @@ from lib.accuracy.predictors import EVALUATION_OPTIONS
 
 import evaluate
 from damoyolo.config import ServingConfig
-from damoyolo.structures import DetectionOptions, Detections
-from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
+from damoyolo.structures import Detections
+from doubles.stand_in_server import StandInServer, failed, found
 
 NAMES = ("Platelets", "RBC", "WBC")
 # The images' bytes are their names; what is in each: class and box_xyxy.
@@ -32,9 +27,9 @@ TRUTH = {
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> list[str]:
+def data(tmp_path):
     """Arguments that name a data set of TRUTH in COCO format; one of its objects is too small."""
-    annotations: list[dict[str, Any]] = []
+    annotations = []
     for image_id, (name, objects) in enumerate(TRUTH.items(), start=1):
         (tmp_path / name).write_bytes(name.encode())
         for label, (x1, y1, x2, y2) in objects:
@@ -49,7 +44,7 @@ def data(tmp_path: Path) -> list[str]:
     return ["--coco", str(tmp_path / "cells.json"), "--images", str(tmp_path)]
 
 
-def perfect(asked: Asked) -> Reply:
+def perfect(asked):
     """All objects in the image, with labels that differ from the data set's in case."""
     objects = TRUTH[asked.body.decode()]
     return found(
@@ -58,9 +53,7 @@ def perfect(asked: Asked) -> Reply:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and its imports
-def test_a_perfect_server_is_reported_with_all_settings_and_versions(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_path, capsys):
     rows, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "other" / "plot.png"
     with StandInServer(perfect) as server:
         command = [*data, "--url", server.url, "--json", str(rows), "--plot", str(plot), "--note", "fp32"]
@@ -94,7 +87,7 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(
         assert image.format == "PNG"
 
 
-def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(data: list[str]) -> None:
+def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(data):
     with StandInServer(perfect) as server:
         evaluate.main([*data, "--url", server.url, "--classes", "RBC,WBC,Platelets"])
     for asked in server.asked:
@@ -104,10 +97,8 @@ def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(da
         assert asked.headers["X-Detect-Classes"] == "RBC,WBC,Platelets"
 
 
-def test_a_failed_image_means_no_figures(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse_b(asked: Asked) -> Reply:
+def test_a_failed_image_means_no_figures(data, tmp_path, capsys):
+    def refuse_b(asked):
         return failed(422, "CorruptImage", "cut off") if asked.body == b"b.jpg" else perfect(asked)
 
     with StandInServer(refuse_b) as server:
@@ -118,10 +109,10 @@ def test_a_failed_image_means_no_figures(
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_worker_that_dies_costs_no_image(data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_dies_costs_no_image(data, capsys):
     died = iter([False, True, True])  # the first request is the warm-up
 
-    def dying(asked: Asked) -> Reply:
+    def dying(asked):
         if next(died, False):
             return failed(507, "InternalServerException", "Worker died.")
         return perfect(asked)
@@ -133,10 +124,10 @@ def test_a_worker_that_dies_costs_no_image(data: list[str], capsys: pytest.Captu
     assert "2 requests were sent again" in err
 
 
-def test_an_interrupt_ends_the_command_at_once_in_one_line(data: list[str], project_dir: Path) -> None:
+def test_an_interrupt_ends_the_command_at_once_in_one_line(data, project_dir):
     arrived, release = threading.Event(), threading.Event()
 
-    def silent(asked: Asked) -> Reply:
+    def silent(asked):
         arrived.set()
         release.wait(60)
         return found()
@@ -153,26 +144,20 @@ def test_an_interrupt_ends_the_command_at_once_in_one_line(data: list[str], proj
         release.set()
 
 
-def test_a_server_that_detects_nothing_is_reported_in_words(
-    data: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_detects_nothing_is_reported_in_words(data, capsys):
     with StandInServer(lambda asked: found()) as server:
         assert evaluate.main([*data, "--url", server.url]) == 1
     assert "nothing was detected in the 3 images" in capsys.readouterr().err
 
 
-def test_a_data_set_without_images_is_reported_in_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_data_set_without_images_is_reported_in_words(tmp_path, capsys):
     (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
     (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("\n")
     assert evaluate.main(["--voc", str(tmp_path)]) == 1
     assert "has no images" in capsys.readouterr().err
 
 
-def test_without_a_server_the_message_says_what_to_start(
-    data: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_server_the_message_says_what_to_start(data, capsys):
     with StandInServer(perfect) as server:
         url = server.url
     assert evaluate.main([*data, "--url", url]) == 1
@@ -194,7 +179,7 @@ def test_without_a_server_the_message_says_what_to_start(
         ["--coco", "a.json", "--pictures", "dir"],
     ],
 )
-def test_contradictory_arguments_are_a_usage_error(arguments: list[str]) -> None:
+def test_contradictory_arguments_are_a_usage_error(arguments):
     with pytest.raises(SystemExit) as exit_info:
         evaluate.main(arguments)
     assert exit_info.value.code == 2
@@ -205,18 +190,18 @@ class StandInDetector:
 
     class_names = ("WBC", "RBC", "Platelets")
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.config = ServingConfig(class_names=self.class_names)
         self.pipeline = self
         self.name = "pytorch"
         self.precision = "fp32"
-        self.batches: list[tuple[list[bytes], list[DetectionOptions]]] = []
+        self.batches = []
 
-    def detect(self, images: Sequence[bytes], options: Sequence[DetectionOptions]) -> list[Detections]:
+    def detect(self, images, options):
         self.batches.append((list(images), list(options)))
         return [self._detections(TRUTH[image.decode()]) for image in images]
 
-    def _detections(self, objects: Sequence[tuple[str, Any]]) -> Detections:
+    def _detections(self, objects):
         return Detections(
             np.array([box for _, box in objects], np.float32).reshape(-1, 4),
             np.full(len(objects), 0.9, np.float32),
@@ -226,7 +211,7 @@ class StandInDetector:
 
 
 @pytest.fixture
-def detector(monkeypatch: pytest.MonkeyPatch) -> StandInDetector:
+def detector(monkeypatch):
     """The detector that every archive contains."""
     stand_in = StandInDetector()
     monkeypatch.setattr("lib.archive.reader.load_detector", lambda *_, **__: stand_in)
@@ -236,9 +221,7 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> StandInDetector:
 IN_PROCESS = ["--archive", "damoyolo.mar", "--device", "cpu"]
 
 
-def test_an_archive_is_evaluated_in_batches(
-    data: list[str], detector: StandInDetector, tmp_path: Path
-) -> None:
+def test_an_archive_is_evaluated_in_batches(data, detector, tmp_path):
     rows = tmp_path / "rows"
     assert evaluate.main([*data, *IN_PROCESS, "--batch-size", "2", "--json", str(rows)]) == 0
     row = json.loads(rows.read_text())
@@ -251,14 +234,12 @@ def test_an_archive_is_evaluated_in_batches(
     assert {option for _, options in detector.batches for option in options} == {EVALUATION_OPTIONS}
 
 
-def test_classes_become_the_ids_of_the_detector(data: list[str], detector: StandInDetector) -> None:
+def test_classes_become_the_ids_of_the_detector(data, detector):
     assert evaluate.main([*data, *IN_PROCESS, "--classes", "platelets,WBC"]) == 0
     assert detector.batches[0][1][0].class_ids == (2, 0)
 
 
-def test_a_detector_without_a_class_of_the_data_set_is_refused_before_work_begins(
-    data: list[str], detector: StandInDetector, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_detector_without_a_class_of_the_data_set_is_refused_before_work_begins(data, detector, capsys):
     detector.config = ServingConfig(class_names=("person", "RBC"))
     assert evaluate.main([*data, *IN_PROCESS]) == 1
     assert "no class is called Platelets, WBC; there are person, RBC" in capsys.readouterr().err
@@ -266,9 +247,7 @@ def test_a_detector_without_a_class_of_the_data_set_is_refused_before_work_begin
 
 
 @pytest.mark.parametrize("content", [None, b"no zip"])
-def test_a_file_that_is_no_archive_is_named(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
-) -> None:
+def test_a_file_that_is_no_archive_is_named(data, tmp_path, capsys, content):
     path = tmp_path / "broken.mar"
     if content is not None:
         path.write_bytes(content)

@@ -1,9 +1,6 @@
 """The lighter models, end to end: trained weights, archive, detections."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +17,8 @@ from doubles.answers import iou
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["T", "Nm", "Ns"])
 def test_an_archive_of_a_lighter_model_finds_the_cells_of_a_drawn_smear(
-    shared_dir: Path, project_dir: Path, tmp_path: Path, variant: str
-) -> None:
+    shared_dir, project_dir, tmp_path, variant
+):
     report = build_archive(
         ArchiveRequest(
             weights=str(shared_dir / "weights" / f"damoyolo_{variant.lower()}_bccd.pth"),

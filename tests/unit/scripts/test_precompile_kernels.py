@@ -1,16 +1,13 @@
 """The command that adds compiled kernels to an archive, with a program in place of the compilation."""
 
-from __future__ import annotations
-
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import precompile_kernels
 
 
-def fake_archive(folder: Path) -> Path:
+def fake_archive(folder):
     path = folder / "model.mar"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("weights", b"12")
@@ -18,9 +15,7 @@ def fake_archive(folder: Path) -> Path:
     return path
 
 
-def test_compiled_kernels_take_the_place_of_older_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiled_kernels_take_the_place_of_older_ones(tmp_path, monkeypatch, capsys):
     archive = fake_archive(tmp_path)
     program = (
         "import os, pathlib; kernels = pathlib.Path(os.environ['TRITON_CACHE_DIR']) / 'NEW'; "
@@ -44,13 +39,7 @@ def test_compiled_kernels_take_the_place_of_older_ones(
         ("import time; time.sleep(60)", "was not ready on cuda in 2 s"),
     ],
 )
-def test_an_archive_that_gives_no_kernels_is_left_as_it_was(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    program: str,
-    message: str,
-) -> None:
+def test_an_archive_that_gives_no_kernels_is_left_as_it_was(tmp_path, monkeypatch, capsys, program, message):
     archive = fake_archive(tmp_path)
     before = archive.read_bytes()
     monkeypatch.setattr(precompile_kernels, "COMPILE", program)
@@ -61,7 +50,7 @@ def test_an_archive_that_gives_no_kernels_is_left_as_it_was(
     assert archive.read_bytes() == before
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
     (tmp_path / "model.mar").write_bytes(b"nothing")
     assert precompile_kernels.main([str(tmp_path / "model.mar")]) == 1
     err = capsys.readouterr().err

@@ -1,9 +1,6 @@
 """The profiling command: what it prints, writes and refuses."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +9,7 @@ from doubles.tiny_archive import write_tiny_archive
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib and its imports
-def test_the_table_is_printed_and_rows_plot_and_trace_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_is_printed_and_rows_plot_and_trace_are_written(tmp_path, capsys):
     rows, plot, trace = tmp_path / "rows.json", tmp_path / "p.png", tmp_path / "trace.json"
     command = ["--archive", str(write_tiny_archive(tmp_path / "archive")), "--device", "cpu"]
     command += ["--batch-sizes", "1", "2", "--batches", "2", "--warm-up", "1"]
@@ -32,6 +27,6 @@ def test_the_table_is_printed_and_rows_plot_and_trace_are_written(
 
 
 @pytest.mark.parametrize("option", [["--nvtx"], ["--memory-snapshot", "x"]])
-def test_what_needs_cuda_is_refused_without(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_needs_cuda_is_refused_without(option, capsys):
     assert profile_detector.main(["--device", "cpu", *option]) == 1
     assert "CUDA" in capsys.readouterr().err

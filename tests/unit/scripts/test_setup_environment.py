@@ -1,10 +1,7 @@
 """The environment that demo.sh and test.sh make: once, and never in the place of one that is not theirs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +18,7 @@ esac
 
 
 @pytest.fixture
-def project(project_dir: Path, tmp_path: Path) -> Path:
+def project(project_dir, tmp_path):
     """A folder with the script, one file of requirements and a stand-in for Python."""
     (tmp_path / "scripts").mkdir()
     source = project_dir / "scripts/setup_environment.sh"
@@ -35,7 +32,7 @@ def project(project_dir: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(project: Path) -> subprocess.Popen[str]:
+def start(project):
     command = "set -eu; . scripts/setup_environment.sh; setup_environment requirements.txt; command -v python"
     return subprocess.Popen(
         ["bash", "-c", command],
@@ -47,12 +44,12 @@ def start(project: Path) -> subprocess.Popen[str]:
     )
 
 
-def calls(project: Path) -> list[str]:
+def calls(project):
     path = project / "calls"
     return path.read_text().split() if path.exists() else []
 
 
-def test_two_that_start_at_once_make_one_environment(project: Path) -> None:
+def test_two_that_start_at_once_make_one_environment(project):
     for process in [start(project), start(project)]:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
@@ -61,7 +58,7 @@ def test_two_that_start_at_once_make_one_environment(project: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["bin/keep", "a file", "a dangling link"])
-def test_an_environment_of_others_that_cannot_be_used_is_left_as_it_is(project: Path, content: str) -> None:
+def test_an_environment_of_others_that_cannot_be_used_is_left_as_it_is(project, content):
     environment = project / ".venv"
     if content == "bin/keep":
         (environment / "bin").mkdir(parents=True)
@@ -81,7 +78,7 @@ def test_an_environment_of_others_that_cannot_be_used_is_left_as_it_is(project: 
     assert environment.is_symlink() == (content == "a dangling link")
 
 
-def test_an_own_environment_that_was_left_half_done_is_made_again(project: Path) -> None:
+def test_an_own_environment_that_was_left_half_done_is_made_again(project):
     (project / ".venv").mkdir()
     (project / ".venv/made-by-setup_environment").touch()
     (project / ".venv/bin").mkdir()

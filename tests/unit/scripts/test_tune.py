@@ -1,12 +1,8 @@
 """The command that recommends settings, and what it writes."""
 
-from __future__ import annotations
-
 import json
 import zipfile
-from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
@@ -20,13 +16,13 @@ from lib.archive.members import (
 )
 from lib.measure import batch_sweep
 from lib.measure.batch_sweep import BatchTime
-from lib.measure.batching_search import Measurement, SearchResult, SearchSpace, find_setting
+from lib.measure.batching_search import Measurement, find_setting
 
 import tune
 from damoyolo.config import ServingConfig
 
 
-def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project_dir: Path) -> None:
+def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project_dir):
     text = (project_dir / "handler" / "model-config.yaml").read_text()
     setting = BatchingSetting(48, 5, 3)
     written = settings_text_with(text, setting)
@@ -40,7 +36,7 @@ def test_the_recommended_file_is_the_projects_with_the_settings_in_place(project
     assert settings_text_with(written, setting) == written
 
 
-def write_archive(path: Path) -> Path:
+def write_archive(path):
     """The parts of an archive that its variants depend on."""
     manifest = {
         "model": {
@@ -65,7 +61,7 @@ def write_archive(path: Path) -> Path:
     return path
 
 
-def test_an_archive_with_another_setting_differs_in_that_alone(tmp_path: Path) -> None:
+def test_an_archive_with_another_setting_differs_in_that_alone(tmp_path):
     source = write_archive(tmp_path / "m.mar")
     (tmp_path / "copy").mkdir()
     setting = BatchingSetting(3, 7, 2)
@@ -77,14 +73,14 @@ def test_an_archive_with_another_setting_differs_in_that_alone(tmp_path: Path) -
         assert before.read("w.pth") == after.read("w.pth")
 
 
-def test_the_empty_archive_serves_the_same_name_with_a_handler_that_does_nothing(tmp_path: Path) -> None:
+def test_the_empty_archive_serves_the_same_name_with_a_handler_that_does_nothing(tmp_path):
     source = write_archive(tmp_path / "m.mar")
     (tmp_path / "copy").mkdir()
     copy = empty_archive(source, tmp_path / "copy", BatchingSetting(3, 7, 2), answer_bytes=123)
     assert read_settings(copy)["answer_bytes"] == 123
     with zipfile.ZipFile(copy) as archive:
         assert "w.pth" not in archive.namelist()
-        namespace: dict[str, type] = {"__name__": "h"}
+        namespace = {"__name__": "h"}
         exec(archive.read("h.py"), namespace)
 
     class Context:
@@ -97,22 +93,20 @@ def test_the_empty_archive_serves_the_same_name_with_a_handler_that_does_nothing
     assert [len(answer) for answer in handler.handle([{}, {}], Context())] == [123, 123]
 
 
-def measured(setting: BatchingSetting) -> Measurement:
+def measured(setting):
     """A rate that grows with the batch size, and not with workers and delay."""
     return Measurement(100.0 + setting.batch_size, 5.0, 10.0)
 
 
-def test_the_command_writes_the_recommendation_and_its_plot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def search(_arguments: object, _images: object, space: SearchSpace, gpus: int) -> SearchResult:
+def test_the_command_writes_the_recommendation_and_its_plot(tmp_path, monkeypatch, capsys):
+    def search(_arguments, _images, space, gpus):
         searched.append((gpus, space.workers))
         return find_setting(measured, space, 100.0)
 
-    def measure_batch(_archive: object, _images: object, _device: object, batch_size: int) -> BatchTime:
+    def measure_batch(_archive, _images, _device, batch_size):
         return BatchTime(batch_size, 0.004, 0.004 if batch_size < 64 else 0.2, None)
 
-    searched: list[tuple[int, object]] = []
+    searched = []
     monkeypatch.setattr(tune, "_search", search)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(batch_sweep, "measure_batch", measure_batch)

@@ -1,23 +1,19 @@
 """Fusions: each gives the values of the plain network, and leaves none of the blocks that it replaces."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from damoyolo.cuda import fuse as fuse_module
 from damoyolo.cuda.fuse import FuseOptions, focus_weight_on_pixels, fuse, merge_convs
-from damoyolo.cuda.kernels import Activation, pixel_stride
+from damoyolo.cuda.kernels import pixel_stride
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
-from damoyolo.model.damoyolo import DamoYolo, build_model
+from damoyolo.model.damoyolo import build_model
 from damoyolo.model.layers import Focus, LayerFactory, SpatialPyramidPooling
 from damoyolo.model.neck import FusionStage
 from damoyolo.model.variants import VARIANTS
@@ -31,7 +27,7 @@ CLASSES = 3
 GPU_SIZE_HW = (128, 160)
 
 
-def only(name: str) -> FuseOptions:
+def only(name):
     """One fusion; or "none" of them, or "all"."""
     if name == "all":
         return FuseOptions()
@@ -39,7 +35,7 @@ def only(name: str) -> FuseOptions:
 
 
 @functools.cache
-def make_model(name: str) -> DamoYolo:
+def make_model(name):
     """A folded network whose values neither fade nor blow up on the way, so that every block counts."""
     torch.manual_seed(7)
     model = build_model(VARIANTS[name], CLASSES, folded=True).requires_grad_(False)
@@ -53,7 +49,7 @@ def make_model(name: str) -> DamoYolo:
 
 
 @functools.cache
-def make_pixels(size_hw: tuple[int, int] = (64, 96)) -> Tensor:
+def make_pixels(size_hw=(64, 96)):
     """(2, 3, H, W) uint8."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (2, 3, *size_hw), dtype=torch.uint8, generator=generator)
@@ -61,12 +57,12 @@ def make_pixels(size_hw: tuple[int, int] = (64, 96)) -> Tensor:
 
 
 @functools.cache
-def plain_predictions(name: str, size_hw: tuple[int, int] = (64, 96)) -> RawPredictions:
-    predictions: RawPredictions = make_model(name)(make_pixels(size_hw).float())
+def plain_predictions(name, size_hw=(64, 96)):
+    predictions = make_model(name)(make_pixels(size_hw).float())
     return predictions
 
 
-def largest_difference(found: RawPredictions, expected: RawPredictions) -> float:
+def largest_difference(found, expected):
     """Over all tensors, as a part of a tensor's largest value."""
     pairs = zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True)
     return max(((a.cpu().float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
@@ -74,9 +70,7 @@ def largest_difference(found: RawPredictions, expected: RawPredictions) -> float
 
 @pytest.mark.parametrize("fused", ["none", *FUSIONS, "all"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_fusion_alone_and_all_together_give_the_values_of_the_plain_network(
-    name: str, fused: str
-) -> None:
+def test_each_fusion_alone_and_all_together_give_the_values_of_the_plain_network(name, fused):
     expected = plain_predictions(name)
     for tensor in [*expected[0], *expected[1]]:  # of which the pixels decide a good part
         assert tensor.std(dim=(0, 2, 3)).mean() > 100 * TOLERANCE * tensor.abs().max()
@@ -85,12 +79,12 @@ def test_each_fusion_alone_and_all_together_give_the_values_of_the_plain_network
 
 
 @pytest.mark.parametrize("name", ["L", "N"])
-def test_variants_with_more_blocks_or_another_stem_agree_as_well(name: str) -> None:
+def test_variants_with_more_blocks_or_another_stem_agree_as_well(name):
     assert largest_difference(fuse(make_model(name))(make_pixels()), plain_predictions(name)) < TOLERANCE
 
 
 @pytest.mark.parametrize("fused", ["none", "all"])
-def test_pixels_of_any_type_and_layout_give_the_same(fused: str) -> None:
+def test_pixels_of_any_type_and_layout_give_the_same(fused):
     model, expected = fuse(make_model("T"), only(fused)), plain_predictions("T")
     for pixels in (make_pixels().contiguous(), make_pixels().float(), make_pixels().double().contiguous()):
         assert largest_difference(model(pixels), expected) < TOLERANCE
@@ -99,14 +93,14 @@ def test_pixels_of_any_type_and_layout_give_the_same(fused: str) -> None:
 
 
 @pytest.mark.parametrize("fused", ["none", "all"])
-def test_a_fused_network_can_be_converted(fused: str) -> None:
+def test_a_fused_network_can_be_converted(fused):
     model = fuse(make_model("T"), only(fused)).to(torch.bfloat16)
     found = model(make_pixels())
     assert {tensor.dtype for level in found for tensor in level} == {torch.bfloat16}
     assert largest_difference(found, plain_predictions("T")) < 0.1
 
 
-def test_the_network_itself_is_left_alone() -> None:
+def test_the_network_itself_is_left_alone():
     model = copy.deepcopy(make_model("T"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fused = fuse(model)
@@ -117,14 +111,14 @@ def test_the_network_itself_is_left_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-def test_a_network_as_trained_is_refused() -> None:
+def test_a_network_as_trained_is_refused():
     with pytest.raises(ValueError, match="folded=True"):
         fuse(build_model(VARIANTS["Ns"], CLASSES))
 
 
 @pytest.mark.parametrize("name", ["S", "M"])
-def test_a_fusion_replaces_its_blocks_and_no_other_does(name: str) -> None:
-    fusion_of: dict[type[nn.Module], str] = {
+def test_a_fusion_replaces_its_blocks_and_no_other_does(name):
+    fusion_of = {
         Focus: "stem",
         SpatialPyramidPooling: "pooling",
         nn.Upsample: "pointwise",
@@ -137,7 +131,7 @@ def test_a_fusion_replaces_its_blocks_and_no_other_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["S", "M"])
-def test_no_convolution_of_torch_is_left_but_the_depthwise_ones_of_the_mobile_variants(name: str) -> None:
+def test_no_convolution_of_torch_is_left_but_the_depthwise_ones_of_the_mobile_variants(name):
     assert not any(isinstance(module, nn.Conv2d) for module in fuse(make_model(name)).modules())
     left = [module for module in fuse(make_model("Ns")).modules() if isinstance(module, nn.Conv2d)]
     assert left
@@ -145,19 +139,10 @@ def test_no_convolution_of_torch_is_left_but_the_depthwise_ones_of_the_mobile_va
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "L", "N"])
-def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(name, monkeypatch):
     calls = []
 
-    def checked(
-        inputs: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        activation: Activation,
-        upsampled: Sequence[bool] | None,
-        out_channels: Sequence[int],
-    ) -> tuple[Tensor, ...]:
+    def checked(inputs, weight, bias, activation, upsampled, out_channels):
         assert len(inputs) <= 5
         assert not any(x.shape[1] % 8 for x in inputs)
         assert not (upsampled and upsampled[0])
@@ -168,13 +153,13 @@ def test_the_kernel_for_1x1_convolutions_is_given_only_what_it_takes(
         return pointwise_conv(inputs, weight, bias, activation, upsampled, out_channels)
 
     monkeypatch.setattr(fuse_module, "pointwise_conv", checked)
-    model = fuse(make_model(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fuse(make_model(name)).to(memory_format=torch.channels_last)
     model(make_pixels())
     assert calls.count((False, False, True)) == calls.count((False, True)) == 1
     assert len(calls) >= 11
 
 
-def test_a_convolution_of_focus_becomes_one_of_pixels() -> None:
+def test_a_convolution_of_focus_becomes_one_of_pixels():
     torch.manual_seed(0)
     focus = Focus(5, nn.Identity, LayerFactory(folded=True)).double().requires_grad_(False)
     conv, images = focus.conv.conv, torch.rand(2, 3, 12, 18, dtype=torch.float64)
@@ -183,7 +168,7 @@ def test_a_convolution_of_focus_becomes_one_of_pixels() -> None:
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_merged_convolutions_give_both_outputs_and_then_zeros(kernel_size: int) -> None:
+def test_merged_convolutions_give_both_outputs_and_then_zeros(kernel_size):
     torch.manual_seed(0)
     convs = [nn.Conv2d(4, n, kernel_size, padding=kernel_size // 2).requires_grad_(False) for n in (3, 7)]
     x = torch.randn(2, 4, 5, 6)
@@ -193,7 +178,7 @@ def test_merged_convolutions_give_both_outputs_and_then_zeros(kernel_size: int) 
     assert not found[:, 10:].any()
 
 
-def test_the_predictions_of_a_level_are_views_of_one_tensor_with_channels_in_eights() -> None:
+def test_the_predictions_of_a_level_are_views_of_one_tensor_with_channels_in_eights():
     class_logits, distance_logits = fuse(make_model("S"))(make_pixels())
     for classes, distances in zip(class_logits, distance_logits, strict=True):
         assert classes.untyped_storage().data_ptr() == distances.untyped_storage().data_ptr()
@@ -201,8 +186,8 @@ def test_the_predictions_of_a_level_are_views_of_one_tensor_with_channels_in_eig
         assert pixel_stride(classes) == pixel_stride(distances) == 72
 
 
-def on_cuda(model: nn.Module, dtype: torch.dtype) -> Any:
-    return model.to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def on_cuda(model, dtype):
+    return model.to("cuda", dtype, memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu
@@ -216,9 +201,7 @@ def on_cuda(model: nn.Module, dtype: torch.dtype) -> Any:
     ],
 )
 @torch.inference_mode()
-def test_fusions_agree_with_the_plain_network_on_a_gpu(
-    name: str, fused: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fusions_agree_with_the_plain_network_on_a_gpu(name, fused, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     expected, pixels = plain_predictions(name, GPU_SIZE_HW), make_pixels(GPU_SIZE_HW).cuda()
     found = on_cuda(fuse(make_model(name), only(fused)), dtype)(pixels)
@@ -233,7 +216,7 @@ def test_fusions_agree_with_the_plain_network_on_a_gpu(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_a_cuda_graph_of_a_fused_network_replays_its_values(name: str) -> None:
+def test_a_cuda_graph_of_a_fused_network_replays_its_values(name):
     model = on_cuda(fuse(make_model(name)), torch.float16)
     pixels = torch.zeros_like(make_pixels(GPU_SIZE_HW), device="cuda")
     stream = torch.cuda.Stream()

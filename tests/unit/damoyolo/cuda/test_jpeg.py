@@ -1,12 +1,9 @@
 """Which JPEG headers are left to nvJPEG, and what is read from them."""
 
-from __future__ import annotations
-
 import io
 import random
 import struct
 import warnings
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,12 +14,12 @@ from damoyolo.decode import decode_image
 from doubles.images import encode, encode_jpeg, exif, make_pixels
 
 
-def with_segment(jpeg: bytes, marker: int, payload: bytes) -> bytes:
+def with_segment(jpeg, marker, payload):
     """The JPEG with a segment before all others."""
     return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload + jpeg[2:]
 
 
-def without_segments(jpeg: bytes, marker: int) -> bytes:
+def without_segments(jpeg, marker):
     """The JPEG without the segments of that marker ahead of its scan."""
     position, kept = 2, jpeg[:2]
     while jpeg[position + 1] != 0xDA:
@@ -61,7 +58,7 @@ PLAIN_HEADER = JpegHeader(40, 56, 1)
         encode_jpeg(PIXELS, exif=exif(1)),
     ],
 )
-def test_a_plain_jpeg_is_for_the_device(encoded: Any) -> None:
+def test_a_plain_jpeg_is_for_the_device(encoded):
     assert read_plain_jpeg_header(encoded) == PLAIN_HEADER
 
 
@@ -103,19 +100,19 @@ def test_a_plain_jpeg_is_for_the_device(encoded: Any) -> None:
         memoryview(PLAIN * 2)[::2],
     ],
 )
-def test_any_other_bytes_are_for_the_cpu(encoded: Any) -> None:
+def test_any_other_bytes_are_for_the_cpu(encoded):
     assert read_plain_jpeg_header(encoded) is None
 
 
 @pytest.mark.parametrize("byte_order", "<>")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_is_read(orientation: int, byte_order: str) -> None:
+def test_the_orientation_is_read(orientation, byte_order):
     encoded = encode_jpeg(PIXELS, exif=exif(orientation, byte_order))
     assert read_plain_jpeg_header(encoded) == JpegHeader(40, 56, orientation)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_upright(orientation: int) -> None:
+def test_an_orientation_that_does_not_exist_is_upright(orientation):
     assert read_plain_jpeg_header(encode_jpeg(PIXELS, exif=exif(orientation))) == PLAIN_HEADER
 
 
@@ -135,11 +132,11 @@ XMP = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
         with_segment(PLAIN, 0xE1, XMP),
     ],
 )
-def test_irregular_data_about_the_orientation_are_for_the_cpu(encoded: bytes) -> None:
+def test_irregular_data_about_the_orientation_are_for_the_cpu(encoded):
     assert read_plain_jpeg_header(encoded) is None
 
 
-def test_exif_data_come_before_xmp() -> None:
+def test_exif_data_come_before_xmp():
     encoded = with_segment(encode_jpeg(PIXELS, exif=exif(3)), 0xE1, XMP)
     assert read_plain_jpeg_header(encoded) == JpegHeader(40, 56, 3)
     assert decode_image(encoded, ServingConfig()).shape == (
@@ -149,7 +146,7 @@ def test_exif_data_come_before_xmp() -> None:
     )  # Pillow agrees: not turned by 90 degrees
 
 
-def test_no_damage_makes_reading_raise_or_disagree_with_pillow_about_the_size() -> None:
+def test_no_damage_makes_reading_raise_or_disagree_with_pillow_about_the_size():
     dice = random.Random(3)
     sources = [
         PLAIN,

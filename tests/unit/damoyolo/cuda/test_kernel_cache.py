@@ -1,7 +1,5 @@
 """The Triton kernels that an archive carries: used where they fit, and otherwise ignored."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -12,12 +10,12 @@ from damoyolo.cuda.kernel_cache import CACHE_VARIABLE, use_compiled_kernels
 
 
 @pytest.fixture(autouse=True)
-def _no_cache_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_cache_set(monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "x")  # so that it is put back afterwards
     monkeypatch.delenv(CACHE_VARIABLE)
 
 
-def make_group(model_dir: Path) -> Path:
+def make_group(model_dir):
     kernel_dir = model_dir / "compiled_kernels" / "HASH"
     kernel_dir.mkdir(parents=True)
     (kernel_dir / "stem.cubin").write_bytes(b"code")
@@ -26,7 +24,7 @@ def make_group(model_dir: Path) -> Path:
     return group
 
 
-def test_kernels_of_another_machine_are_found_in_their_new_place(tmp_path: Path) -> None:
+def test_kernels_of_another_machine_are_found_in_their_new_place(tmp_path):
     group = make_group(tmp_path)
     assert use_compiled_kernels(tmp_path)
     (path,) = json.loads(group.read_text())["child_paths"].values()
@@ -35,9 +33,7 @@ def test_kernels_of_another_machine_are_found_in_their_new_place(tmp_path: Path)
     assert [each.name for each in group.parent.iterdir() if each.name.startswith(".")] == []
 
 
-def test_what_triton_wrote_elsewhere_is_what_it_reads_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_triton_wrote_elsewhere_is_what_it_reads_here(tmp_path, monkeypatch):
     cache = pytest.importorskip("triton.runtime.cache")
     there = tmp_path / "there"
     monkeypatch.setenv(CACHE_VARIABLE, str(there))
@@ -54,16 +50,14 @@ def test_what_triton_wrote_elsewhere_is_what_it_reads_here(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"child_paths": 3}'])
-def test_a_damaged_folder_is_ignored(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_folder_is_ignored(tmp_path, text, caplog):
     make_group(tmp_path).write_text(text)
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ
     assert "not used" in caplog.text
 
 
-def test_a_cache_that_the_operator_names_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_the_operator_names_is_left_alone(tmp_path, monkeypatch):
     group = make_group(tmp_path)
     before = group.read_text()
     monkeypatch.setenv(CACHE_VARIABLE, "/theirs")
@@ -71,6 +65,6 @@ def test_a_cache_that_the_operator_names_is_left_alone(
     assert group.read_text() == before
 
 
-def test_an_archive_without_kernels_changes_nothing(tmp_path: Path) -> None:
+def test_an_archive_without_kernels_changes_nothing(tmp_path):
     assert not use_compiled_kernels(tmp_path)
     assert CACHE_VARIABLE not in os.environ

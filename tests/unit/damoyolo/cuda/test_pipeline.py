@@ -1,11 +1,5 @@
 """The detector with CUDA graphs against the one without, in the same precision."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -25,10 +19,10 @@ SCORE_TOLERANCE, BOX_TOLERANCE_PX = 0.02, 1.5
 
 
 @pytest.fixture(scope="module")
-def open_detector(demo_settings: dict[str, Any], demo_archive_dir: Path) -> Callable[..., Detector]:
+def open_detector(demo_settings, demo_archive_dir):
     """Opens the demo weights on CUDA in fp16; settings as keywords."""
 
-    def open_it(**changes: object) -> Detector:
+    def open_it(**changes):
         settings = {**demo_settings, "precision": "fp16", "graph_batch_sizes": [1, 4], **changes}
         return Detector.from_settings(settings, demo_archive_dir / WEIGHTS_FILE, torch.device("cuda"))
 
@@ -36,7 +30,7 @@ def open_detector(demo_settings: dict[str, Any], demo_archive_dir: Path) -> Call
 
 
 @pytest.fixture(scope="module")
-def plain(open_detector: Callable[..., Detector]) -> Iterator[Detector]:
+def plain(open_detector):
     detector = open_detector(cuda_graphs=False)
     assert isinstance(detector.pipeline, EagerPipeline)
     yield detector
@@ -44,14 +38,14 @@ def plain(open_detector: Callable[..., Detector]) -> Iterator[Detector]:
 
 
 @pytest.fixture(scope="module")
-def captured(open_detector: Callable[..., Detector]) -> Iterator[Detector]:
+def captured(open_detector):
     detector = open_detector()
     assert isinstance(detector.pipeline, GraphPipeline)
     yield detector
     detector.close()
 
 
-def assert_close(found: object, expected: object, score_threshold: float) -> None:
+def assert_close(found, expected, score_threshold):
     """The same detections; one whose score is nearly the threshold may be there in one alone."""
     assert isinstance(found, Detections)
     assert isinstance(expected, Detections)
@@ -68,9 +62,7 @@ def assert_close(found: object, expected: object, score_threshold: float) -> Non
                 assert abs(others.scores[same_class][nearest] - score) <= SCORE_TOLERANCE
 
 
-def test_every_batch_size_finds_what_the_plain_detector_finds(
-    captured: Detector, plain: Detector, smears: list[bytes]
-) -> None:
+def test_every_batch_size_finds_what_the_plain_detector_finds(captured, plain, smears):
     for batch_size in (1, 2, 3, 4, 5, 9, 1):  # exact, padded, and cut up
         batch = [smears[index % 3] for index in range(batch_size)]
         options = [plain.config.default_options()] * batch_size
@@ -81,7 +73,7 @@ def test_every_batch_size_finds_what_the_plain_detector_finds(
             assert_close(found, expected, 0.25)
 
 
-def test_options_differ_within_a_batch(captured: Detector, plain: Detector, smears: list[bytes]) -> None:
+def test_options_differ_within_a_batch(captured, plain, smears):
     options = [
         DetectionOptions(0.5, 0.45, 300),
         DetectionOptions(0.05, 0.9, 300),
@@ -101,9 +93,7 @@ def test_options_differ_within_a_batch(captured: Detector, plain: Detector, smea
     assert len(limited) == 3
 
 
-def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(
-    captured: Detector, plain: Detector, smears: list[bytes]
-) -> None:
+def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(captured, plain, smears):
     options = [DetectionOptions(0.0005, 0.7, 1000), plain.config.default_options()]
     batch = smears[:2]
     for found, expected, option in zip(
@@ -116,9 +106,7 @@ def test_more_candidates_than_the_fixed_shapes_hold_are_all_considered(
         assert likely.sum() == (expected.scores > 0.3).sum() or option.score_threshold > 0.2
 
 
-def test_a_corrupt_neighbour_and_other_formats_share_a_captured_batch(
-    captured: Detector, plain: Detector, smears: list[bytes]
-) -> None:
+def test_a_corrupt_neighbour_and_other_formats_share_a_captured_batch(captured, plain, smears):
     from PIL import Image
 
     from doubles.images import encode
@@ -133,9 +121,7 @@ def test_a_corrupt_neighbour_and_other_formats_share_a_captured_batch(
             assert_close(found, expected, 0.25)
 
 
-def test_a_detector_without_gpu_jpeg_decoding_finds_the_same(
-    open_detector: Callable[..., Detector], plain: Detector, smears: list[bytes]
-) -> None:
+def test_a_detector_without_gpu_jpeg_decoding_finds_the_same(open_detector, plain, smears):
     detector = open_detector(gpu_jpeg_decoding=False)
     options = [plain.config.default_options()] * 3
     for found, expected in zip(detector.detect(smears, options), plain.detect(smears, options), strict=True):

@@ -1,30 +1,22 @@
 """Whole batches of mixed kinds: with a decoder in place of nvJPEG on the CPU, and on a GPU."""
 
-from __future__ import annotations
-
 import io
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from damoyolo.config import ServingConfig
 from damoyolo.cuda import preprocess as device_preprocess
 from damoyolo.cuda.jpeg import JpegHeader, read_plain_jpeg_header
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
-from damoyolo.preprocess import ImagePreprocessor, PreparedBatch
+from damoyolo.preprocess import ImagePreprocessor
 from doubles.images import encode, encode_jpeg, exif, make_pixels
 
 CONFIG = ServingConfig()
@@ -38,18 +30,18 @@ _TABLES = PLAIN.index(b"\xff\xc4")
 CORRUPT = PLAIN[: _TABLES + 5] + b"\xff" * 16 + PLAIN[_TABLES + 21 :]
 
 
-def errors_of(batch: PreparedBatch) -> dict[int, tuple[type, str]]:
+def errors_of(batch):
     return {slot: (type(error), str(error)) for slot, error in batch.errors.items()}
 
 
 class StandInDecoder:
     """Decodes in place of nvJPEG, on the CPU; refuses a whole batch for one bad image, as that does."""
 
-    def __init__(self) -> None:
-        self.batch_sizes: list[int] = []
+    def __init__(self):
+        self.batch_sizes = []
         self.refused = 0
 
-    def __call__(self, encoded: list[Tensor], device: torch.device) -> list[Tensor]:
+    def __call__(self, encoded, device):
         self.batch_sizes.append(len(encoded))
         try:
             images = [Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGB") for data in encoded]
@@ -60,21 +52,21 @@ class StandInDecoder:
 
 
 @pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> StandInDecoder:
+def decoder(monkeypatch):
     stand_in = StandInDecoder()
     monkeypatch.setattr(device_preprocess, "decode_jpegs", stand_in)
     return stand_in
 
 
 @pytest.fixture
-def preprocessor(decoder: StandInDecoder) -> Iterator[DevicePreprocessor]:
+def preprocessor(decoder):
     made = DevicePreprocessor(CONFIG, INPUT_SIZE_HW, CPU)
     yield made
     made.close()
 
 
 @pytest.fixture
-def plain_preprocessor() -> Iterator[ImagePreprocessor]:
+def plain_preprocessor():
     made = ImagePreprocessor(CONFIG, INPUT_SIZE_HW, CPU)
     yield made
     made.close()
@@ -92,9 +84,7 @@ MIXED = [
 ]
 
 
-def test_kinds_go_their_ways_and_the_order_is_kept(
-    preprocessor: DevicePreprocessor, plain_preprocessor: ImagePreprocessor, decoder: StandInDecoder
-) -> None:
+def test_kinds_go_their_ways_and_the_order_is_kept(preprocessor, plain_preprocessor, decoder):
     oriented = [encode_jpeg(make_pixels(50, 90), exif=exif(orientation)) for orientation in range(1, 9)]
     batch = preprocessor.prepare(MIXED + oriented)
     expected = plain_preprocessor.prepare(MIXED + oriented)
@@ -108,9 +98,7 @@ def test_kinds_go_their_ways_and_the_order_is_kept(
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_any_kind_of_bytes_is_decoded_without_being_kept(
-    preprocessor: DevicePreprocessor, decoder: StandInDecoder, wrap: Callable[[bytes], Any]
-) -> None:
+def test_any_kind_of_bytes_is_decoded_without_being_kept(preprocessor, decoder, wrap):
     encoded = wrap(PLAIN)
     assert preprocessor.prepare([encoded]).slots == [0]
     assert decoder.batch_sizes == [1]
@@ -118,12 +106,7 @@ def test_any_kind_of_bytes_is_decoded_without_being_kept(
         encoded.clear()  # raises while a tensor still looks at it
 
 
-def test_a_corrupt_neighbour_costs_only_itself(
-    preprocessor: DevicePreprocessor,
-    plain_preprocessor: ImagePreprocessor,
-    decoder: StandInDecoder,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_corrupt_neighbour_costs_only_itself(preprocessor, plain_preprocessor, decoder, caplog):
     assert read_plain_jpeg_header(CORRUPT) == JpegHeader(40, 56, 1)
     good = [encode_jpeg(make_pixels(40, 50, seed)) for seed in range(3)]
     alone = [preprocessor.prepare([encoded]).pixels[0] for encoded in good]
@@ -148,9 +131,7 @@ def test_a_corrupt_neighbour_costs_only_itself(
         ({"max_image_pixels": 40 * 56, "max_image_bytes": len(PLAIN), "image_formats": ("JPEG",)}, None),
     ],
 )
-def test_the_limits_hold_for_images_decoded_on_the_device(
-    decoder: StandInDecoder, settings: dict[str, Any], error: type | None
-) -> None:
+def test_the_limits_hold_for_images_decoded_on_the_device(decoder, settings, error):
     config = ServingConfig(**settings)
     on_device = DevicePreprocessor(config, INPUT_SIZE_HW, CPU)
     on_cpu = ImagePreprocessor(config, INPUT_SIZE_HW, CPU)
@@ -164,9 +145,7 @@ def test_the_limits_hold_for_images_decoded_on_the_device(
 
 @pytest.mark.parametrize("encoded_images", [[], [b"bad"], [b"bad", b"", CORRUPT]])
 @pytest.mark.parametrize("into_buffer", [False, True])
-def test_an_empty_batch_and_one_of_bad_images_only_work(
-    preprocessor: DevicePreprocessor, encoded_images: list[bytes], into_buffer: bool
-) -> None:
+def test_an_empty_batch_and_one_of_bad_images_only_work(preprocessor, encoded_images, into_buffer):
     out = network_input(4) if into_buffer else None
     batch = preprocessor.prepare(encoded_images, out)
     assert batch.pixels.shape == (0, 3, *INPUT_SIZE_HW)
@@ -174,9 +153,7 @@ def test_an_empty_batch_and_one_of_bad_images_only_work(
     assert sorted(batch.errors) == list(range(len(encoded_images)))
 
 
-def test_a_result_of_another_size_than_the_header_says_is_not_used(
-    preprocessor: DevicePreprocessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_of_another_size_than_the_header_says_is_not_used(preprocessor, monkeypatch):
     wrong = torch.zeros(3, 40, 57, dtype=torch.uint8)
     monkeypatch.setattr(device_preprocess, "decode_jpegs", lambda *_: [wrong])
     batch = preprocessor.prepare([PLAIN])
@@ -185,10 +162,8 @@ def test_a_result_of_another_size_than_the_header_says_is_not_used(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
-def test_a_lack_of_memory_and_a_lost_device_are_not_blamed_on_the_images(
-    preprocessor: DevicePreprocessor, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
-    def fail(*_: object) -> None:
+def test_a_lack_of_memory_and_a_lost_device_are_not_blamed_on_the_images(preprocessor, monkeypatch, error):
+    def fail(*_):
         raise error("of the device")
 
     monkeypatch.setattr(device_preprocess, "decode_jpegs", fail)
@@ -197,16 +172,14 @@ def test_a_lack_of_memory_and_a_lost_device_are_not_blamed_on_the_images(
         preprocessor.prepare([PLAIN])
 
 
-def test_the_threads_decode_while_the_device_does(
-    preprocessor: DevicePreprocessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_threads_decode_while_the_device_does(preprocessor, monkeypatch):
     finished_in_thread = threading.Event()
 
-    def decode_in_thread(encoded: Any) -> NDArray[np.uint8]:
+    def decode_in_thread(encoded):
         finished_in_thread.set()
         return PIXELS
 
-    def decode_on_device(encoded: list[Tensor], _: torch.device) -> list[Tensor]:
+    def decode_on_device(encoded, _):
         assert finished_in_thread.wait(10)
         return [torch.zeros(3, 40, 56, dtype=torch.uint8) for _ in encoded]
 
@@ -215,16 +188,14 @@ def test_the_threads_decode_while_the_device_does(
     assert preprocessor.prepare([PLAIN, encode(PIXELS, "PNG")]).slots == [0, 1]
 
 
-def test_several_threads_may_prepare_at_once(preprocessor: DevicePreprocessor) -> None:
+def test_several_threads_may_prepare_at_once(preprocessor):
     expected = preprocessor.prepare(MIXED).pixels
     with ThreadPoolExecutor(4) as pool:
         for batch in pool.map(preprocessor.prepare, [MIXED] * 12):
             assert torch.equal(batch.pixels, expected)
 
 
-def test_images_that_do_not_fit_the_memory_together_are_prepared_one_after_the_other(
-    preprocessor: DevicePreprocessor, decoder: StandInDecoder
-) -> None:
+def test_images_that_do_not_fit_the_memory_together_are_prepared_one_after_the_other(preprocessor, decoder):
     expected = preprocessor.prepare(MIXED)
     decoder.batch_sizes.clear()
     one_by_one = DevicePreprocessor(ServingConfig(max_decode_bytes=1), INPUT_SIZE_HW, CPU)
@@ -240,13 +211,13 @@ def test_images_that_do_not_fit_the_memory_together_are_prepared_one_after_the_o
 # ---------------------------------------------------------------------------------------- static buffer
 
 
-def network_input(batch_size: int) -> Tensor:
+def network_input(batch_size):
     """(B, 3, H, W) channels last, every value 7."""
     canvas = torch.full((batch_size, *INPUT_SIZE_HW, 3), 7, dtype=torch.uint8)
     return canvas.permute(0, 3, 1, 2)
 
 
-def test_pixels_are_written_to_the_first_rows_of_the_buffer(preprocessor: DevicePreprocessor) -> None:
+def test_pixels_are_written_to_the_first_rows_of_the_buffer(preprocessor):
     out = network_input(10)
     batch = preprocessor.prepare([b"bad", *MIXED], out)
     assert batch.slots == list(range(1, 9))
@@ -260,7 +231,7 @@ def test_pixels_are_written_to_the_first_rows_of_the_buffer(preprocessor: Device
     "out",
     [network_input(1), network_input(4).contiguous(), network_input(4)[:, :, 1:], network_input(8)[::2]],
 )
-def test_a_buffer_that_does_not_fit_is_refused(preprocessor: DevicePreprocessor, out: Tensor) -> None:
+def test_a_buffer_that_does_not_fit_is_refused(preprocessor, out):
     with pytest.raises(ValueError, match="channels last"):
         preprocessor.prepare(MIXED[:2], out)
 
@@ -275,43 +246,38 @@ NEEDS_GPU = [
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=NEEDS_GPU)])
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request):
     """The current GPU; marks each test that uses it."""
     return torch.device(request.param, torch.cuda.current_device())
 
 
 @pytest.fixture
-def on_device(device: torch.device) -> Iterator[DevicePreprocessor]:
+def on_device(device):
     made = DevicePreprocessor(CONFIG, (640, 640), device)
     yield made
     made.close()
 
 
 @pytest.fixture
-def on_cpu() -> Iterator[ImagePreprocessor]:
+def on_cpu():
     made = ImagePreprocessor(CONFIG, (640, 640), CPU)
     yield made
     made.close()
 
 
 @pytest.fixture
-def smears(project_dir: Path) -> list[bytes]:
+def smears(project_dir):
     encoded = [path.read_bytes() for path in sorted((project_dir / "tests/data/smears").glob("*.jpg"))]
     assert len(encoded) == 3
     assert all(read_plain_jpeg_header(image) for image in encoded)
     return encoded
 
 
-def difference(found: Tensor, expected: Tensor) -> Tensor:
+def difference(found, expected):
     return (found.cpu().int() - expected.cpu().int()).abs().float()
 
 
-def test_a_gpu_decodes_real_images_as_the_cpu_does(
-    on_device: DevicePreprocessor,
-    on_cpu: ImagePreprocessor,
-    smears: list[bytes],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_gpu_decodes_real_images_as_the_cpu_does(on_device, on_cpu, smears, caplog):
     batch, expected = on_device.prepare(smears), on_cpu.prepare(smears)
     assert caplog.text == ""
     assert batch.pixels.is_cuda
@@ -336,12 +302,7 @@ def test_a_gpu_decodes_real_images_as_the_cpu_does(
     ],
     ids=str,
 )
-def test_a_gpu_decodes_every_plain_kind(
-    on_device: DevicePreprocessor,
-    on_cpu: ImagePreprocessor,
-    options: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_gpu_decodes_every_plain_kind(on_device, on_cpu, options, caplog):
     pixels = make_pixels(*options.pop("size_hw", (300, 400)))
     encoded = encode_jpeg(pixels[:, :, 0] if options.pop("grey", False) else pixels, quality=90, **options)
     assert read_plain_jpeg_header(encoded) is not None
@@ -354,9 +315,7 @@ def test_a_gpu_decodes_every_plain_kind(
     assert torch.equal(batch.pixels[0], batch.pixels[2])
 
 
-def test_a_gpu_takes_mixed_kinds_and_survives_a_corrupt_one(
-    on_device: DevicePreprocessor, on_cpu: ImagePreprocessor, smears: list[bytes]
-) -> None:
+def test_a_gpu_takes_mixed_kinds_and_survives_a_corrupt_one(on_device, on_cpu, smears):
     images = [*MIXED, CORRUPT, b"bad", *smears]
     for _ in range(3):  # the decoder must recover from each refusal
         batch, expected = on_device.prepare(images), on_cpu.prepare(images)
@@ -369,9 +328,7 @@ def test_a_gpu_takes_mixed_kinds_and_survives_a_corrupt_one(
         assert difference(again.pixels, expected.pixels[-3:]).mean(dim=(1, 2, 3)).max() < 2
 
 
-def test_a_scan_of_noise_costs_a_gpu_nothing_but_that_image(
-    on_device: DevicePreprocessor, on_cpu: ImagePreprocessor, smears: list[bytes]
-) -> None:
+def test_a_scan_of_noise_costs_a_gpu_nothing_but_that_image(on_device, on_cpu, smears):
     dice = random.Random(5)
     for _ in range(20):
         damaged = bytearray(smears[0])
@@ -383,9 +340,7 @@ def test_a_scan_of_noise_costs_a_gpu_nothing_but_that_image(
         assert difference(batch.pixels[-3:], expected.pixels).mean(dim=(1, 2, 3)).max() < 2
 
 
-def test_a_gpu_resizes_as_the_golden_file_says_within_one(
-    on_device: DevicePreprocessor, golden: ModuleType, model_dir: Path
-) -> None:
+def test_a_gpu_resizes_as_the_golden_file_says_within_one(on_device, golden, model_dir):
     pixels = on_device.prepare([encode(image) for image in golden.preprocess_images()]).pixels
     assert golden.check_preprocess(
         [row[None].cpu() for row in pixels],
@@ -395,9 +350,7 @@ def test_a_gpu_resizes_as_the_golden_file_says_within_one(
     )
 
 
-def test_what_the_gpu_has_yet_to_read_is_not_decoded_over(
-    on_device: DevicePreprocessor, device: torch.device
-) -> None:
+def test_what_the_gpu_has_yet_to_read_is_not_decoded_over(on_device, device):
     values = (30, 90, 150, 210)
     colours = [encode_jpeg(np.full((480, 640, 3), value, dtype=np.uint8)) for value in values]
     canvases = torch.zeros(4, 8, 640, 640, 3, dtype=torch.uint8, device=device)
@@ -413,9 +366,7 @@ def test_what_the_gpu_has_yet_to_read_is_not_decoded_over(
             assert difference(out, torch.tensor(value)).max() <= 2
 
 
-def test_memory_of_the_gpu_does_not_grow(
-    on_device: DevicePreprocessor, device: torch.device, smears: list[bytes]
-) -> None:
+def test_memory_of_the_gpu_does_not_grow(on_device, device, smears):
     images = [*smears, encode(make_pixels(50, 60), "PNG")] * 8
     out = torch.zeros(32, 640, 640, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     free_bytes = []
@@ -426,9 +377,7 @@ def test_memory_of_the_gpu_does_not_grow(
     assert free_bytes[-1] >= free_bytes[20] - 2**20
 
 
-def test_groups_that_follow_each_other_on_a_device_give_the_pixels_of_one_batch(
-    on_device: DevicePreprocessor, device: torch.device, smears: list[bytes]
-) -> None:
+def test_groups_that_follow_each_other_on_a_device_give_the_pixels_of_one_batch(on_device, device, smears):
     expected = on_device.prepare([*MIXED, *smears])
     one_by_one = DevicePreprocessor(ServingConfig(max_decode_bytes=1), (640, 640), device)
     for _ in range(20):  # memory of an earlier group is used again by a later one

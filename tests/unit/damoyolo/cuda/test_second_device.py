@@ -1,7 +1,5 @@
 """Everything works on the second GPU while the first is the current one, and gives the same there."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import select
 import subprocess
@@ -25,13 +23,13 @@ with exclusive_device_lock(types.SimpleNamespace(type="cuda", index=int(sys.argv
 
 
 @pytest.fixture
-def temporary_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def temporary_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path
 
 
-def start_other(index: int) -> subprocess.Popen[str]:
+def start_other(index):
     process = subprocess.Popen(
         [sys.executable, "-c", OTHER, str(index)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "handler")},
@@ -44,7 +42,7 @@ def start_other(index: int) -> subprocess.Popen[str]:
     return process
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(process):
     """Return when the process has had the lock and has ended."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -54,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def test_a_second_worker_waits_for_the_first(temporary_dir: Path) -> None:
+def test_a_second_worker_waits_for_the_first(temporary_dir):
     with exclusive_device_lock(CUDA):
         other = start_other(1)
         assert other.stdout is not None
@@ -64,12 +62,12 @@ def test_a_second_worker_waits_for_the_first(temporary_dir: Path) -> None:
     finish(other)
 
 
-def test_workers_of_another_device_do_not_wait(temporary_dir: Path) -> None:
+def test_workers_of_another_device_do_not_wait(temporary_dir):
     with exclusive_device_lock(CUDA):
         finish(start_other(0))
 
 
-def test_the_lock_is_released_by_the_end_of_its_process(temporary_dir: Path) -> None:
+def test_the_lock_is_released_by_the_end_of_its_process(temporary_dir):
     other = start_other(1)
     assert other.stdout is not None
     assert other.stdout.readline() == "in\n"
@@ -79,6 +77,6 @@ def test_the_lock_is_released_by_the_end_of_its_process(temporary_dir: Path) -> 
         pass
 
 
-def test_there_is_no_lock_on_a_cpu(temporary_dir: Path) -> None:
+def test_there_is_no_lock_on_a_cpu(temporary_dir):
     with exclusive_device_lock(torch.device("cpu")):
         assert list(temporary_dir.iterdir()) == []

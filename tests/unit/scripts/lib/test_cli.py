@@ -1,11 +1,7 @@
 """Errors, exit codes and renamed options of the commands."""
 
-from __future__ import annotations
-
-import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +10,7 @@ from lib.cli import ScriptError, command_parser, printable, run_command
 from damoyolo.errors import ConfigError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser():
     made = command_parser("What it does.", {"--pictures": "--images"})
     made.prog = "some_command.py"
     made.add_argument("--images", nargs="+")
@@ -22,22 +18,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 @pytest.mark.parametrize("error", [ScriptError("why"), ConfigError("why"), FileNotFoundError("why")])
-def test_an_expected_error_is_one_line_and_exit_code_1(
-    error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(_arguments: argparse.Namespace) -> None:
+def test_an_expected_error_is_one_line_and_exit_code_1(error, capsys):
+    def command(_arguments):
         raise error
 
     assert run_command(command, parser(), []) == 1
     assert capsys.readouterr().err == "some_command: why\n"
 
 
-def test_what_a_terminal_would_obey_is_shown_as_escape_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_terminal_would_obey_is_shown_as_escape_sequences(capsys):
     assert printable("Blutzelle ß") == "Blutzelle ß"
     assert printable("a\x1b[2J\r\nb\x9b\u202e\udcff") == r"a\x1b[2J\r\nb\x9b\u202e\udcff"
     assert len(printable("a" * 10_000_000)) < 3000
 
-    def command(_arguments: argparse.Namespace) -> None:
+    def command(_arguments):
         raise ScriptError("two\nlines \x1b]0;title\x07")
 
     assert run_command(command, parser(), []) == 1
@@ -45,10 +39,8 @@ def test_what_a_terminal_would_obey_is_shown_as_escape_sequences(capsys: pytest.
 
 
 @pytest.mark.parametrize("package", ["pycocotools", "onnx.helper"])
-def test_a_missing_extra_package_is_one_line_with_what_installs_it(
-    capsys: pytest.CaptureFixture[str], package: str
-) -> None:
-    def command(_arguments: argparse.Namespace) -> None:
+def test_a_missing_extra_package_is_one_line_with_what_installs_it(capsys, package):
+    def command(_arguments):
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     assert run_command(command, parser(), []) == 1
@@ -58,9 +50,7 @@ def test_a_missing_extra_package_is_one_line_with_what_installs_it(
     assert err.count("\n") == 1
 
 
-def test_an_option_whose_package_is_missing_is_refused_before_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_whose_package_is_missing_is_refused_before_the_work(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     made = parser()
     made.add_argument("--plot")
@@ -68,14 +58,14 @@ def test_an_option_whose_package_is_missing_is_refused_before_the_work(
     assert "--plot needs the package matplotlib" in capsys.readouterr().err
 
 
-def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys):
     made = parser()
     made.add_argument("--plot")
     assert run_command(lambda _: pytest.fail("worked"), made, ["--plot", "x.foo"]) == 1
     assert "accepted are files that end in .png" in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly(project_dir: Path) -> None:
+def test_a_reader_that_goes_away_ends_a_command_quietly(project_dir):
     code = (
         "import sys, lib.cli as c; p = c.command_parser('x')\n"
         "def f(_):\n while True: print('line' * 1000)\n"
@@ -91,28 +81,28 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(project_dir: Path) -> No
         assert process.stderr.read() == b""
 
 
-def test_an_interrupt_is_one_line_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
-    def command(_arguments: argparse.Namespace) -> None:
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys):
+    def command(_arguments):
         raise KeyboardInterrupt
 
     assert run_command(command, parser(), []) == 130
     assert capsys.readouterr().err == "some_command: interrupted\n"
 
 
-def test_an_unexpected_error_keeps_its_traceback() -> None:
-    def command(_arguments: argparse.Namespace) -> None:
+def test_an_unexpected_error_keeps_its_traceback():
+    def command(_arguments):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         run_command(command, parser(), [])
 
 
-def test_the_exit_code_of_the_command_is_passed_on() -> None:
+def test_the_exit_code_of_the_command_is_passed_on():
     assert run_command(lambda arguments: len(arguments.images), parser(), ["--images", "a", "b"]) == 2
     assert run_command(lambda _: None, parser(), []) == 0
 
 
-def test_a_renamed_option_is_refused_with_its_present_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_renamed_option_is_refused_with_its_present_name(capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_command(lambda _: None, parser(), ["--pictures", "folder"])
     assert exit_info.value.code == 2
@@ -120,7 +110,7 @@ def test_a_renamed_option_is_refused_with_its_present_name(capsys: pytest.Captur
     assert "--pictures" not in parser().format_help()
 
 
-def test_parsing_a_command_line_needs_no_torch(project_dir: Path) -> None:
+def test_parsing_a_command_line_needs_no_torch(project_dir):
     code = "import sys; import lib.cli, damoyolo.config; sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=project_dir / "scripts", timeout=60).returncode == 0

@@ -4,14 +4,10 @@ Kernels run on a CUDA device, or on the CPU if Triton's interpreter is on from t
 `TRITON_INTERPRET=1 pytest tests/unit/damoyolo/cuda/kernels` has it and the child of `test_interpreted.py`.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,14 +29,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
         ),
     ]
 )
-def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+def kernel_device(request):
     """Each device on which kernels run."""
     pytest.importorskip("triton")
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
-def rounding_bound() -> Callable[[int, Tensor, Tensor, torch.dtype], Tensor]:
+def rounding_bound():
     """How far activation(sum of products + bias) may be from its exact value, whatever adds the products up.
 
     Products of 16-bit numbers are exact in float32. Each of `terms` additions in float32 moves the result by
@@ -54,7 +50,7 @@ def rounding_bound() -> Callable[[int, Tensor, Tensor, torch.dtype], Tensor]:
     exact: exact result. All of one shape; the bound is in their type.
     """
 
-    def bound(terms: int, magnitudes: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    def bound(terms, magnitudes, exact, dtype):
         of_sum = 1.1 * (terms + 4) * torch.finfo(torch.float32).eps * magnitudes
         format_of_result = torch.finfo(dtype)
         smallest_step = format_of_result.smallest_normal * format_of_result.eps

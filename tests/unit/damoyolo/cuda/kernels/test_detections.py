@@ -1,11 +1,7 @@
 """The kernels of `DevicePostprocess` against `postprocess`, which defines their result."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ import torch
 
 from damoyolo.boxes import class_scores, decode_predictions
 from damoyolo.postprocess import nms_per_group, postprocess
-from damoyolo.structures import DetectionOptions, Detections, RawPredictions
+from damoyolo.structures import DetectionOptions, RawPredictions
 
 pytest.importorskip("triton")
 
@@ -45,15 +41,8 @@ MIXED_SIZES_HW = [(96, 64), (480, 640), (37, 53), (1080, 1920), (5, 4000), (64, 
 
 
 def random_predictions(
-    device: torch.device,
-    *,
-    batch_size: int,
-    num_classes: int,
-    level_sizes_hw: Sequence[tuple[int, int]] = LEVEL_SIZES_HW,
-    reg_max: int = R,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> RawPredictions:
+    device, *, batch_size, num_classes, level_sizes_hw=LEVEL_SIZES_HW, reg_max=R, dtype=torch.float32, seed=0
+):
     """Classes and distances as ranges of channels of one channels_last tensor a level."""
     generator = torch.Generator().manual_seed(seed)
     channels = num_classes + 4 * (reg_max + 1)
@@ -68,7 +57,7 @@ def random_predictions(
     )
 
 
-def blank_predictions(device: torch.device, *, batch_size: int, num_classes: int = 1) -> RawPredictions:
+def blank_predictions(device, *, batch_size, num_classes=1):
     """No candidates above a score of 0.001; all boxes without area."""
     class_logits = [torch.full((batch_size, num_classes, h, w), -9.0) for h, w in LEVEL_SIZES_HW]
     distance_logits = [torch.full((batch_size, 4 * (R + 1), h, w), -torch.inf) for h, w in LEVEL_SIZES_HW]
@@ -80,7 +69,7 @@ def blank_predictions(device: torch.device, *, batch_size: int, num_classes: int
     )
 
 
-def made_for(raw: RawPredictions, **settings: Any) -> DevicePostprocess:
+def made_for(raw, **settings):
     class_logits, distance_logits = raw
     return DevicePostprocess(
         len(class_logits[0]),
@@ -92,13 +81,7 @@ def made_for(raw: RawPredictions, **settings: Any) -> DevicePostprocess:
     )
 
 
-def run(
-    stage: DevicePostprocess,
-    raw: RawPredictions,
-    options: Sequence[DetectionOptions],
-    sizes_hw: Sequence[tuple[int, int]] | None = None,
-    input_size_hw: tuple[int, int] = INPUT_SIZE_HW,
-) -> list[Detections]:
+def run(stage, raw, options, sizes_hw=None, input_size_hw=INPUT_SIZE_HW):
     sizes_hw = [input_size_hw] * len(options) if sizes_hw is None else sizes_hw
     stage.set_options(options, sizes_hw, input_size_hw)
     stage.launch(raw)
@@ -107,18 +90,13 @@ def run(
     return stage.collect(raw, options, sizes_hw, input_size_hw)
 
 
-def reference(
-    raw: RawPredictions,
-    options: Sequence[DetectionOptions],
-    sizes_hw: Sequence[tuple[int, int]] | None = None,
-    input_size_hw: tuple[int, int] = INPUT_SIZE_HW,
-) -> list[Detections]:
+def reference(raw, options, sizes_hw=None, input_size_hw=INPUT_SIZE_HW):
     sizes_hw = [input_size_hw] * len(options) if sizes_hw is None else sizes_hw
     first = RawPredictions(*(tuple(level[: len(options)] for level in levels) for levels in raw))
     return postprocess(first, options, sizes_hw, input_size_hw, MAX_CANDIDATES)
 
 
-def assert_same(got: Sequence[Detections], wanted: Sequence[Detections]) -> None:
+def assert_same(got, wanted):
     """The same detections; exponentials and the order of their sums may differ in the last digits."""
     assert len(got) == len(wanted)
     for got_image, wanted_image in zip(got, wanted, strict=True):
@@ -134,9 +112,7 @@ def assert_same(got: Sequence[Detections], wanted: Sequence[Detections]) -> None
     ("num_classes", "score_threshold", "dtype"),
     [(5, 0.75, torch.float32), (5, 0.75, torch.bfloat16), (80, 0.95, torch.float16)],
 )
-def test_each_image_gets_what_the_reference_gives_it(
-    kernel_device: torch.device, num_classes: int, score_threshold: float, dtype: torch.dtype
-) -> None:
+def test_each_image_gets_what_the_reference_gives_it(kernel_device, num_classes, score_threshold, dtype):
     raw = random_predictions(kernel_device, batch_size=7, num_classes=num_classes, dtype=dtype)
     options = [
         dataclasses.replace(option, score_threshold=max(score_threshold, option.score_threshold))
@@ -149,7 +125,7 @@ def test_each_image_gets_what_the_reference_gives_it(
     assert_same(got, reference(raw, options, MIXED_SIZES_HW))
 
 
-def test_any_strides_will_do(kernel_device: torch.device) -> None:
+def test_any_strides_will_do(kernel_device):
     merged = random_predictions(kernel_device, batch_size=2, num_classes=3)
     contiguous = RawPredictions(*(tuple(level.contiguous() for level in levels) for levels in merged))
     shifted = RawPredictions(
@@ -163,7 +139,7 @@ def test_any_strides_will_do(kernel_device: torch.device) -> None:
         assert_same(run(made_for(raw), raw, [PLAIN] * 2), wanted)
 
 
-def test_images_that_outgrow_the_buffers_get_the_same_result(kernel_device: torch.device) -> None:
+def test_images_that_outgrow_the_buffers_get_the_same_result(kernel_device):
     raw = random_predictions(kernel_device, batch_size=5, num_classes=5)
     many = dataclasses.replace(PLAIN, score_threshold=0.5)
     few = dataclasses.replace(PLAIN, score_threshold=0.9)
@@ -176,7 +152,7 @@ def test_images_that_outgrow_the_buffers_get_the_same_result(kernel_device: torc
     assert len(got[3]) == 20
 
 
-def test_an_image_may_fill_the_buffers_to_the_last_place(kernel_device: torch.device) -> None:
+def test_an_image_may_fill_the_buffers_to_the_last_place(kernel_device):
     raw = random_predictions(kernel_device, batch_size=1, num_classes=5)
     scores = class_scores(raw.class_logits).flatten().sort(descending=True).values
     for count, overflowed in ((64, []), (65, [0])):
@@ -189,7 +165,7 @@ def test_an_image_may_fill_the_buffers_to_the_last_place(kernel_device: torch.de
             assert_same(got, reference(raw, [option]))
 
 
-def test_only_the_best_candidates_enter_nms_as_in_the_reference(kernel_device: torch.device) -> None:
+def test_only_the_best_candidates_enter_nms_as_in_the_reference(kernel_device):
     raw = random_predictions(kernel_device, batch_size=1, num_classes=5)
     stage = made_for(raw, max_candidates=10)
     got = run(stage, raw, [PLAIN])
@@ -197,7 +173,7 @@ def test_only_the_best_candidates_enter_nms_as_in_the_reference(kernel_device: t
     assert_same(got, postprocess(raw, [PLAIN], [INPUT_SIZE_HW], INPUT_SIZE_HW, 10))
 
 
-def test_equal_scores_come_in_the_order_of_anchors_and_classes(kernel_device: torch.device) -> None:
+def test_equal_scores_come_in_the_order_of_anchors_and_classes(kernel_device):
     raw = blank_predictions(kernel_device, batch_size=2, num_classes=2)
     for level in raw.class_logits:
         level.fill_(1.0)
@@ -209,9 +185,7 @@ def test_equal_scores_come_in_the_order_of_anchors_and_classes(kernel_device: to
         np.testing.assert_array_equal(detections.boxes_xyxy[:16:2, 0], np.arange(8) * 8)
 
 
-def test_a_long_chain_of_boxes_that_decide_over_each_other_is_settled_exactly(
-    kernel_device: torch.device,
-) -> None:
+def test_a_long_chain_of_boxes_that_decide_over_each_other_is_settled_exactly(kernel_device):
     # A box reaches over the next cell and half of nothing more: each suppresses the next one alone.
     raw = blank_predictions(kernel_device, batch_size=1)
     logits, distances = raw.class_logits[0], raw.distance_logits[0]
@@ -224,9 +198,7 @@ def test_a_long_chain_of_boxes_that_decide_over_each_other_is_settled_exactly(
 
 
 @pytest.mark.parametrize("iou_threshold", [0.0, 0.25, 1.0])
-def test_an_iou_equal_to_the_threshold_suppresses_nothing(
-    kernel_device: torch.device, iou_threshold: float
-) -> None:
+def test_an_iou_equal_to_the_threshold_suppresses_nothing(kernel_device, iou_threshold):
     raw = blank_predictions(kernel_device, batch_size=1)
     logits, distances = raw.class_logits[2], raw.distance_logits[2]
     logits[0, 0, 0, 0], logits[0, 0, 0, 1] = 3.0, 2.0
@@ -243,7 +215,7 @@ def test_an_iou_equal_to_the_threshold_suppresses_nothing(
     assert len(kept) == 1
 
 
-def test_a_score_equal_to_the_threshold_is_no_candidate(kernel_device: torch.device) -> None:
+def test_a_score_equal_to_the_threshold_is_no_candidate(kernel_device):
     raw = blank_predictions(kernel_device, batch_size=4)
     for level in raw.class_logits:
         level.fill_(-torch.inf)
@@ -256,7 +228,7 @@ def test_a_score_equal_to_the_threshold_is_no_candidate(kernel_device: torch.dev
     assert scores == [[1.0], [1.0, 0.5], [], [1.0, 0.5]]
 
 
-def test_the_bound_on_logits_excludes_no_score_above_the_threshold() -> None:
+def test_the_bound_on_logits_excludes_no_score_above_the_threshold():
     generator = np.random.default_rng(0)
     logits = np.concatenate((generator.uniform(-80, 20, 10_000), generator.normal(0, 3, 10_000)))
     scores = torch.from_numpy(logits.astype(np.float32)).sigmoid().numpy()
@@ -266,7 +238,7 @@ def test_the_bound_on_logits_excludes_no_score_above_the_threshold() -> None:
     assert (logits.astype(np.float32) - 1e-3 < _logit_bounds(just_below))[scores < 0.99].all()
 
 
-def test_broken_numbers_are_left_out_and_cost_a_neighbour_nothing(kernel_device: torch.device) -> None:
+def test_broken_numbers_are_left_out_and_cost_a_neighbour_nothing(kernel_device):
     raw = random_predictions(kernel_device, batch_size=2, num_classes=5)
     raw.class_logits[0][0, 0] = torch.nan
     raw.class_logits[1][0, 1] = torch.inf
@@ -280,7 +252,7 @@ def test_broken_numbers_are_left_out_and_cost_a_neighbour_nothing(kernel_device:
     assert_same(got, reference(raw, [PLAIN] * 2))
 
 
-def test_a_batch_leaves_nothing_behind_for_the_next(kernel_device: torch.device) -> None:
+def test_a_batch_leaves_nothing_behind_for_the_next(kernel_device):
     raw = random_predictions(kernel_device, batch_size=3, num_classes=5)
     stage = made_for(raw)
     before = run(stage, raw, [PLAIN] * 3)
@@ -293,7 +265,7 @@ def test_a_batch_leaves_nothing_behind_for_the_next(kernel_device: torch.device)
         np.testing.assert_array_equal(detections.boxes_xyxy, boxes)
 
 
-def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
+def test_what_does_not_fit_is_refused(kernel_device):
     raw = random_predictions(kernel_device, batch_size=2, num_classes=5)
     stage = made_for(raw)
     with pytest.raises(ValueError, match="3 options"):
@@ -306,7 +278,7 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
         made_for(raw, capacity=100)
 
 
-def test_classes_beyond_the_first_word_of_bits_can_be_requested(kernel_device: torch.device) -> None:
+def test_classes_beyond_the_first_word_of_bits_can_be_requested(kernel_device):
     raw = random_predictions(kernel_device, batch_size=2, num_classes=70)
     options = [
         dataclasses.replace(PLAIN, score_threshold=0.7, class_ids=ids) for ids in ((31, 63), (0, 32, 64, 69))
@@ -317,7 +289,7 @@ def test_classes_beyond_the_first_word_of_bits_can_be_requested(kernel_device: t
     assert_same(got, reference(raw, options))
 
 
-def thresholds_of_1000(raw: RawPredictions) -> list[float]:
+def thresholds_of_1000(raw):
     """Scores that a little fewer than 1000 of each image are above, by more than the error of a sigmoid."""
     scores = class_scores(raw.class_logits).flatten(1)
     return [float(value) * (1 + 1e-6) for value in scores.topk(1001, dim=1).values[:, -1]]
@@ -326,7 +298,7 @@ def thresholds_of_1000(raw: RawPredictions) -> list[float]:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("iou_threshold", [0.1, 0.45, 0.7])
-def test_of_1000_candidates_the_reference_keeps_the_same_of_the_same_boxes(iou_threshold: float) -> None:
+def test_of_1000_candidates_the_reference_keeps_the_same_of_the_same_boxes(iou_threshold):
     raw = random_predictions(
         torch.device("cuda"),
         batch_size=32,
@@ -367,8 +339,8 @@ def test_of_1000_candidates_the_reference_keeps_the_same_of_the_same_boxes(iou_t
 
 @pytest.mark.gpu
 @needs_cuda
-def test_a_replayed_graph_obeys_the_options_and_predictions_of_its_time() -> None:
-    def fill(static: RawPredictions, seed: int) -> None:
+def test_a_replayed_graph_obeys_the_options_and_predictions_of_its_time():
+    def fill(static, seed):
         fresh = random_predictions(torch.device("cuda"), batch_size=6, num_classes=5, seed=seed)
         for static_levels, levels in zip(static, fresh, strict=True):
             for static_level, level in zip(static_levels, levels, strict=True):

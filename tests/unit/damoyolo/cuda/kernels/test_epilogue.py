@@ -1,21 +1,18 @@
 """Bias, shortcut and activation after a convolution: the plain form, and the kernel against it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from damoyolo.cuda.kernels import Activation
 from damoyolo.cuda.kernels.epilogue import add_bias_and_activate, add_bias_and_activate_reference
 
 
-def features(shape: tuple[int, int, int, int], seed: int) -> Tensor:
+def features(shape, seed):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return x.to(memory_format=torch.channels_last)
 
 
-def test_the_plain_form_is_what_a_convolution_with_bias_shortcut_and_activation_gives() -> None:
+def test_the_plain_form_is_what_a_convolution_with_bias_shortcut_and_activation_gives():
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1).double().requires_grad_(False)
     x = features((2, 8, 5, 7), 1).double()
@@ -30,13 +27,7 @@ def test_the_plain_form_is_what_a_convolution_with_bias_shortcut_and_activation_
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["relu", "silu", "none"])
 @pytest.mark.parametrize("with_addend", [False, True])
-def test_the_kernel_agrees_with_the_plain_form(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    activation: Activation,
-    with_addend: bool,
-    kernel_device: torch.device,
-) -> None:
+def test_the_kernel_agrees_with_the_plain_form(shape, dtype, activation, with_addend, kernel_device):
     from damoyolo.cuda.kernels import epilogue_triton
 
     x = features(shape, 1).to(dtype)
@@ -55,7 +46,7 @@ def test_the_kernel_agrees_with_the_plain_form(
     torch.testing.assert_close(found.cpu().float(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_an_addend_of_another_shape_is_refused(kernel_device: torch.device) -> None:
+def test_an_addend_of_another_shape_is_refused(kernel_device):
     from damoyolo.cuda.kernels import epilogue_triton
 
     x, bias = torch.zeros(1, 8, 4, 4, device=kernel_device), torch.zeros(8, device=kernel_device)

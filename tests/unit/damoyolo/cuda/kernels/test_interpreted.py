@@ -1,7 +1,5 @@
 """Runs the kernel tests of this folder on the CPU, in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -11,7 +9,7 @@ import pytest
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreted")
-def test_interpreted_kernels_agree_with_plain_torch(project_dir: Path) -> None:
+def test_interpreted_kernels_agree_with_plain_torch(project_dir):
     pytest.importorskip("triton")
     # Triton decides once, when it is imported, whether to interpret: too late in this process. Tests that run
     # no kernel have run here already.

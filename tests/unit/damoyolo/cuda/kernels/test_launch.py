@@ -1,7 +1,5 @@
 """Every kernel is launched on the device of its tensors, whatever the current device; needs no device."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from pathlib import Path

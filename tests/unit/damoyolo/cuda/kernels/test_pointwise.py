@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from damoyolo.cuda.kernels import Activation
 from damoyolo.cuda.kernels.pointwise import pointwise_conv, pointwise_conv_reference
 
 # Of two computations in float64 of sums of a few hundred products of about one: far above their rounding.
 CLOSE_IN_FLOAT64 = {"rtol": 0.0, "atol": 1e-10}
-Bound = Callable[[int, Tensor, Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,11 @@ CASES = [
 ]
 
 
-def random_tensor(shape: Sequence[int], seed: int) -> Tensor:
+def random_tensor(shape, seed):
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def make_inputs(case: Case, batch: int) -> list[Tensor]:
+def make_inputs(case, batch):
     """Float32 channels_last tensors; every second is a range of the channels of a wider one."""
     inputs = []
     for i, (channels, twice) in enumerate(zip(case.channels, case.upsampled, strict=True)):
@@ -54,18 +51,18 @@ def make_inputs(case: Case, batch: int) -> list[Tensor]:
     return inputs
 
 
-def make_weights(case: Case) -> tuple[Tensor, Tensor]:
+def make_weights(case):
     """(O, sum C) for sums of about one, and (O,)."""
     shape = (sum(case.out_channels), sum(case.channels))
     return random_tensor(shape, 7) * shape[1] ** -0.5, random_tensor(shape[:1], 8)
 
 
-def test_the_plain_form_is_torch_on_the_concatenation() -> None:
+def test_the_plain_form_is_torch_on_the_concatenation():
     case = CASES[3]
     first, second, half = (x.double() for x in make_inputs(case, 2))
     weight, bias = (x.double() for x in make_weights(case))
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    conv.weight.data, conv.bias.data = weight[:, :, None, None], bias  # type: ignore[union-attr]
+    conv.weight.data, conv.bias.data = weight[:, :, None, None], bias
     expected = nn.SiLU()(conv(torch.cat([first, second, nn.Upsample(scale_factor=2)(half)], dim=1)))
 
     outputs = pointwise_conv([first, second, half], weight, bias, "silu", case.upsampled, case.out_channels)
@@ -75,7 +72,7 @@ def test_the_plain_form_is_torch_on_the_concatenation() -> None:
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
 
 
-def test_one_full_size_input_and_one_output_are_the_default() -> None:
+def test_one_full_size_input_and_one_output_are_the_default():
     x = random_tensor((1, 8, 3, 5), 0).double()
     weight, bias = random_tensor((16, 8), 1).double(), random_tensor((16,), 2).double()
     outputs = pointwise_conv([x], weight, bias, "none")
@@ -83,9 +80,7 @@ def test_one_full_size_input_and_one_output_are_the_default() -> None:
     torch.testing.assert_close(outputs, (expected,), **CLOSE_IN_FLOAT64)
 
 
-def assert_rounded_exact_values(
-    case: Case, batch: int, dtype: torch.dtype, device: torch.device, tile: Any, rounding_bound: Bound
-) -> None:
+def assert_rounded_exact_values(case, batch, dtype, device, tile, rounding_bound):
     """The kernel against the plain form in float64, within the rounding of its own arithmetic."""
     from damoyolo.cuda.kernels import pointwise_triton
 
@@ -125,18 +120,14 @@ def assert_rounded_exact_values(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_rounds_the_values_of_the_plain_form(
-    case: Case, dtype: torch.dtype, kernel_device: torch.device, rounding_bound: Bound
-) -> None:
+def test_the_kernel_rounds_the_values_of_the_plain_form(case, dtype, kernel_device, rounding_bound):
     if kernel_device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter does not multiply bfloat16")
     assert_rounded_exact_values(case, 3, dtype, kernel_device, None, rounding_bound)
 
 
 @pytest.mark.parametrize("tile", ["of few rows", "of many rows", "small"])
-def test_every_tile_gives_the_same_result(
-    tile: str, kernel_device: torch.device, rounding_bound: Bound
-) -> None:
+def test_every_tile_gives_the_same_result(tile, kernel_device, rounding_bound):
     from damoyolo.cuda.kernels.pointwise_triton import Tile, choose_tile
 
     tiles = {
@@ -149,12 +140,12 @@ def test_every_tile_gives_the_same_result(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_call_reads_its_inputs_again() -> None:
+def test_a_captured_call_reads_its_inputs_again():
     case = CASES[2]
     inputs = [x.to("cuda", torch.float16) for x in make_inputs(case, 2)]
     weight, bias = (x.to("cuda", torch.float16) for x in make_weights(case))
 
-    def call() -> tuple[Tensor, ...]:
+    def call():
         return pointwise_conv(inputs, weight, bias, case.activation, case.upsampled, case.out_channels)
 
     call()
@@ -178,7 +169,7 @@ def test_a_captured_call_reads_its_inputs_again() -> None:
         ([torch.zeros(1, 8, 2, 2)] * 6, torch.zeros(8, 48), "6 inputs"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_refused(inputs: list[Tensor], weight: Tensor, message: str) -> None:
+def test_what_the_kernel_does_not_take_is_refused(inputs, weight, message):
     pytest.importorskip("triton")
     from damoyolo.cuda.kernels import pointwise_triton
 

@@ -1,7 +1,5 @@
 """Resizing of whole batches: the kernel against `resize_reference`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,18 +12,18 @@ from damoyolo.preprocess import resize_reference
 SIZES_HW = [(1, 1), (1, 9), (2, 3), (37, 53), (24, 40), (96, 200), (131, 24)]
 
 
-def noise(height: int, width: int, seed: int = 0) -> Tensor:
+def noise(height, width, seed=0):
     """(h, w, 3) uint8, interleaved."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
 
 
-def planar(pixels: Tensor) -> Tensor:
+def planar(pixels):
     """The same image as three planes in memory."""
     return pixels.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
-def test_the_reference_runs_on_a_cpu() -> None:
+def test_the_reference_runs_on_a_cpu():
     images = [OrientedImage(noise(*size_hw)) for size_hw in SIZES_HW]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8)
     resize_images(images, out)
@@ -34,19 +32,19 @@ def test_the_reference_runs_on_a_cpu() -> None:
     assert out.any()
 
 
-def test_no_images_are_no_work() -> None:
+def test_no_images_are_no_work():
     resize_images([], torch.empty(0, 24, 40, 3, dtype=torch.uint8))
 
 
-def cut_from_a_larger_one(pixels: Tensor) -> Tensor:
+def cut_from_a_larger_one(pixels):
     """The same image with gaps between its rows and pixels."""
     return F.pad(pixels, (0, 1, 1, 4, 2, 1), value=77)[2:-1, 1:-4, :3]
 
 
 @pytest.mark.parametrize("lay_out", [Tensor.clone, planar, cut_from_a_larger_one])
-def test_the_kernel_stays_within_one_of_the_reference(kernel_device: torch.device, lay_out: object) -> None:
+def test_the_kernel_stays_within_one_of_the_reference(kernel_device, lay_out):
     images = [
-        OrientedImage(lay_out(noise(*size_hw, seed).to(kernel_device)), 1 + seed)  # type: ignore[operator]
+        OrientedImage(lay_out(noise(*size_hw, seed).to(kernel_device)), 1 + seed)
         for seed, size_hw in enumerate(SIZES_HW)
     ]
     out, expected = torch.zeros(2, len(SIZES_HW), 24, 40, 3, dtype=torch.uint8, device=kernel_device)
@@ -58,7 +56,7 @@ def test_the_kernel_stays_within_one_of_the_reference(kernel_device: torch.devic
     assert difference.float().mean() < 0.02
 
 
-def test_the_kernel_copies_an_image_of_the_same_size_exactly(kernel_device: torch.device) -> None:
+def test_the_kernel_copies_an_image_of_the_same_size_exactly(kernel_device):
     pixels = [noise(24, 40).to(kernel_device), planar(noise(24, 40, 1).to(kernel_device))]
     out = torch.zeros(2, 24, 40, 3, dtype=torch.uint8, device=kernel_device)
     run_kernel([OrientedImage(pixels[0]), OrientedImage(pixels[1], 3)], out)
@@ -66,7 +64,7 @@ def test_the_kernel_copies_an_image_of_the_same_size_exactly(kernel_device: torc
     assert torch.equal(out[1], pixels[1].flip(0, 1))
 
 
-def test_the_kernel_writes_its_rows_and_no_others(kernel_device: torch.device) -> None:
+def test_the_kernel_writes_its_rows_and_no_others(kernel_device):
     out = torch.full((3, 24, 40, 3), 9, dtype=torch.uint8, device=kernel_device)
     run_kernel(
         [OrientedImage(torch.full((50, 60, 3), 200, dtype=torch.uint8, device=kernel_device))], out[1:2]
@@ -75,7 +73,7 @@ def test_the_kernel_writes_its_rows_and_no_others(kernel_device: torch.device) -
     assert (out[[0, 2]] == 9).all()
 
 
-def test_the_kernel_refuses_memory_that_it_would_misread(kernel_device: torch.device) -> None:
+def test_the_kernel_refuses_memory_that_it_would_misread(kernel_device):
     image = OrientedImage(noise(5, 5).to(kernel_device))
     out = torch.zeros(1, 3, 24, 40, dtype=torch.uint8, device=kernel_device)
     with pytest.raises(ValueError, match="do not fit"):
@@ -84,7 +82,7 @@ def test_the_kernel_refuses_memory_that_it_would_misread(kernel_device: torch.de
         run_kernel([image, image], torch.zeros(1, 24, 40, 3, dtype=torch.uint8, device=kernel_device))
 
 
-def run_kernel(images: list[OrientedImage], out: Tensor) -> None:
+def run_kernel(images, out):
     from damoyolo.cuda.kernels import resize_triton
 
     resize_triton.resize_images([locate_pixels(image) for image in images], out)

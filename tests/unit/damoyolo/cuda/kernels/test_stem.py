@@ -1,33 +1,24 @@
 """The stem on raw pixels: the plain form against Focus, the kernel against the plain form."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from damoyolo.cuda.kernels import Activation, activate
+from damoyolo.cuda.kernels import activate
 from damoyolo.cuda.kernels.stem import focus_stem, focus_stem_reference
 
-Bound = Callable[[int, Tensor, Tensor, torch.dtype], Tensor]
 
-
-def pixels(batch: int, height: int, width: int) -> Tensor:
+def pixels(batch, height, width):
     generator = torch.Generator().manual_seed(6)
     values = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
     return values.to(memory_format=torch.channels_last)
 
 
-def weights(
-    stem_channels: int, point_channels: int | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def weights(stem_channels, point_channels):
     """Of both convolutions, for results of about one."""
     generator = torch.Generator().manual_seed(9)
 
-    def draw(*shape: int) -> Tensor:
+    def draw(*shape):
         return torch.randn(shape, generator=generator)
 
     stem = (
@@ -41,7 +32,7 @@ def weights(
     )
 
 
-def test_the_plain_form_is_focus_and_its_convolution() -> None:
+def test_the_plain_form_is_focus_and_its_convolution():
     images = pixels(2, 12, 20)
     stem_weight, stem_bias, point_weight, point_bias = (
         None if x is None else x.double() for x in weights(16, 24)
@@ -61,19 +52,13 @@ def test_the_plain_form_is_focus_and_its_convolution() -> None:
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def exact_values_and_bound(
-    images: Tensor,
-    parameters: list[Tensor | None],
-    activation: Activation,
-    dtype: torch.dtype,
-    rounding_bound: Bound,
-) -> tuple[Tensor, Tensor]:
+def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound):
     """The plain form in float64, and how far the kernel may be from it."""
     stem_weight, stem_bias, point_weight, point_bias = (None if x is None else x.double() for x in parameters)
     assert stem_weight is not None
     assert stem_bias is not None
 
-    def stem(weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    def stem(weight, bias, activation):
         return focus_stem_reference(images, weight, bias, None, None, torch.float64, activation)
 
     hidden = stem(stem_weight, stem_bias, activation)
@@ -102,13 +87,8 @@ def exact_values_and_bound(
     ],
 )
 def test_the_kernel_agrees_with_the_plain_form(
-    channels: tuple[int, int | None],
-    activation: Activation,
-    size_hw: tuple[int, int],
-    dtype: torch.dtype,
-    kernel_device: torch.device,
-    rounding_bound: Bound,
-) -> None:
+    channels, activation, size_hw, dtype, kernel_device, rounding_bound
+):
     from damoyolo.cuda.kernels import stem_triton
 
     if kernel_device.type == "cpu" and dtype == torch.bfloat16:
@@ -127,7 +107,7 @@ def test_the_kernel_agrees_with_the_plain_form(
     assert ((result.cpu().double() - exact).abs() <= bound).all()
 
 
-def test_the_kernel_takes_pixels_and_weights_in_any_layout(kernel_device: torch.device) -> None:
+def test_the_kernel_takes_pixels_and_weights_in_any_layout(kernel_device):
     from damoyolo.cuda.kernels import stem_triton
 
     images = pixels(1, 8, 12).to(kernel_device)

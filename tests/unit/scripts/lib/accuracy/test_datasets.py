@@ -1,10 +1,6 @@
 """Data sets in both formats, and what is wrong with them."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,9 +8,7 @@ from lib.accuracy.datasets import AnnotatedObject, read_coco, read_dataset, read
 from lib.cli import ScriptError
 
 
-def write_voc(
-    folder: Path, objects: dict[str, list[tuple[str, tuple[Any, ...], int]]], split: str = "test"
-) -> Path:
+def write_voc(folder, objects, split="test"):
     """A data set in Pascal VOC format; objects: of each image, (name, box_xyxy, difficult)."""
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / name).mkdir(parents=True)
@@ -31,7 +25,7 @@ def write_voc(
     return folder
 
 
-def write_coco(folder: Path, **changes: Any) -> Path:
+def write_coco(folder, **changes):
     """A data set in COCO format with one image, images lying in `folder`; changes: top-level keys."""
     (folder / "a.jpg").write_bytes(b"image")
     content = {
@@ -48,7 +42,7 @@ def write_coco(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_voc_boxes_are_unchanged_and_difficult_ones_are_ignored(tmp_path: Path) -> None:
+def test_voc_boxes_are_unchanged_and_difficult_ones_are_ignored(tmp_path):
     folder = write_voc(
         tmp_path / "cells", {"a": [("WBC", (1, 2, 30, 40), 0)], "b": [("RBC", (5, 5, 9, 9), 1)], "c": []}
     )
@@ -63,7 +57,7 @@ def test_voc_boxes_are_unchanged_and_difficult_ones_are_ignored(tmp_path: Path) 
     ]
 
 
-def test_coco_boxes_become_corners_and_crowds_are_ignored(tmp_path: Path) -> None:
+def test_coco_boxes_become_corners_and_crowds_are_ignored(tmp_path):
     dataset = read_coco(write_coco(tmp_path), tmp_path)
     assert dict(dataset.class_names) == {3: "RBC", 90: "WBC"}
     (image,) = dataset.images
@@ -74,7 +68,7 @@ def test_coco_boxes_become_corners_and_crowds_are_ignored(tmp_path: Path) -> Non
     )
 
 
-def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path):
     boxes = [(0, 0, 1, 50), (0, 0, 50, 1), (4, 4, 4, 4), (9, 9, 5, 5), (0, 0, 2, 2)]
     folder = write_voc(tmp_path / "cells", {"a": [("RBC", box, 0) for box in boxes]})
     dataset = read_voc(folder, "test")
@@ -83,12 +77,12 @@ def test_objects_under_two_pixels_are_dropped_and_counted(tmp_path: Path) -> Non
     assert dataset.images[0].objects[0].box_xyxy == (0, 0, 2, 2)
 
 
-def test_a_missing_split_is_refused_with_the_existing_ones(tmp_path: Path) -> None:
+def test_a_missing_split_is_refused_with_the_existing_ones(tmp_path):
     with pytest.raises(ScriptError, match=r"no split 'tset'.*there are: test"):
         read_voc(write_voc(tmp_path / "cells", {}), "tset")
 
 
-def test_missing_images_are_counted_and_one_is_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_one_is_named(tmp_path):
     folder = write_voc(tmp_path / "cells", {"a": [], "b": []})
     (folder / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(ScriptError, match=r"1 of 2 images .*b\.jpg"):
@@ -96,7 +90,7 @@ def test_missing_images_are_counted_and_one_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<annotation>", "<annotation><object><bndbox/></object></annotation>"])
-def test_a_broken_voc_annotation_is_named(tmp_path: Path, text: str) -> None:
+def test_a_broken_voc_annotation_is_named(tmp_path, text):
     folder = write_voc(tmp_path / "cells", {"a": []})
     (folder / "Annotations" / "a.xml").write_text(text)
     with pytest.raises(ScriptError, match=r"a\.xml"):
@@ -104,7 +98,7 @@ def test_a_broken_voc_annotation_is_named(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["ten", "nan", "inf", ""])
-def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> None:
+def test_a_box_side_that_is_no_number_is_refused(tmp_path, side):
     folder = write_voc(tmp_path / "cells", {"a": [("RBC", (1, 2, side, 4), 0)]})
     with pytest.raises(ScriptError, match=r"a\.xml"):
         read_voc(folder, "test")
@@ -129,13 +123,13 @@ def test_a_box_side_that_is_no_number_is_refused(tmp_path: Path, side: str) -> N
         {"annotations": [{"image_id": [7], "category_id": 3, "bbox": [0, 0, 9, 9]}]},
     ],
 )
-def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_coco_file_that_contradicts_itself_is_refused(tmp_path, changes):
     with pytest.raises(ScriptError, match="instances"):
         read_coco(write_coco(tmp_path, **changes), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00", "[" * 500_000])
-def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_coco_file_is_refused(tmp_path, text):
     path = tmp_path / "instances.json"
     path.write_text(text)
     with pytest.raises(ScriptError, match=r"instances\.json"):
@@ -145,7 +139,7 @@ def test_a_file_that_is_no_coco_file_is_refused(tmp_path: Path, text: str) -> No
 @pytest.mark.parametrize(
     "file_name", ["/etc/passwd", "../secret.jpg", "x/../../secret.jpg", "link.jpg", "folder/secret.jpg"]
 )
-def test_a_coco_file_cannot_have_files_outside_its_folder_sent(tmp_path: Path, file_name: str) -> None:
+def test_a_coco_file_cannot_have_files_outside_its_folder_sent(tmp_path, file_name):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     images = tmp_path / "images"
     images.mkdir()
@@ -157,13 +151,13 @@ def test_a_coco_file_cannot_have_files_outside_its_folder_sent(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("file_name", ["a\x00b.jpg", "a" * 5000, "loop.jpg"])
-def test_a_file_name_that_no_file_can_have_is_refused(tmp_path: Path, file_name: str) -> None:
+def test_a_file_name_that_no_file_can_have_is_refused(tmp_path, file_name):
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     with pytest.raises(ScriptError, match=r"is not the name of a file|are missing"):
         read_coco(write_coco(tmp_path, images=[{"id": 7, "file_name": file_name}]), tmp_path)
 
 
-def test_an_image_folder_that_is_itself_a_link_is_accepted(tmp_path: Path) -> None:
+def test_an_image_folder_that_is_itself_a_link_is_accepted(tmp_path):
     (tmp_path / "real").mkdir()
     path = write_coco(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -171,7 +165,7 @@ def test_an_image_folder_that_is_itself_a_link_is_accepted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("what", ["filename", "stem"])
-def test_a_voc_data_set_cannot_have_files_outside_its_folder_read_or_sent(tmp_path: Path, what: str) -> None:
+def test_a_voc_data_set_cannot_have_files_outside_its_folder_read_or_sent(tmp_path, what):
     folder = write_voc(tmp_path / "cells", {"a": []})
     (tmp_path / "x.xml").write_text("<annotation/>")
     if what == "stem":
@@ -199,23 +193,21 @@ BOMB = f'<!DOCTYPE a [<!ENTITY e0 "ha">{ENTITIES}]><annotation><filename>&e11;</
         b"\x00" * 100,
     ],
 )
-def test_a_voc_annotation_with_entities_or_an_unknown_encoding_is_refused_at_once(
-    tmp_path: Path, content: bytes
-) -> None:
+def test_a_voc_annotation_with_entities_or_an_unknown_encoding_is_refused_at_once(tmp_path, content):
     folder = write_voc(tmp_path / "cells", {"a": []})
     (folder / "Annotations" / "a.xml").write_bytes(content)
     with pytest.raises(ScriptError, match=r"cannot read the Pascal VOC annotation .*a\.xml"):
         read_voc(folder, "test")
 
 
-def test_a_list_of_images_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_list_of_images_that_is_no_text_is_named(tmp_path):
     folder = write_voc(tmp_path / "cells", {"a": []})
     (folder / "ImageSets" / "Main" / "test.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ScriptError, match=r"test\.txt is not text in UTF-8"):
         read_voc(folder, "test")
 
 
-def test_the_evaluation_images_are_read_whole(shared_dir: Path) -> None:
+def test_the_evaluation_images_are_read_whole(shared_dir):
     dataset = read_voc(shared_dir / "bccd", "test")
     assert len(dataset.images) == 72
     assert set(dataset.class_names.values()) == {"Platelets", "RBC", "WBC"}
@@ -223,7 +215,7 @@ def test_the_evaluation_images_are_read_whole(shared_dir: Path) -> None:
     assert read_voc(shared_dir / "bccd", "trainval").dropped_objects > 0
 
 
-def test_a_command_gets_the_data_set_that_its_options_name(tmp_path: Path) -> None:
+def test_a_command_gets_the_data_set_that_its_options_name(tmp_path):
     voc, coco = write_voc(tmp_path / "cells", {"a": []}), write_coco(tmp_path)
     for options, name in (
         ((None, "test", None, None), None),

@@ -1,11 +1,7 @@
 """Predictions for a data set: whose error it was, and how they become COCO's."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -30,8 +26,8 @@ DATASET = DetectionDataset(
 )
 
 
-def test_predictions_have_the_ids_of_the_data_set_whatever_the_case_of_the_labels() -> None:
-    def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:
+def test_predictions_have_the_ids_of_the_data_set_whatever_the_case_of_the_labels():
+    def predict(paths):
         for path in paths:
             yield [LabelledBox("wbc", 0.5, (1, 2, 11, 22))] if path.name == "6.jpg" else []
 
@@ -40,16 +36,16 @@ def test_predictions_have_the_ids_of_the_data_set_whatever_the_case_of_the_label
     assert seconds > 0
 
 
-def test_labels_that_the_data_set_does_not_have_are_all_named() -> None:
+def test_labels_that_the_data_set_does_not_have_are_all_named():
     with pytest.raises(ScriptError, match=r"no class is called cat, dog; there are RBC, WBC"):
         match_labels(DATASET.class_names, ["cat", "rbc", "dog", "cat"])
 
 
-def test_an_error_of_the_detector_names_the_image(tmp_path: Path) -> None:
-    def detect(images: Sequence[bytes], _options: Any) -> list[CorruptImageError]:
+def test_an_error_of_the_detector_names_the_image(tmp_path):
+    def detect(images, _options):
         return [CorruptImageError("cut off")] * len(images)
 
     (tmp_path / "a.jpg").touch()
-    detector: Any = SimpleNamespace(config=ServingConfig(class_names=("RBC",)), detect=detect)
+    detector = SimpleNamespace(config=ServingConfig(class_names=("RBC",)), detect=detect)
     with pytest.raises(ScriptError, match=r"a\.jpg: cut off"):
         list(detector_predictor(detector, EVALUATION_OPTIONS, 1)([tmp_path / "a.jpg"]))

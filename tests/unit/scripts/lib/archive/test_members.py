@@ -1,9 +1,6 @@
 """Copies of archives with members replaced."""
 
-from __future__ import annotations
-
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +8,7 @@ from lib.archive.members import MANIFEST, batching_of, copy_archive, read_manife
 from lib.cli import ScriptError
 
 
-def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path: Path) -> None:
+def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path):
     source = tmp_path / "a.mar"
     with zipfile.ZipFile(source, "w") as archive:
         for name in ("kept", "replaced", "left out"):
@@ -24,7 +21,7 @@ def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no zip", b"PK\x03\x04"])
-def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_no_archive_is_named(tmp_path, content):
     path = tmp_path / "broken.mar"
     if content is not None:
         path.write_bytes(content)
@@ -47,7 +44,7 @@ def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes | Non
         b"a: !!python/name:os.system",
     ],
 )
-def test_settings_that_are_not_settings_are_refused_in_one_line(tmp_path: Path, text: bytes) -> None:
+def test_settings_that_are_not_settings_are_refused_in_one_line(tmp_path, text):
     with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
         archive.writestr("model-config.yaml", text)
     with pytest.raises(ScriptError, match=r"model-config\.yaml of .*a\.mar") as caught:
@@ -56,14 +53,14 @@ def test_settings_that_are_not_settings_are_refused_in_one_line(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"model": {}}', b"[" * 500_000])
-def test_a_manifest_without_a_model_is_refused(tmp_path: Path, text: bytes) -> None:
+def test_a_manifest_without_a_model_is_refused(tmp_path, text):
     with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
         archive.writestr(MANIFEST, text)
     with pytest.raises(ScriptError, match="names no model"):
         read_manifest(tmp_path / "a.mar")
 
 
-def test_a_missing_member_is_named(tmp_path: Path) -> None:
+def test_a_missing_member_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
         archive.writestr("other", b"")
     with pytest.raises(ScriptError, match=r"no item named 'model-config\.yaml'"):
@@ -71,6 +68,6 @@ def test_a_missing_member_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "8", True])
-def test_batching_settings_that_are_no_numbers_are_named(value: object) -> None:
+def test_batching_settings_that_are_no_numbers_are_named(value):
     with pytest.raises(ScriptError, match=r"maxBatchDelay of model-config\.yaml is"):
         batching_of({"batchSize": 8, "maxBatchDelay": value, "minWorkers": 1})

@@ -1,7 +1,5 @@
 """The network with one technique after another, as far as a CPU can run it, on a small image."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest
@@ -23,19 +21,17 @@ from benchmark_detector import ABLATION_COLUMNS
 CPU = torch.device("cpu")
 
 
-def test_every_step_is_compared_with_float32_and_running_out_of_memory_does_not_end_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_step_is_compared_with_float32_and_running_out_of_memory_does_not_end_the_run(monkeypatch):
     briefly = functools.partial(interleaved_medians_s, rounds=1, slice_s=0.01)
     monkeypatch.setattr(ablation, "interleaved_medians_s", briefly)
 
-    def greedy() -> object:
+    def greedy():
         raise torch.OutOfMemoryError("no memory")
 
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=generator)
     steps = ablation_steps(DEMO_WEIGHTS, 3, CPU, compile_too=False)
-    steps.insert(1, AblationStep("greedy", greedy))  # type: ignore[arg-type]
+    steps.insert(1, AblationStep("greedy", greedy))
     rows = measure_ablation(steps, pixels)
     by_name = {row["step"]: row for row in rows}
     assert list(by_name) == ["float32", "greedy", "+ folding", "AMP (bf16), folded", "bf16, folded"]
@@ -51,13 +47,13 @@ def test_every_step_is_compared_with_float32_and_running_out_of_memory_does_not_
     assert all(step.name in table for step in steps)
 
 
-def test_operations_are_those_of_the_network_and_its_classes() -> None:
+def test_operations_are_those_of_the_network_and_its_classes():
     """37.8 GFLOP are published for S with the 80 classes of COCO; the demo has 3."""
     head = sum(2 * 9 * channels * side**2 for channels, side in ((128, 80), (256, 40), (512, 20)))
     assert flop_per_image(DEMO_WEIGHTS, 3) == pytest.approx(37.8e9 - 77 * head, rel=0.01)
 
 
-def test_the_steps_for_a_gpu_add_every_fusion_once() -> None:
+def test_the_steps_for_a_gpu_add_every_fusion_once():
     names = [step.name for step in ablation_steps(DEMO_WEIGHTS, 3, torch.device("cuda"), compile_too=True)]
     assert len(names) == len(set(names))
     for fusion in FUSIONS_IN_ORDER:

@@ -1,11 +1,7 @@
 """Archives for the table of backends: which file belongs to which weights, how TensorRT's are built."""
 
-from __future__ import annotations
-
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnx
 import pytest
@@ -14,7 +10,6 @@ import torch
 from lib.cli import ScriptError
 from lib.measure.backend_archives import Model, build_row_archive, read_models
 from lib.measure.backend_rows import rows_of
-from lib.packaging.builder import ArchiveRequest
 from lib.packaging.weights import folded_network
 
 import build_tensorrt
@@ -26,7 +21,7 @@ CLASS_NAMES = ("one", "two", "three")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory):
     """An untrained Ns, in the format of trained weights."""
     path = tmp_path_factory.mktemp("weights") / "ns.pth"
     model = build_model(VARIANTS["Ns"], len(CLASS_NAMES), folded=False)
@@ -35,13 +30,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int8_metadata(weights: Path) -> dict[str, str]:
+def int8_metadata(weights):
     """The metadata of an INT8 file made from these weights."""
     model = folded_network(weights, None, len(CLASS_NAMES))
     return {**metadata_of(model, CLASS_NAMES).to_metadata(), "precision": "int8"}
 
 
-def write_onnx(path: Path, metadata: dict[str, str]) -> Path:
+def write_onnx(path, metadata):
     """An ONNX file with nothing but metadata."""
     content = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
     onnx.helper.set_model_props(content, metadata)
@@ -49,9 +44,7 @@ def write_onnx(path: Path, metadata: dict[str, str]) -> Path:
     return path
 
 
-def test_an_int8_file_is_assigned_to_the_weights_it_was_made_from(
-    weights: Path, int8_metadata: dict[str, str], tmp_path: Path
-) -> None:
+def test_an_int8_file_is_assigned_to_the_weights_it_was_made_from(weights, int8_metadata, tmp_path):
     file = write_onnx(tmp_path / "int8.onnx", int8_metadata)
     assert read_models([str(weights)], CLASS_NAMES, [file]) == [Model(weights, "Ns", CLASS_NAMES, file)]
     with pytest.raises(ScriptError, match="both INT8 files of variant Ns"):
@@ -66,25 +59,21 @@ def test_an_int8_file_is_assigned_to_the_weights_it_was_made_from(
         ("precision", "fp32", "precision fp32; accepted are int8"),
     ],
 )
-def test_a_file_that_belongs_to_no_row_is_refused(
-    weights: Path, int8_metadata: dict[str, str], tmp_path: Path, entry: str, value: str, message: str
-) -> None:
+def test_a_file_that_belongs_to_no_row_is_refused(weights, int8_metadata, tmp_path, entry, value, message):
     file = write_onnx(tmp_path / "other.onnx", {**int8_metadata, entry: value})
     with pytest.raises(ScriptError, match=message):
         read_models([str(weights)], CLASS_NAMES, [file])
 
 
-def test_two_weights_of_one_variant_are_refused(weights: Path) -> None:
+def test_two_weights_of_one_variant_are_refused(weights):
     with pytest.raises(ScriptError, match="both of variant Ns"):
         read_models([str(weights), str(weights)], CLASS_NAMES, [])
 
 
-def test_an_archive_has_the_settings_and_the_int8_file_of_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests: dict[str, ArchiveRequest] = {}
+def test_an_archive_has_the_settings_and_the_int8_file_of_its_row(tmp_path, monkeypatch):
+    requests = {}
 
-    def build(request: ArchiveRequest) -> SimpleNamespace:
+    def build(request):
         requests[request.output_dir.name] = request
         return SimpleNamespace(path=request.output_dir / "built.mar")
 
@@ -99,12 +88,10 @@ def test_an_archive_has_the_settings_and_the_int8_file_of_its_row(
         assert request.onnx == (model.int8_file if row.quantised else None)
 
 
-def test_a_tensorrt_archive_is_built_by_the_script_that_compares_engines(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
+def test_a_tensorrt_archive_is_built_by_the_script_that_compares_engines(weights, tmp_path, monkeypatch):
+    commands = []
 
-    def refuse(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def refuse(command, **_):
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "the engine differs")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,24 +25,24 @@ class StandIn:
     failing: dict[str, str] = {}  # noqa: RUF012
     closed: list[str] = []  # noqa: RUF012
 
-    def __init__(self, folder: Path, device: str, method: Method) -> None:
+    def __init__(self, folder, device, method):
         self.name = folder.name
-        self.asked: dict[tuple[str, int], int] = {}
+        self.asked = {}
         self._answer("load")
         self.started = {"start_s": 1.5, "import_s": 2.0, "resident_mib": 500.0, "runs_in": self.name}
 
-    def __enter__(self) -> StandIn:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.closed.append(self.name)
 
-    def _answer(self, question: str, batch_size: int | None = None) -> None:
+    def _answer(self, question, batch_size=None):
         self.log.append((self.name, question, batch_size))
         if self.failing.get(self.name) == question:
             raise WorkerError("OutOfMemoryError: too large")
 
-    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, question, **arguments):
         if question != "time":
             self._answer(question)
             return {
@@ -58,17 +57,17 @@ class StandIn:
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_ins(monkeypatch):
     monkeypatch.setattr(backend_process, "WorkerProcess", StandIn)
     for name, empty in {"log": [], "failing": {}, "closed": []}.items():
         monkeypatch.setattr(StandIn, name, empty)
 
 
-def measure(*names: str) -> dict[str, dict[str, Any]]:
+def measure(*names):
     return measure_in_turn({name: Path(name) for name in names}, "cpu", METHOD, Path("ref"), lambda _: None)
 
 
-def test_each_round_measures_a_figure_of_every_process_before_the_next_figure() -> None:
+def test_each_round_measures_a_figure_of_every_process_before_the_next_figure():
     measure("a", "b")
     times = [entry for entry in StandIn.log if entry[2] is not None]
     a_round = [
@@ -83,7 +82,7 @@ def test_each_round_measures_a_figure_of_every_process_before_the_next_figure() 
     assert sorted(StandIn.closed) == ["a", "b"]
 
 
-def test_figures_are_medians_of_the_rounds() -> None:
+def test_figures_are_medians_of_the_rounds():
     row = measure("a")["a"]
     assert row["network_ms"] == pytest.approx(80)
     assert row["detector_ms"] == pytest.approx(100)
@@ -94,7 +93,7 @@ def test_figures_are_medians_of_the_rounds() -> None:
 
 
 @pytest.mark.parametrize("question", ["load", "warm", "ap", "detector"])
-def test_a_process_that_fails_is_a_row_not_run_and_the_others_go_on(question: str) -> None:
+def test_a_process_that_fails_is_a_row_not_run_and_the_others_go_on(question):
     StandIn.failing["a"] = question
     rows = measure("a", "b")
     assert rows["a"] == {"not_run": "failed: OutOfMemoryError"}

@@ -1,9 +1,5 @@
 """Real processes that measure an archive: whose modules they run, what they answer, how they fail."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lib.measure.backend_process import Method, WorkerError, WorkerProcess, measure_in_turn, write_reference
@@ -14,12 +10,12 @@ from doubles.tiny_archive import write_tiny_archive
 METHOD = Method((1, 2), rounds=2, slice_s=0.01, images=SAMPLE_IMAGES, threads=1)
 
 
-def test_an_archive_is_measured_beside_one_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_an_archive_is_measured_beside_one_that_cannot_be_loaded(tmp_path):
     folders = {name: write_tiny_archive(tmp_path / name) for name in ("whole", "broken")}
     (folders["broken"] / "damoyolo.pth").unlink()
     images = [path.read_bytes() for path in sorted(SAMPLE_IMAGES.glob("*.jpg"))]
     write_reference(tmp_path / "reference.pt", folders["whole"], "cpu", images)
-    said: list[str] = []
+    said = []
     rows = measure_in_turn(folders, "cpu", METHOD, tmp_path / "reference.pt", said.append)
 
     assert rows["broken"]["not_run"] in ("failed: CheckpointError", "failed: FileNotFoundError")
@@ -34,7 +30,7 @@ def test_an_archive_is_measured_beside_one_that_cannot_be_loaded(tmp_path: Path)
     assert row["import_s"] > 0
 
 
-def test_the_archives_modules_come_first_and_a_process_that_ends_says_what_it_printed(tmp_path: Path) -> None:
+def test_the_archives_modules_come_first_and_a_process_that_ends_says_what_it_printed(tmp_path):
     (tmp_path / "damoyolo").mkdir()
     (tmp_path / "damoyolo" / "__init__.py").touch()
     (tmp_path / "damoyolo" / "detector.py").write_text("import os; os.write(2, b'last words'); os._exit(3)")

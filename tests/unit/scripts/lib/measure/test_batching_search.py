@@ -1,9 +1,5 @@
 """The search for settings on a model of a server."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 
 from lib.archive.members import BatchingSetting
@@ -13,7 +9,7 @@ SPACE = SearchSpace((1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 5, 10, 20), (1, 2, 3, 
 GRID = len(SPACE.batch_sizes) * len(SPACE.delays_ms) * len(SPACE.workers)
 
 
-def modelled(setting: BatchingSetting, fixed_ms: float = 4.0, image_ms: float = 0.16) -> Measurement:
+def modelled(setting, fixed_ms=4.0, image_ms=0.16):
     """A device that all workers share, host work that they overlap with it, and memory for five workers."""
     if setting.workers > 5:
         return Measurement(0.0, float("inf"), float("inf"), errors=1)
@@ -28,10 +24,10 @@ def modelled(setting: BatchingSetting, fixed_ms: float = 4.0, image_ms: float = 
     return Measurement(rate, p50_ms, 1.3 * p50_ms, concurrency=in_flight)
 
 
-def modelled_within(budget_ms: float) -> Callable[[BatchingSetting], Measurement]:
+def modelled_within(budget_ms):
     """The same with half of that in flight, at somewhat less, where the budget asks for it."""
 
-    def measure(setting: BatchingSetting) -> Measurement:
+    def measure(setting):
         full = modelled(setting)
         if full.errors or full.meets(budget_ms):
             return full
@@ -41,7 +37,7 @@ def modelled_within(budget_ms: float) -> Callable[[BatchingSetting], Measurement
     return measure
 
 
-def best_of_grid(budget_ms: float) -> float:
+def best_of_grid(budget_ms):
     """The highest rate within the budget, by trying everything."""
     measured = [
         modelled_within(budget_ms)(BatchingSetting(batch_size, delay_ms, workers))
@@ -53,7 +49,7 @@ def best_of_grid(budget_ms: float) -> float:
 
 
 @pytest.mark.parametrize("budget_ms", [25.0, 40.0, 60.0, 100.0, 200.0, 1000.0])
-def test_the_search_finds_nearly_the_best_of_the_grid_in_a_sixth_of_its_trials(budget_ms: float) -> None:
+def test_the_search_finds_nearly_the_best_of_the_grid_in_a_sixth_of_its_trials(budget_ms):
     result = find_setting(modelled_within(budget_ms), SPACE, budget_ms)
     found = result.best_measurement()
     assert found.meets(budget_ms)
@@ -64,10 +60,10 @@ def test_the_search_finds_nearly_the_best_of_the_grid_in_a_sixth_of_its_trials(b
     assert len(result.trials) <= GRID / 6
 
 
-def test_no_setting_is_measured_twice() -> None:
-    tried: list[BatchingSetting] = []
+def test_no_setting_is_measured_twice():
+    tried = []
 
-    def measure(setting: BatchingSetting) -> Measurement:
+    def measure(setting):
         tried.append(setting)
         return modelled(setting)
 
@@ -75,22 +71,22 @@ def test_no_setting_is_measured_twice() -> None:
     assert len(tried) == len(set(tried)) == len(result.trials)
 
 
-def test_of_equal_rates_the_fewest_workers_and_the_smallest_batch_win() -> None:
-    def measure(setting: BatchingSetting) -> Measurement:
+def test_of_equal_rates_the_fewest_workers_and_the_smallest_batch_win():
+    def measure(setting):
         return Measurement(1000.0 + setting.workers + setting.batch_size / 100, 5.0, 10.0)
 
     result = find_setting(measure, SPACE, 100.0)
     assert result.best == BatchingSetting(1, 1, 1)
 
 
-def test_where_nothing_meets_the_budget_the_quickest_without_errors_is_named() -> None:
+def test_where_nothing_meets_the_budget_the_quickest_without_errors_is_named():
     result = find_setting(modelled, SPACE, 0.1)
     assert not result.best_measurement().meets(0.1)
     assert result.best_measurement().p99_ms == min(each.p99_ms for each in result.trials.values())
 
 
-def test_a_setting_with_errors_is_never_chosen_over_one_without() -> None:
-    def measure(setting: BatchingSetting) -> Measurement:
+def test_a_setting_with_errors_is_never_chosen_over_one_without():
+    def measure(setting):
         return Measurement(100.0 * setting.workers, 5.0, 10.0, errors=setting.workers > 2)
 
     result = find_setting(measure, SPACE, 100.0)
@@ -98,6 +94,6 @@ def test_a_setting_with_errors_is_never_chosen_over_one_without() -> None:
     assert result.best.workers == 2
 
 
-def test_a_space_of_one_setting_is_measured_once() -> None:
+def test_a_space_of_one_setting_is_measured_once():
     result = find_setting(modelled, SearchSpace((8,), (2,), (1,)), 1000.0)
     assert list(result.trials) == [BatchingSetting(8, 2, 1)]

@@ -1,10 +1,5 @@
 """Loads on a stand-in model, and what is made of their rows."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from lib.load.worker import Load
@@ -25,14 +20,14 @@ BASE = Load("", [b"image"], 1, warm_up_s=0.05, duration_s=0.4, timeout_s=5.0, pr
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedModel]:
+def served(monkeypatch):
     monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
     with StandInModel() as model:
         yield ServedModel(model.base_url, model.base_url, model.base_url, "m")
 
 
-def test_the_plan_gives_a_row_per_load_and_open_loops_at_shares_of_the_best(served: ServedModel) -> None:
-    seen: list[str] = []
+def test_the_plan_gives_a_row_per_load_and_open_loops_at_shares_of_the_best(served):
+    seen = []
     plan = LoadPlan(BASE, concurrencies=[1, 4], rates_per_s=[30.0], rate_shares=[0.5])
     rows = measure_plan(served, plan, lambda row: seen.append(row["load"]))
     best = best_rate(rows)
@@ -48,14 +43,14 @@ def test_the_plan_gives_a_row_per_load_and_open_loops_at_shares_of_the_best(serv
         assert row["p50_ms"] >= 10
 
 
-def test_without_requests_there_is_no_mean_batch_size(served: ServedModel) -> None:
+def test_without_requests_there_is_no_mean_batch_size(served):
     with metrics.CounterWindow(served.metrics_url, "m") as counters:
         pass
     assert counters.mean_batch_size is None
     assert counters.stage_ms == {}
 
 
-def test_rows_stand_beside_both_limits_where_these_are_known() -> None:
+def test_rows_stand_beside_both_limits_where_these_are_known():
     closed = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 8}
     unknown = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 9}
     opened = {"requests_per_s": 50.0, "rate_per_s": 50.0, "connections": 8}
@@ -66,14 +61,14 @@ def test_rows_stand_beside_both_limits_where_these_are_known() -> None:
     assert closed["of_network"] is closed["of_empty"] is None
 
 
-def test_several_gpus_get_the_load_of_one_several_times() -> None:
+def test_several_gpus_get_the_load_of_one_several_times():
     plan = LoadPlan(BASE, concurrencies=[8, 32], rates_per_s=[100.0], rate_shares=[0.7]).for_gpus(4)
     assert (plan.concurrencies, plan.rates_per_s, plan.rate_shares) == ([32, 128], [400.0], [0.7])
     assert (plan.base.processes, plan.gpus) == (4, 4)
 
 
-def test_rates_stand_beside_the_mean_of_one_gpu_with_the_same_load_per_gpu() -> None:
-    def row(gpus: int, connections: int, requests_per_s: float) -> dict[str, Any]:
+def test_rates_stand_beside_the_mean_of_one_gpu_with_the_same_load_per_gpu():
+    def row(gpus, connections, requests_per_s):
         rate_per_s = None if connections else 50.0
         values = {"connections": connections, "requests_per_s": requests_per_s, "rate_per_s": rate_per_s}
         return {"gpus": gpus, **values}
@@ -86,12 +81,12 @@ def test_rates_stand_beside_the_mean_of_one_gpu_with_the_same_load_per_gpu() -> 
 @pytest.mark.parametrize(
     ("workers", "uneven"), [({"0": 2, "1": 2}, 0), ({}, 0), ({"0": 3, "1": 1}, 1), ({"0": 4}, 1)]
 )
-def test_workers_that_are_not_spread_evenly_give_a_warning(workers: dict[str, int], uneven: int) -> None:
+def test_workers_that_are_not_spread_evenly_give_a_warning(workers, uneven):
     row = {"load": "closed 8", "generator_busy_share": 0.2, "errors": 0, "gpus": 2}
     assert len(warnings_about([{**row, "workers_per_gpu": workers}])) == uneven
 
 
-def test_a_busy_generator_and_errors_give_warnings() -> None:
+def test_a_busy_generator_and_errors_give_warnings():
     calm = {"load": "calm", "generator_busy_share": 0.2, "errors": 0}
     busy = {**calm, "load": "busy", "generator_busy_share": 0.97}
     counts = {"statuses": {"503": 3}, "connection_errors": {}, "timeouts": 0, "dropped": 0}
@@ -101,7 +96,7 @@ def test_a_busy_generator_and_errors_give_warnings() -> None:
     assert "'503': 3" in of_failed
 
 
-def test_the_best_rate_is_of_closed_loops_without_errors() -> None:
+def test_the_best_rate_is_of_closed_loops_without_errors():
     rows = [
         {"requests_per_s": 5.0, "rate_per_s": None, "errors": 0},
         {"requests_per_s": 9.0, "rate_per_s": None, "errors": 1},

@@ -1,8 +1,5 @@
 """Settings measured with a stand-in in place of the TorchServe that each starts."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +18,7 @@ LOAD = Load("", [b"image"], 1, warm_up_s=0.05, duration_s=0.2, timeout_s=5.0, pr
 
 
 @contextmanager
-def stand_in(_archive: Path, setting: BatchingSetting, _environment: object) -> Iterator[ServedModel]:
+def stand_in(_archive, setting, _environment):
     if setting.workers > 1:
         raise ScriptError("a worker could not start:\nout of memory")
     with StandInModel() as model:
@@ -29,11 +26,9 @@ def stand_in(_archive: Path, setting: BatchingSetting, _environment: object) -> 
 
 
 @pytest.mark.parametrize(("budget_ms", "meets"), [(1000.0, True), (1.0, False)])
-def test_fewer_requests_are_in_flight_only_where_the_budget_needs_it(
-    monkeypatch: pytest.MonkeyPatch, budget_ms: float, meets: bool
-) -> None:
+def test_fewer_requests_are_in_flight_only_where_the_budget_needs_it(monkeypatch, budget_ms, meets):
     monkeypatch.setattr(served_setting, "serve_with_setting", stand_in)
-    reports: list[str] = []
+    reports = []
     with SettingMeasurer(Path("m.mar"), LOAD, budget_ms, reports.append) as measure:
         measured = measure(BatchingSetting(2, 1, 1))
     assert measured.errors == 0
@@ -43,9 +38,9 @@ def test_fewer_requests_are_in_flight_only_where_the_budget_needs_it(
     assert ("over the budget" in reports[0]) != meets
 
 
-def test_a_setting_that_does_not_start_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_does_not_start_fails_alone(monkeypatch):
     monkeypatch.setattr(served_setting, "serve_with_setting", stand_in)
-    reports: list[str] = []
+    reports = []
     with SettingMeasurer(Path("m.mar"), LOAD, 1000.0, reports.append) as measure:
         assert measure(BatchingSetting(2, 1, 2)).errors
         assert not measure(BatchingSetting(2, 1, 1)).errors

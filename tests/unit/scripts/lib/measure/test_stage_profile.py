@@ -1,12 +1,7 @@
 """The stage table: what is measured and how it adds up."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,13 +26,13 @@ from lib.measure.traces import nsys_command, run_with_nvtx, write_memory_snapsho
 from lib.paths import SAMPLE_IMAGES
 
 from damoyolo.service import DetectionService
-from damoyolo.stage_timing import StageTimer, no_timing
+from damoyolo.stage_timing import no_timing
 from doubles.tiny_archive import write_tiny_archive
 
 CPU = torch.device("cpu")
 
 
-def staged(time_stage: StageTimer) -> None:
+def staged(time_stage):
     """Two stages, of which the first has a part."""
     with time_stage("a"):
         time.sleep(0.01)
@@ -62,12 +57,12 @@ MEASURED = Profile(
 )
 
 
-def test_a_stage_within_a_stage_is_named_after_both_for_every_timer() -> None:
-    seen: list[tuple[str, str]] = []
+def test_a_stage_within_a_stage_is_named_after_both_for_every_timer():
+    seen = []
 
-    def timer(who: str) -> StageTimer:
+    def timer(who):
         @contextmanager
-        def watch(stage: str) -> Any:
+        def watch(stage):
             seen.append((who, stage))
             yield
 
@@ -77,7 +72,7 @@ def test_a_stage_within_a_stage_is_named_after_both_for_every_timer() -> None:
     assert seen == [(who, stage) for stage in ("a", "a/inner", "b") for who in ("x", "y")]
 
 
-def test_stages_are_measured_in_order_with_their_parts_and_the_time_between_them() -> None:
+def test_stages_are_measured_in_order_with_their_parts_and_the_time_between_them():
     stages, total_ms = measure_stages(staged, CPU, batches=3)
     times_ms = {stage.name: stage.device_ms for stage in stages}
     assert list(times_ms) == ["a", "a/inner", "b"]
@@ -90,7 +85,7 @@ def test_stages_are_measured_in_order_with_their_parts_and_the_time_between_them
     assert measured.bars()["other"] >= 9
 
 
-def test_shares_refer_to_the_whole_and_rates_to_the_batch() -> None:
+def test_shares_refer_to_the_whole_and_rates_to_the_batch():
     rows = {row["stage"]: row for row in stage_rows(MEASURED)}
     assert list(rows) == ["preprocess", "preprocess/decode", "network", "postprocess", "other", "total"]
     assert rows["network"]["share"] == pytest.approx(0.6)
@@ -101,7 +96,7 @@ def test_shares_refer_to_the_whole_and_rates_to_the_batch() -> None:
     assert sum(outer) == pytest.approx(1.0)
 
 
-def test_the_device_table_has_copies_network_and_nms() -> None:
+def test_the_device_table_has_copies_network_and_nms():
     rows = {row["stage"]: row["ms"] for row in device_rows(MEASURED)}
     assert rows == {"H2D": 0.5, "compute": 6.0, "D2H": 0.2, "NMS": 0.8}
     assert sum(row["share"] for row in device_rows(MEASURED)) == pytest.approx(1.0)
@@ -120,11 +115,11 @@ def test_the_device_table_has_copies_network_and_nms() -> None:
         ("sm90_xmma_fprop_implicit_gemm", "kernels"),
     ],
 )
-def test_copies_are_told_from_other_work_by_name(name: str, kind: str) -> None:
+def test_copies_are_told_from_other_work_by_name(name, kind):
     assert device_activity(name) == kind
 
 
-def test_every_batch_has_other_images_and_the_stages_are_those_of_the_service(tmp_path: Path) -> None:
+def test_every_batch_has_other_images_and_the_stages_are_those_of_the_service(tmp_path):
     detector = load_detector(write_tiny_archive(tmp_path / "archive"), CPU)
     service = DetectionService(detector)
     try:
@@ -142,7 +137,7 @@ def test_every_batch_has_other_images_and_the_stages_are_those_of_the_service(tm
         service.close()
 
 
-def test_the_nsys_command_runs_the_command_with_nvtx_and_shows_the_nodes_of_graphs() -> None:
+def test_the_nsys_command_runs_the_command_with_nvtx_and_shows_the_nodes_of_graphs():
     command = nsys_command(["--batch-sizes", "32"])
     assert command.startswith("nsys profile -t cuda,nvtx,osrt ")
     assert "--capture-range=cudaProfilerApi" in command
@@ -152,12 +147,12 @@ def test_the_nsys_command_runs_the_command_with_nvtx_and_shows_the_nodes_of_grap
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_copies_kernels_snapshot_and_nvtx_on_the_device(tmp_path: Path) -> None:
+def test_copies_kernels_snapshot_and_nvtx_on_the_device(tmp_path):
     device = torch.device("cuda")
     host = torch.zeros(2**22).pin_memory()
     weights = torch.zeros((512, 512), device=device)
 
-    def answer(time_stage: Callable[[str], Any]) -> object:
+    def answer(time_stage):
         with time_stage("network"):
             moved = host.to(device, non_blocking=True)
             return (moved[:512] @ weights).cpu()

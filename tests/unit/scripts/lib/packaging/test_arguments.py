@@ -1,9 +1,5 @@
 """The options with which commands name a network."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lib.cli import command_parser
@@ -13,7 +9,7 @@ from lib.packaging.class_names import DEMO_CLASS_NAMES
 from damoyolo.errors import CheckpointError
 
 
-def test_without_options_it_is_the_demo_network_and_names_must_fit(tmp_path: Path) -> None:
+def test_without_options_it_is_the_demo_network_and_names_must_fit(tmp_path):
     parser = command_parser(None)
     add_network_arguments(parser)
     model, class_names = load_network(parser.parse_args([]))

@@ -1,37 +1,32 @@
 """Archives: equal from equal inputs, verified before they take their place, refused with a reason."""
 
-from __future__ import annotations
-
 import json
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from lib.archive.members import MANIFEST, copy_archive
 from lib.cli import ScriptError
-from lib.packaging.builder import ArchiveReport, ArchiveRequest, build_archive, content_digest
+from lib.packaging.builder import ArchiveRequest, build_archive, content_digest
 from lib.packaging.class_names import DEMO_CLASS_NAMES
 
 from damoyolo.errors import CheckpointError, ConfigError
 
-REQUEST: dict[str, Any] = {
+REQUEST = {
     "model_settings": {"batchSize": 4, "maxBatchDelay": 7, "minWorkers": 2, "maxWorkers": 2},
     "serving": {"score_threshold": 0.4, "precision": "fp32"},
 }
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> ArchiveReport:
+def report(tmp_path_factory):
     return build_archive(ArchiveRequest(output_dir=tmp_path_factory.mktemp("store"), **REQUEST))
 
 
-def test_the_archive_holds_every_module_the_settings_and_the_weights(
-    report: ArchiveReport, project_dir: Path
-) -> None:
+def test_the_archive_holds_every_module_the_settings_and_the_weights(report, project_dir):
     with zipfile.ZipFile(report.path) as opened:
         names = set(opened.namelist())
         settings = yaml.safe_load(opened.read("model-config.yaml"))
@@ -50,13 +45,13 @@ def test_the_archive_holds_every_module_the_settings_and_the_weights(
 
 
 @pytest.mark.usefixtures("unverified")
-def test_equal_inputs_give_an_equal_digest_and_others_another(report: ArchiveReport, tmp_path: Path) -> None:
+def test_equal_inputs_give_an_equal_digest_and_others_another(report, tmp_path):
     assert build_archive(ArchiveRequest(output_dir=tmp_path / "a", **REQUEST)).digest == report.digest
     changed = {**REQUEST, "serving": {"score_threshold": 0.5, "precision": "fp32"}}
     assert build_archive(ArchiveRequest(output_dir=tmp_path / "b", **changed)).digest != report.digest
 
 
-def test_the_digest_does_not_depend_on_when_it_was_packed(report: ArchiveReport, tmp_path: Path) -> None:
+def test_the_digest_does_not_depend_on_when_it_was_packed(report, tmp_path):
     with zipfile.ZipFile(report.path) as opened:
         manifest = json.loads(opened.read(MANIFEST))
     manifest["createdOn"] = "01/01/2000 00:00:00"
@@ -65,7 +60,7 @@ def test_the_digest_does_not_depend_on_when_it_was_packed(report: ArchiveReport,
 
 
 @pytest.mark.slow
-def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx, tmp_path):
     report = build_archive(
         ArchiveRequest(output_dir=tmp_path, onnx=demo_onnx, serving={"backend": "onnxruntime"})
     )
@@ -77,9 +72,9 @@ def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx: Path, tmp_pat
 
 @pytest.mark.usefixtures("unverified")
 def test_a_backend_that_needs_an_onnx_file_gets_a_checked_export_of_the_weights(
-    demo_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked: list[Path] = []
+    demo_onnx, tmp_path, monkeypatch
+):
+    checked = []
     monkeypatch.setattr("lib.onnx.check.check_onnx", lambda path, *_: checked.append(path))
     report = build_archive(ArchiveRequest(output_dir=tmp_path, serving={"backend": "onnxruntime"}))
     assert [path.name for path in checked] == ["damoyolo.onnx"]
@@ -87,9 +82,7 @@ def test_a_backend_that_needs_an_onnx_file_gets_a_checked_export_of_the_weights(
         assert opened.read("damoyolo.onnx") == demo_onnx.read_bytes()  # an export is reproducible
 
 
-def test_an_onnx_file_of_other_classes_or_of_anything_else_is_refused(
-    demo_onnx: Path, tmp_path: Path
-) -> None:
+def test_an_onnx_file_of_other_classes_or_of_anything_else_is_refused(demo_onnx, tmp_path):
     with pytest.raises(
         ConfigError, match=r"class_names Platelets, RBC, WBC, settings and weights .* a, b, c"
     ):
@@ -100,9 +93,7 @@ def test_an_onnx_file_of_other_classes_or_of_anything_else_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
 
 
-def test_without_the_packages_of_onnx_the_way_out_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_packages_of_onnx_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lib.onnx.export", None)
     with pytest.raises(ScriptError, match="pip install onnx onnxscript onnxruntime"):
         build_archive(ArchiveRequest(output_dir=tmp_path, onnx=Path("any.onnx")))
@@ -121,9 +112,7 @@ def test_without_the_packages_of_onnx_the_way_out_is_named(
         ({"unused_class": True}, CheckpointError, "3 classes, but 3 class names .*each class but the last"),
     ],
 )
-def test_what_the_worker_would_refuse_is_refused_before_packing(
-    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_what_the_worker_would_refuse_is_refused_before_packing(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         build_archive(ArchiveRequest(output_dir=tmp_path, **change))
     assert list(tmp_path.iterdir()) == []

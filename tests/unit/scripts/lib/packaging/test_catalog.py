@@ -1,15 +1,13 @@
 """The list of official checkpoints against the published table."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from lib.packaging.catalog import OFFICIAL_CHECKPOINTS
 
 
-def test_every_published_file_that_fits_a_variant_is_listed_under_its_name(shared_dir: Path) -> None:
+def test_every_published_file_that_fits_a_variant_is_listed_under_its_name(shared_dir):
     variants = json.loads((shared_dir / "model" / "variants.json").read_text())["variants"]
     published = {
         checkpoint["url"]

@@ -1,12 +1,7 @@
 """The self-check of archives: what differs from the weights as trained is found, wherever it went wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +22,7 @@ NAMES = ("a", "b", "c")
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
+def checkpoint():
     """A small network as trained, with statistics that folding must not forget."""
     torch.manual_seed(0)
     model = build_model(VARIANTS["Ns"], len(NAMES), folded=False)
@@ -42,7 +37,7 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def archive(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     torch.save(checkpoint.state_dict, folder / "trained.pth")
     request = ArchiveRequest(
@@ -54,7 +49,7 @@ def archive(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
     return build_archive(request).path  # which verifies it
 
 
-def packaged(checkpoint: Checkpoint, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
+def packaged(checkpoint, change):
     """The packaged weights after a change of the folded tensors."""
     folded = fold_state_dict(checkpoint.state_dict)
     change(folded)
@@ -69,11 +64,11 @@ def packaged(checkpoint: Checkpoint, change: Callable[[dict[str, torch.Tensor]],
     return buffer.getvalue()
 
 
-def one_weight(folded: dict[str, torch.Tensor]) -> None:
+def one_weight(folded):
     folded["backbone.block_list.0.conv.conv1.weight"].view(-1)[7] += 1e-4
 
 
-def class_order(folded: dict[str, torch.Tensor]) -> None:
+def class_order(folded):
     for name, tensor in folded.items():
         if name.startswith("head.gfl_cls"):
             folded[name] = tensor[[1, 0, 2]].contiguous()
@@ -81,16 +76,14 @@ def class_order(folded: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("change", [one_weight, class_order])
 def test_packaged_weights_that_are_not_those_of_the_checkpoint_are_found(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path, change: Callable[[Any], None]
-) -> None:
+    checkpoint, archive, tmp_path, change
+):
     broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo.pth": packaged(checkpoint, change)})
     with pytest.raises(ScriptError, match=r"other values than the folded weights in \d+ of"):
         verify_archive(broken, checkpoint, NAMES)
 
 
-def test_another_variant_than_the_checkpoint_s_is_found(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path
-) -> None:
+def test_another_variant_than_the_checkpoint_s_is_found(checkpoint, archive, tmp_path):
     other = Checkpoint(build_model(VARIANTS["Nm"], 3, folded=False).state_dict(), VARIANTS["Nm"], 3)
     save_packaged(tmp_path / "x.pth", other)
     content = (tmp_path / "x.pth").read_bytes()
@@ -99,12 +92,12 @@ def test_another_variant_than_the_checkpoint_s_is_found(
         verify_archive(broken, checkpoint, NAMES)
 
 
-def wrong_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+def wrong_epsilon(monkeypatch):
     monkeypatch.setattr("damoyolo.model.fold.BATCH_NORM_EPS", 1e-5)
 
 
-def forgotten_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drop(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def forgotten_scales(monkeypatch):
+    def drop(state_dict):
         return {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.scales.")}
 
     monkeypatch.setattr("damoyolo.model.fold.fold_scales", drop)
@@ -112,21 +105,15 @@ def forgotten_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", [wrong_epsilon, forgotten_scales])
 def test_wrong_folding_is_found_although_the_weights_are_packed_as_folded(
-    checkpoint: Checkpoint,
-    archive: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[[pytest.MonkeyPatch], None],
-) -> None:
+    checkpoint, archive, tmp_path, monkeypatch, fault
+):
     fault(monkeypatch)
     broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo.pth": packaged(checkpoint, lambda _: None)})
     with pytest.raises(ScriptError, match="does not compute what the weights as trained do"):
         verify_archive(broken, checkpoint, NAMES)
 
 
-def test_a_module_that_computes_something_else_is_found(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path
-) -> None:
+def test_a_module_that_computes_something_else_is_found(checkpoint, archive, tmp_path):
     name = "damoyolo/model/head.py"
     text = (HANDLER_DIR / name).read_text()
     changed = text.replace("class_logits=tuple(conv(x) for", "class_logits=tuple(conv(x) * 1.001 for")
@@ -136,30 +123,24 @@ def test_a_module_that_computes_something_else_is_found(
         verify_archive(broken, checkpoint, NAMES)
 
 
-def test_other_class_names_than_the_request_s_are_found(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path
-) -> None:
+def test_other_class_names_than_the_request_s_are_found(checkpoint, archive, tmp_path):
     with pytest.raises(ScriptError, match="has the classes a, b, c; they should be b, a, c"):
         verify_archive(archive, checkpoint, ("b", "a", "c"))
 
 
-def test_weights_that_predict_the_same_everywhere_are_refused(checkpoint: Checkpoint) -> None:
+def test_weights_that_predict_the_same_everywhere_are_refused(checkpoint):
     zeros = {name: torch.zeros_like(tensor) for name, tensor in checkpoint.state_dict.items()}
     with pytest.raises(ScriptError, match="untrained or damaged"):
         outputs_as_trained(dataclasses.replace(checkpoint, state_dict=zeros), probe_pixels())
 
 
-def test_an_archive_that_lacks_a_module_is_refused(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path
-) -> None:
+def test_an_archive_that_lacks_a_module_is_refused(checkpoint, archive, tmp_path):
     broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo/boxes.py": None})
     with pytest.raises(ScriptError, match=r"lacks damoyolo/boxes\.py"):
         verify_archive(broken, checkpoint, NAMES)
 
 
-def test_an_archive_that_cannot_detect_is_refused_with_its_traceback(
-    checkpoint: Checkpoint, archive: Path, tmp_path: Path
-) -> None:
+def test_an_archive_that_cannot_detect_is_refused_with_its_traceback(checkpoint, archive, tmp_path):
     settings = {"handler": {"variant": "Ns", "class_names": list(NAMES), "backend": "none"}}
     content = yaml.safe_dump(settings).encode()
     broken = copy_archive(archive, tmp_path / "x.mar", {"model-config.yaml": content})
@@ -169,7 +150,7 @@ def test_an_archive_that_cannot_detect_is_refused_with_its_traceback(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["s", "t", "nm", "ns"])
-def test_the_trained_weights_pass(shared_dir: Path, tmp_path: Path, name: str) -> None:
+def test_the_trained_weights_pass(shared_dir, tmp_path, name):
     weights = shared_dir / "weights" / f"damoyolo_{name}_bccd.pth"
     build_archive(ArchiveRequest(weights=str(weights), class_names=NAMES, output_dir=tmp_path))
     assert load_checkpoint(weights).num_classes == len(NAMES)

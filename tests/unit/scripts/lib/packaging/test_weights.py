@@ -1,11 +1,6 @@
 """Weights from a file, an address or a name, and the checks on the way."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -26,31 +21,31 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 class FakeResponse:
     """An answer of a web server, as far as the download looks at it."""
 
-    def __init__(self, url: str, content: bytes, length: int | None) -> None:
+    def __init__(self, url, content, length):
         self.url = url
         self.headers = {} if length is None else {"Content-Length": str(length)}
         self._content = content
 
-    def __enter__(self) -> FakeResponse:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         """Nothing is held."""
 
-    def raise_for_status(self) -> None:
+    def raise_for_status(self):
         """It is 200."""
 
-    def iter_content(self, size: int) -> Iterator[bytes]:
+    def iter_content(self, size):
         for first in range(0, len(self._content), size):
             yield self._content[first : first + size]
 
 
 @pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def web(monkeypatch):
     """The next response of the web, and the addresses requested so far."""
-    state: dict[str, Any] = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "requested": []}
+    state = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "requested": []}
 
-    def get(url: str, **options: Any) -> FakeResponse:
+    def get(url, **options):
         assert options["timeout"]
         state["requested"].append(url)
         return FakeResponse(state["leads_to"] or url, state["content"], state["length"])
@@ -59,7 +54,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path: Path) -> None:
+def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path):
     path = tmp_path / "mine.pth"
     path.write_bytes(CONTENT)
     assert fetch_weights(str(path)) == path
@@ -68,7 +63,7 @@ def test_a_local_file_is_taken_as_it_is_and_its_sum_is_checked(tmp_path: Path) -
         fetch_weights(str(path), "0" * 64)
 
 
-def test_an_address_is_downloaded_once(web: dict[str, Any], tmp_path: Path) -> None:
+def test_an_address_is_downloaded_once(web, tmp_path):
     for _ in range(2):
         path = fetch_weights("https://example.org/a/model.pth", SHA256, tmp_path)
         assert path.name == "model.pth"
@@ -78,7 +73,7 @@ def test_an_address_is_downloaded_once(web: dict[str, Any], tmp_path: Path) -> N
     assert other != path
 
 
-def test_an_official_name_becomes_its_address(web: dict[str, Any], tmp_path: Path) -> None:
+def test_an_official_name_becomes_its_address(web, tmp_path):
     path = fetch_weights("damoyolo_tinynasL25_S_477", cache_dir=tmp_path)
     assert path.read_bytes() == CONTENT
     (url,) = web["requested"]
@@ -94,34 +89,32 @@ def test_an_official_name_becomes_its_address(web: dict[str, Any], tmp_path: Pat
         ({"leads_to": "http://example.org/model.pth"}, "only https"),
     ],
 )
-def test_a_download_that_went_wrong_leaves_nothing_behind(
-    web: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_download_that_went_wrong_leaves_nothing_behind(web, tmp_path, change, message):
     web.update(change)
     with pytest.raises(ScriptError, match=message):
         fetch_weights("https://example.org/model.pth", SHA256, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web, tmp_path):
     path = fetch_weights("https://example.org/model.pth", cache_dir=tmp_path)
     with pytest.raises(ScriptError, match=f"delete {path}"):
         fetch_weights("https://example.org/model.pth", "0" * 64, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["http://example.org/model.pth", "ftp://example.org/model.pth"])
-def test_only_https_is_downloaded(web: dict[str, Any], tmp_path: Path, source: str) -> None:
+def test_only_https_is_downloaded(web, tmp_path, source):
     with pytest.raises(ScriptError, match="only https"):
         fetch_weights(source, cache_dir=tmp_path)
     assert web["requested"] == []
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ScriptError, match="damoyolo_tinynasL25_S_477"):
         fetch_weights("damoyolo_s", cache_dir=tmp_path)
 
 
-def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("DAMOYOLO_CACHE", str(tmp_path))
     assert weights_source.default_cache_dir() == tmp_path
     monkeypatch.delenv("DAMOYOLO_CACHE")
@@ -130,7 +123,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def four_classes(tmp_path: Path) -> Path:
+def four_classes(tmp_path):
     """A checkpoint as trained with four class channels."""
     path = tmp_path / "mine.pth"
     torch.save(build_model(VARIANTS["Ns"], 4, folded=False).state_dict(), path)
@@ -138,15 +131,13 @@ def four_classes(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("names", [1, 2, 3, 5, 80])
-def test_fewer_or_more_names_than_classes_are_refused_with_both_counts(
-    four_classes: Path, names: int
-) -> None:
+def test_fewer_or_more_names_than_classes_are_refused_with_both_counts(four_classes, names):
     with pytest.raises(CheckpointError, match=f"4 classes, but {names} class names") as caught:
         load_source(four_classes, None, names)
     assert ("--unused-class" in str(caught.value)) == (names == 3)
 
 
-def test_the_unused_class_of_an_older_head_is_left_out_where_it_is_known(four_classes: Path) -> None:
+def test_the_unused_class_of_an_older_head_is_left_out_where_it_is_known(four_classes):
     assert load_source(four_classes, None, 4).num_classes == 4
     assert load_source(four_classes, None, 3, unused_class=True).num_classes == 3
     official = four_classes.with_name("damoyolo_tinynasL25_S_456.pth")

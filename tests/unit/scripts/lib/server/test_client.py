@@ -1,13 +1,9 @@
 """The client against a stand-in server."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 
 import pytest
 
@@ -16,23 +12,23 @@ from lib.server.answers import ServerAnswerError
 from lib.server.client import DetectionClient, RequestOptions
 from lib.server.retry import MAX_LOSSES
 
-from doubles.stand_in_server import Asked, Reply, StandInServer, failed, found
+from doubles.stand_in_server import Reply, StandInServer, failed, found
 
 CELL = {"class_id": 1, "label": "RBC", "score": 0.9, "bbox": [1.0, 2.0, 3.0, 4.0]}
 
 
-def cell_named(asked: Asked) -> Reply:
+def cell_named(asked):
     """A detection whose label is the image's bytes."""
     return found({**CELL, "label": asked.body.decode()})
 
 
-def free_url() -> str:
+def free_url():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}/predictions/damoyolo"
 
 
-def test_the_image_travels_as_it_is_and_the_answer_comes_back() -> None:
+def test_the_image_travels_as_it_is_and_the_answer_comes_back():
     image = bytes(range(256))
     with StandInServer(lambda asked: found(CELL)) as server, DetectionClient(server.url) as client:
         assert client.detect(image) == {"width": 640, "height": 480, "detections": [CELL]}
@@ -41,19 +37,19 @@ def test_the_image_travels_as_it_is_and_the_answer_comes_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["Blutzelle ß", "two\nlines", "one,two"])
-def test_a_class_name_that_no_header_can_carry_is_refused_by_name(name: str) -> None:
+def test_a_class_name_that_no_header_can_carry_is_refused_by_name(name):
     with pytest.raises(ScriptError, match="class id instead"):
         RequestOptions(classes=("RBC", name)).headers()
 
 
-def test_one_connection_serves_request_after_request() -> None:
+def test_one_connection_serves_request_after_request():
     with StandInServer(lambda asked: found()) as server, DetectionClient(server.url) as client:
         for _ in range(5):
             client.detect(b"image")
     assert len(server.connections) == 1
 
 
-def test_an_error_answer_keeps_status_type_and_message() -> None:
+def test_an_error_answer_keeps_status_type_and_message():
     with (
         StandInServer(lambda asked: failed(415, "UnsupportedImage", "no image")) as server,
         DetectionClient(server.url) as client,
@@ -68,7 +64,7 @@ def test_an_error_answer_keeps_status_type_and_message() -> None:
     assert len(server.asked) == 1
 
 
-def test_a_413_without_words_names_the_setting() -> None:
+def test_a_413_without_words_names_the_setting():
     with (
         StandInServer(lambda asked: Reply(413)) as server,
         DetectionClient(server.url) as client,
@@ -92,7 +88,7 @@ def test_a_413_without_words_names_the_setting() -> None:
         b"[" * 1_000_000,
     ],
 )
-def test_a_200_that_is_no_detection_result_is_an_error(body: bytes) -> None:
+def test_a_200_that_is_no_detection_result_is_an_error(body):
     with (
         StandInServer(lambda asked: Reply(body=body)) as server,
         DetectionClient(server.url) as client,
@@ -101,10 +97,10 @@ def test_a_200_that_is_no_detection_result_is_an_error(body: bytes) -> None:
         client.detect(b"image")
 
 
-def test_an_image_is_sent_again_until_the_queue_has_room() -> None:
+def test_an_image_is_sent_again_until_the_queue_has_room():
     counter = count()
 
-    def full_twice(asked: Asked) -> Reply:
+    def full_twice(asked):
         return failed(503, "ServiceUnavailableException", "no worker") if next(counter) < 2 else found(CELL)
 
     with StandInServer(full_twice) as server, DetectionClient(server.url, pause_s=0.01) as client:
@@ -112,7 +108,7 @@ def test_an_image_is_sent_again_until_the_queue_has_room() -> None:
     assert [asked.body for asked in server.asked] == [b"image"] * 3
 
 
-def test_a_queue_that_stays_full_is_given_up_after_the_total_time() -> None:
+def test_a_queue_that_stays_full_is_given_up_after_the_total_time():
     with (
         StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "no worker")) as server,
         DetectionClient(server.url, retry_s=0.5, pause_s=0.01) as client,
@@ -130,7 +126,7 @@ def test_a_queue_that_stays_full_is_given_up_after_the_total_time() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 507])
-def test_an_image_whose_worker_died_is_sent_again(status: int) -> None:
+def test_an_image_whose_worker_died_is_sent_again(status):
     counter = count()
     died = failed(status, "InternalServerException", "Worker died.")
     with (
@@ -140,7 +136,7 @@ def test_an_image_whose_worker_died_is_sent_again(status: int) -> None:
         assert client.detect(b"image")["detections"] == [CELL]
 
 
-def test_an_image_that_ends_every_worker_is_given_up() -> None:
+def test_an_image_that_ends_every_worker_is_given_up():
     with (
         StandInServer(lambda asked: failed(500, "InternalServerException", "Worker died.")) as server,
         DetectionClient(server.url, pause_s=0.001) as client,
@@ -160,7 +156,7 @@ def test_an_image_that_ends_every_worker_is_given_up() -> None:
         (507, "OutOfMemory", "too little memory"),
     ],
 )
-def test_a_refusal_that_stays_is_not_retried(status: int, kind: str, message: str) -> None:
+def test_a_refusal_that_stays_is_not_retried(status, kind, message):
     with (
         StandInServer(lambda asked: failed(status, kind, message)) as server,
         DetectionClient(server.url, pause_s=0.001) as client,
@@ -170,12 +166,12 @@ def test_a_refusal_that_stays_is_not_retried(status: int, kind: str, message: st
     assert len(server.asked) == 1
 
 
-def test_a_server_that_starts_again_at_the_same_port_loses_no_image() -> None:
+def test_a_server_that_starts_again_at_the_same_port_loses_no_image():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     images = [str(number).encode() for number in range(40)]
 
-    def slow(asked: Asked) -> Reply:
+    def slow(asked):
         time.sleep(0.05)
         return cell_named(asked)
 
@@ -192,10 +188,10 @@ def test_a_server_that_starts_again_at_the_same_port_loses_no_image() -> None:
     assert client.repeated > 0
 
 
-def test_abandoned_requests_do_not_hold_up_the_end() -> None:
+def test_abandoned_requests_do_not_hold_up_the_end():
     release = threading.Event()
 
-    def silent_but_for_the_first(asked: Asked) -> Reply:
+    def silent_but_for_the_first(asked):
         if asked.body != b"0":
             release.wait(20)
         return found()
@@ -211,7 +207,7 @@ def test_abandoned_requests_do_not_hold_up_the_end() -> None:
 
 
 @pytest.mark.parametrize("sent_before", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
-def test_a_dropped_connection_is_tried_again(sent_before: bytes) -> None:
+def test_a_dropped_connection_is_tried_again(sent_before):
     counter, dropped = count(), Reply(drop=True, body=sent_before)
     with (
         StandInServer(lambda asked: dropped if next(counter) == 0 else found(CELL)) as server,
@@ -220,7 +216,7 @@ def test_a_dropped_connection_is_tried_again(sent_before: bytes) -> None:
         assert client.detect(b"image")["detections"] == [CELL]
 
 
-def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
+def test_a_server_that_always_drops_the_connection_is_given_up():
     with (
         StandInServer(lambda asked: Reply(drop=True)) as server,
         DetectionClient(server.url, pause_s=0.001) as client,
@@ -230,10 +226,10 @@ def test_a_server_that_always_drops_the_connection_is_given_up() -> None:
     assert len(server.asked) == 6
 
 
-def test_after_silence_an_image_is_sent_again() -> None:
+def test_after_silence_an_image_is_sent_again():
     release, counter = threading.Event(), count()
 
-    def silent_once(asked: Asked) -> Reply:
+    def silent_once(asked):
         if next(counter) == 0:
             release.wait(20)
         return found(CELL)
@@ -244,10 +240,10 @@ def test_after_silence_an_image_is_sent_again() -> None:
     assert len(server.asked) == 2
 
 
-def test_silence_ends_at_the_time_limit_and_without_retries_at_once() -> None:
+def test_silence_ends_at_the_time_limit_and_without_retries_at_once():
     release = threading.Event()
 
-    def silent(asked: Asked) -> Reply:
+    def silent(asked):
         release.wait(20)
         return found()
 
@@ -263,10 +259,10 @@ def test_silence_ends_at_the_time_limit_and_without_retries_at_once() -> None:
     assert len(server.asked) == 1
 
 
-def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too() -> None:
+def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer_half() -> None:
+        def answer_half():
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
@@ -286,7 +282,7 @@ def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too() -> None:
         thread.join()
 
 
-def test_a_redirect_is_not_followed() -> None:
+def test_a_redirect_is_not_followed():
     with StandInServer(lambda asked: found()) as elsewhere:
         there = Reply(307, headers={"Location": elsewhere.url})
         with (
@@ -299,7 +295,7 @@ def test_a_redirect_is_not_followed() -> None:
         assert elsewhere.asked == []
 
 
-def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, free_url())
     for name in ("no_proxy", "NO_PROXY"):
@@ -308,7 +304,7 @@ def test_a_proxy_of_the_environment_does_not_see_the_images(monkeypatch: pytest.
         assert client.detect(b"image")["detections"] == [CELL]
 
 
-def test_an_absent_server_is_named_with_what_to_start() -> None:
+def test_an_absent_server_is_named_with_what_to_start():
     client = DetectionClient(free_url(), retry_s=0)
     for call in (client.require_server, lambda: client.detect(b"image")):
         with pytest.raises(ScriptError, match=r"scripts/serve\.py"):
@@ -329,15 +325,15 @@ def test_an_absent_server_is_named_with_what_to_start() -> None:
         "http://h/\x1b[2J",
     ],
 )
-def test_an_address_without_scheme_or_host_is_refused(url: str) -> None:
+def test_an_address_without_scheme_or_host_is_refused(url):
     with pytest.raises(ScriptError, match="accepted is http"):
         DetectionClient(url)
 
 
-def test_many_images_are_in_flight_at_once_but_no_more_than_requested() -> None:
+def test_many_images_are_in_flight_at_once_but_no_more_than_requested():
     together = threading.Barrier(4)
 
-    def meet(asked: Asked) -> Reply:
+    def meet(asked):
         together.wait(10)  # breaks, and with it the answer, unless four requests are here at once
         return found()
 
@@ -347,8 +343,8 @@ def test_many_images_are_in_flight_at_once_but_no_more_than_requested() -> None:
     assert server.most_at_once == len(server.connections) == 4
 
 
-def test_answers_keep_the_order_of_the_images_however_they_come() -> None:
-    def first_is_last(asked: Asked) -> Reply:
+def test_answers_keep_the_order_of_the_images_however_they_come():
+    def first_is_last(asked):
         time.sleep(0.2 if asked.body == b"0" else 0.0)
         return cell_named(asked)
 
@@ -360,11 +356,11 @@ def test_answers_keep_the_order_of_the_images_however_they_come() -> None:
     assert [outcome.index for outcome in outcomes] == list(range(20))
 
 
-def test_a_bad_image_costs_only_itself(tmp_path: Path) -> None:
+def test_a_bad_image_costs_only_itself(tmp_path):
     good = tmp_path / "good.jpg"
     good.write_bytes(b"good")
 
-    def answer_by_content(asked: Asked) -> Reply:
+    def answer_by_content(asked):
         return failed(422, "CorruptImage", "cut off") if asked.body == b"bad" else cell_named(asked)
 
     with StandInServer(answer_by_content) as server, DetectionClient(server.url) as client:
@@ -374,10 +370,10 @@ def test_a_bad_image_costs_only_itself(tmp_path: Path) -> None:
     assert isinstance(outcomes[2].error, FileNotFoundError)
 
 
-def test_images_are_taken_from_the_source_only_as_they_are_sent() -> None:
+def test_images_are_taken_from_the_source_only_as_they_are_sent():
     taken = count()
 
-    def endless() -> Iterator[bytes]:
+    def endless():
         while True:
             next(taken)
             yield b"image"
@@ -390,5 +386,5 @@ def test_images_are_taken_from_the_source_only_as_they_are_sent() -> None:
     assert next(taken) <= 5 + 4 * 2
 
 
-def test_no_images_give_no_outcomes() -> None:
+def test_no_images_give_no_outcomes():
     assert list(DetectionClient(free_url()).detect_many([])) == []

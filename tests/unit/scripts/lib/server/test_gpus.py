@@ -1,7 +1,5 @@
 """Choosing GPUs for a server, with a stand-in for MPS's control program."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +9,7 @@ from lib.server.metrics import UtilisationSampler, parse_counters
 from doubles.stand_in_server import METRICS_PAGE
 
 
-def test_counters_are_those_of_the_model_and_stages_stand_apart() -> None:
+def test_counters_are_those_of_the_model_and_stages_stand_apart():
     counters = parse_counters(METRICS_PAGE.format(batches=3.0, requests="1.2E1", network_s=0.5), "m")
     assert counters == {
         "batches_total": 3.0,
@@ -22,7 +19,7 @@ def test_counters_are_those_of_the_model_and_stages_stand_apart() -> None:
     }
 
 
-def test_a_busy_core_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_core_is_seen(monkeypatch):
     monkeypatch.setattr(metrics, "SAMPLE_INTERVAL_S", 0.05)
     monkeypatch.setenv("PATH", "")
     if metrics.cpu_seconds() is None:
@@ -39,9 +36,7 @@ def test_a_busy_core_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sampler.busy_cores((0.0, 0.0)) is None
 
 
-def test_the_gpu_is_sampled_in_the_background_and_only_the_window_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gpu_is_sampled_in_the_background_and_only_the_window_counts(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text(
         f"#!{sys.executable}\nimport time\nprint('[N/A]')\n"

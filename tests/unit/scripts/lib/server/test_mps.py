@@ -1,7 +1,5 @@
 """Starting and stopping MPS, with a stand-in for its control program."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -17,7 +15,7 @@ echo "$@ [$(cat)] $CUDA_MPS_PIPE_DIRECTORY" >>"$0.log"
 """
 
 
-def put_program(folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str = "exit 0") -> Path:
+def put_program(folder, monkeypatch, ending="exit 0"):
     program = folder / mps.CONTROL_PROGRAM
     program.write_text(PROGRAM.format(ending=ending))
     program.chmod(0o755)
@@ -25,7 +23,7 @@ def put_program(folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str = "ex
     return program
 
 
-def test_the_service_runs_while_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_runs_while_entered(tmp_path, monkeypatch):
     program = put_program(tmp_path, monkeypatch)
     with mps.cuda_mps() as variables:
         pipe_dir = Path(variables["CUDA_MPS_PIPE_DIRECTORY"])
@@ -37,22 +35,20 @@ def test_the_service_runs_while_entered(tmp_path: Path, monkeypatch: pytest.Monk
     assert not pipe_dir.parent.exists()
 
 
-def test_a_service_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_start_is_reported(tmp_path, monkeypatch):
     put_program(tmp_path, monkeypatch, "echo no device >&2; exit 1")
     with pytest.raises(ScriptError, match="no device"), mps.cuda_mps():
         raise AssertionError
 
 
-def test_without_the_driver_s_program_the_error_names_the_option_to_leave_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_driver_s_program_the_error_names_the_option_to_leave_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(mps, "FURTHER_FOLDERS", ())
     with pytest.raises(ScriptError, match="--mps"), mps.cuda_mps():
         raise AssertionError
 
 
-def test_nothing_starts_where_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_starts_where_it_is_not_wanted(tmp_path, monkeypatch):
     program = put_program(tmp_path, monkeypatch)
     with mps.cuda_mps(wanted=False) as variables:
         assert variables == {}

@@ -1,16 +1,12 @@
 """Settings of the server: what is read from config.properties, and what is wrong with it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from lib.cli import ScriptError
 from lib.server.process import busy_ports, read_properties
 
 
-def test_addresses_that_are_not_given_are_the_server_s_own(tmp_path: Path) -> None:
+def test_addresses_that_are_not_given_are_the_server_s_own(tmp_path):
     (tmp_path / "a").write_text("# comment\nmetrics_address = http://127.0.0.1:9\nother=1=2\n")
     assert read_properties(tmp_path / "a") == {
         "inference_address": "http://127.0.0.1:8080",
@@ -20,14 +16,14 @@ def test_addresses_that_are_not_given_are_the_server_s_own(tmp_path: Path) -> No
     }
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff\xfe")
     with pytest.raises(ScriptError, match="is not text in UTF-8"):
         read_properties(tmp_path / "a")
 
 
 @pytest.mark.parametrize("value", ["http://127.0.0.1", "8080x", "", "http://h:0", "http://h:70000"])
-def test_a_setting_that_names_no_port_is_refused(tmp_path: Path, value: str) -> None:
+def test_a_setting_that_names_no_port_is_refused(tmp_path, value):
     (tmp_path / "a").write_text(f"metrics_address={value}\n")
     with pytest.raises(ScriptError, match="metrics_address is"):
         busy_ports(read_properties(tmp_path / "a"))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from lib.cli import ScriptError
@@ -8,7 +6,7 @@ from lib.server.served_archive import ServedModel
 from doubles.stand_in_server import StandInModel
 
 
-def test_scaling_returns_when_all_workers_are_ready() -> None:
+def test_scaling_returns_when_all_workers_are_ready():
     with StandInModel() as model:
         served = ServedModel(model.base_url, model.base_url, model.base_url, "m")
         served.scale(3)
