@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
-from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.formats import NO_IMAGE, EncodedImage, reduce_image
 from damoyolo.formats.essential import EssentialImage
 from damoyolo.orientation import pillow_transposition
 
@@ -109,10 +109,7 @@ def _open(image: EssentialImage, config: ServingConfig) -> ImageFile.ImageFile:
         with _warnings_ignored():
             return Image.open(io.BytesIO(image.data), formats=[image.image_format])
     except UnidentifiedImageError as error:
-        raise UnsupportedImageError(
-            "the data are no image of an accepted format, or its header is broken; "
-            f"accepted are {', '.join(config.image_formats)} (server setting image_formats)"
-        ) from error
+        raise UnsupportedImageError(NO_IMAGE.format(", ".join(config.image_formats))) from error
 
 
 def _to_array(image: Image.Image) -> NDArray[np.uint8]:

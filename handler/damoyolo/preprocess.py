@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
-from damoyolo.decode import decode_image, decode_reduced, prepare_decoders
+from damoyolo.decode import decode_reduced, prepare_decoders
 from damoyolo.errors import RequestError
 from damoyolo.formats import EncodedImage, reduce_image
 from damoyolo.formats.essential import EssentialImage
@@ -143,7 +143,12 @@ class ImagePreprocessor:
         return split_outcomes(zip(encoded_images, outcomes, strict=True))
 
     def _decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
-        return outcome_of(decode_image)(encoded, self.config)
+        def decode() -> NDArray[np.uint8]:
+            reduced = reduce_image(encoded, self.config)
+            with self._budget.reserve(reduced.decoding_bytes):
+                return decode_reduced(reduced, self.config)
+
+        return outcome_of(decode)()
 
     def _bytes_needed(self, image: EssentialImage) -> int:
         """To decode and resize it: resizing first makes an image of its height and the network's width."""

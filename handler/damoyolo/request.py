@@ -31,7 +31,7 @@ from typing import Any
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
-from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.formats import EncodedImage, begins_like_image, reduce_image
 from damoyolo.formats.essential import require_image_bytes
 from damoyolo.response import CONTENT_TYPES, OutputFormat
 from damoyolo.structures import DetectionOptions
@@ -153,16 +153,17 @@ class RequestParser:
             self._from_base64(instance["b64"], f"instances[{position}].b64")
             for position, instance in enumerate(instances)
         )
-        self._require_pixels(images)
+        if len(images) > 1:  # one alone has a limit of its own
+            self._require_pixels(images)
         return images, True
 
     def _require_pixels(self, images: tuple[EncodedImage, ...]) -> None:
-        """Refuse a request whose images have too many pixels together; one alone has a limit of its own."""
+        """Refuse a request whose images have too many pixels together."""
         pixels = 0
         for image in images:
             with contextlib.suppress(RequestError):  # reported when the image is decoded
                 pixels += reduce_image(image, self.config).pixels
-        if len(images) > 1 and pixels > self.config.max_instances_pixels:
+        if pixels > self.config.max_instances_pixels:
             raise ImageTooLargeError(
                 f"instances has {len(images)} images of {pixels} pixels in all; at most "
                 f"{self.config.max_instances_pixels} are accepted (server setting max_instances_pixels)"
@@ -216,6 +217,7 @@ class RequestParser:
         return number
 
     def _class_ids(self, value: Any) -> tuple[int, ...]:
+        _require_short("classes", value)  # a JSON string, too
         entries = (
             [entry.strip(_WHITE_SPACE) for entry in value.split(",")] if isinstance(value, str) else value
         )
@@ -274,9 +276,13 @@ def _form_value(name: str, value: Any, content_type: str) -> Any:
             raise InvalidOptionError(f"{name} is {_quoted(value)}; UTF-8 text is accepted") from error
         if content_type.startswith(_JSON_TYPE):
             return _parse_json(value, name)
+    _require_short(name, value)
+    return _Text(value.strip(_WHITE_SPACE)) if isinstance(value, str) else value
+
+
+def _require_short(name: str, value: Any) -> None:
     if isinstance(value, str) and len(value) > _MAX_TEXT:
         raise InvalidOptionError(f"{name} has {len(value)} characters; at most {_MAX_TEXT} are accepted")
-    return _Text(value.strip(_WHITE_SPACE)) if isinstance(value, str) else value
 
 
 def _document_options(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +323,7 @@ def _json_document(content: Any, content_type: str) -> Mapping[str, Any] | None:
     if isinstance(content, str | bytes | bytearray | memoryview):
         opening = content[:64].encode() if isinstance(content, str) else bytes(content[:64])
         looks_like_json = opening.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
-        if not looks_like_json and not content_type.startswith(_JSON_TYPE):
+        if not looks_like_json and (not content_type.startswith(_JSON_TYPE) or begins_like_image(opening)):
             return None
         content = _parse_json(content, "the JSON document")
     if not isinstance(content, Mapping):

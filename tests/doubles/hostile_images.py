@@ -437,7 +437,17 @@ def tiff_tags(width, height, offsets, counts, rows=None, compression=1, bits=8, 
     return tags | {int(name[1:]): value for name, value in more.items()}
 
 
+def tiff_of_one_tile(size_wh, tile_wh):
+    """A grey, deflated TIFF whose one tile may be much larger than the image."""
+    data = zlib.compress(bytes(tile_wh[0] * tile_wh[1]), 9)
+    tags = tiff_tags(*size_wh, [16], [len(data)], compression=8)
+    tags = {number: value for number, value in tags.items() if number not in (273, 278, 279)}
+    sides = {322: (4, [tile_wh[0]]), 323: (4, [tile_wh[1]])}
+    return tiff(tags | sides | {324: (4, [16]), 325: (4, [len(data)])}, data)
+
+
 def _tiffs(flood_bytes):
+    yield "tiff of one tile larger than the image", tiff_of_one_tile((16, 16), (8000, 16000))
     data = bytes(64 * 64)
     plain = tiff_tags(64, 64, [16], [4096])
     many = {0xBC02 + i: (4, [i]) for i in range(17000)}

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 
 import torch
 from torch import Tensor
@@ -98,7 +99,13 @@ class DevicePreprocessor(ImagePreprocessor):
         on_device = self._decode_on_device(encoded_images, for_device)
         for slot in for_device.keys() - on_device.keys():
             in_pool[slot] = self._pool.submit(self._decode, encoded_images[slot])
-        on_host, errors = split_outcomes((slot, in_pool[slot].result()) for slot in sorted(in_pool))
+        try:
+            on_host, errors = split_outcomes((slot, in_pool[slot].result()) for slot in sorted(in_pool))
+        finally:
+            # After a failure of one the caller tries again with fewer; nothing may run on meanwhile.
+            for future in in_pool.values():
+                future.cancel()
+            wait(in_pool.values())
         try:
             images = on_device | upload(on_host, self.device)
             return resize_in_order(images, rows, resize_images), errors
@@ -112,7 +119,7 @@ class DevicePreprocessor(ImagePreprocessor):
         header = read_plain_jpeg_header(encoded)
         if header is None or header.height * header.width > self._max_device_pixels:
             return None
-        return header
+        return header if max(header.height, header.width) <= self.config.max_image_side else None
 
     def _decode_on_device(
         self, encoded_images: Sequence[EncodedImage], headers: dict[int, JpegHeader]

@@ -8,10 +8,17 @@ what the first frame needs. Only that copy is decoded.
 
 from __future__ import annotations
 
+import struct
+
 from damoyolo.config import ServingConfig
-from damoyolo.errors import UnsupportedImageError
+from damoyolo.errors import CorruptImageError, UnsupportedImageError
 from damoyolo.formats import bmp, gif, jpeg, png, tiff, webp
 from damoyolo.formats.essential import EssentialImage, PartCount, require_image_bytes, require_size
+
+NO_IMAGE = (
+    "the data are no image of an accepted format, or its header is broken; "
+    "accepted are {} (server setting image_formats)"
+)
 
 EncodedImage = bytes | bytearray | memoryview
 
@@ -40,12 +47,17 @@ def reduce_image(encoded: EncodedImage, config: ServingConfig) -> EssentialImage
     for name in config.image_formats:
         signatures, reduce = _READERS[name]
         if data.startswith(signatures):
-            image = reduce(data, config, PartCount(config.max_image_parts))
+            try:
+                image = reduce(data, config, PartCount(config.max_image_parts))
+            except (IndexError, ValueError, OverflowError, struct.error) as error:
+                raise CorruptImageError(f"the structure of the {name} file is broken") from error
             if image is None:
                 break
             require_size(image.size_wh, config)
             return image
-    raise UnsupportedImageError(
-        "the data are no image of an accepted format, or its header is broken; "
-        f"accepted are {', '.join(config.image_formats)} (server setting image_formats)"
-    )
+    raise UnsupportedImageError(NO_IMAGE.format(", ".join(config.image_formats)))
+
+
+def begins_like_image(data: bytes) -> bool:
+    """Whether the data begin with the signature of a known format."""
+    return any(data.startswith(signatures) for signatures, _ in _READERS.values())

@@ -27,6 +27,7 @@ _PART_TAGS = (_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES)
 _JPEGS = (6, 7)
 _UNCOMPRESSED = 1
 _WEBP = 50001  # every strip may hold 65,536 groups of codes, half a second of work; hardly any file has them
+_TILE_BYTES_PER_PIXEL = 8  # four samples of 16 bits
 _BYTES_PER_PIXEL = 24  # the strip or tile, of up to 8 bytes per pixel, besides Pillow's image
 
 # Tag -> most values. Bits, compression, colour and fill order; samples; predictor, fax options; colour map;
@@ -75,12 +76,12 @@ def reduce_tiff(data: bytes, config: ServingConfig, parts: PartCount) -> Essenti
     if not width or not height:
         return None
     orientation = valid_orientation(_first(tags, _ORIENTATION, 1))
+    tile_bytes = 0
     if width * height <= config.max_image_pixels:  # else refused by the caller
-        _require_bounded_work(data, tags, (width, height), config, parts)
+        tile_bytes = _require_bounded_work(data, tags, (width, height), config, parts)
     entries.pop(_ORIENTATION, None)
-    return EssentialImage(
-        "TIFF", _with_directory(data, layout, entries), (width, height), orientation, _BYTES_PER_PIXEL
-    )
+    reduced = _with_directory(data, layout, entries)
+    return EssentialImage("TIFF", reduced, (width, height), orientation, _BYTES_PER_PIXEL, tile_bytes)
 
 
 def _layout(data: bytes) -> _Layout:
@@ -141,8 +142,8 @@ def _require_bounded_work(
     size_wh: tuple[int, int],
     config: ServingConfig,
     parts: PartCount,
-) -> None:
-    """Bound what is decoded by the image, whatever the strips or tiles claim."""
+) -> int:
+    """Bound what is decoded by the image, whatever the strips or tiles claim; the bytes of a decoded tile."""
     width, height = size_wh
     planes = _first(tags, _SAMPLES, 1) if _first(tags, _PLANES, 1) == 2 else 1
     tiled = _STRIP_OFFSETS not in tags or _TILE_WIDTH in tags
@@ -157,9 +158,11 @@ def _require_bounded_work(
             f"the tiles of the TIFF have {stored} pixels for an image of {width} x {height}; at most "
             f"{2 * config.max_image_pixels} are accepted (twice the server setting max_image_pixels)"
         )
+    # A strip is at most as large as the image, whose bytes per pixel include it.
+    tile_bytes = unit_width * unit_height * _TILE_BYTES_PER_PIXEL if tiled else 0
     compression = _first(tags, _COMPRESSION, _UNCOMPRESSED)
     if compression == _UNCOMPRESSED:
-        return
+        return tile_bytes
     if compression == _WEBP:
         raise UnsupportedImageError("the TIFF is compressed as WebP, which is not accepted")
     sizes = tags.get(_TILE_BYTES if tiled else _STRIP_BYTES)
@@ -170,10 +173,11 @@ def _require_bounded_work(
         raise CorruptImageError("the strips or tiles of the TIFF have more bytes than its file: they overlap")
     if compression in _JPEGS:
         _require_jpeg_scans(data, columns * rows * planes, unit_width * unit_height, config)
+    return tile_bytes
 
 
 def _require_jpeg_scans(data: bytes, units: int, unit_pixels: int, config: ServingConfig) -> None:
-    """Every strip or tile is a JPEG, of one scan in honest files."""
+    """Every strip or tile is a JPEG, of one scan in ordinary files."""
     further = max(0, data.count(b"\xff\xda") - units)
     if further * unit_pixels > config.max_jpeg_scan_pixels:
         raise ImageTooLargeError(

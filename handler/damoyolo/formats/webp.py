@@ -40,7 +40,8 @@ def reduce_webp(data: bytes, config: ServingConfig, parts: PartCount) -> Essenti
         position = end
     if (size_wh := _size_wh(kept)) is None:
         return None
-    if extended := kept.get(b"VP8X"):
+    extended = kept.get(b"VP8X", b"")
+    if len(extended) > 8:
         kept[b"VP8X"] = extended[:8] + bytes((extended[8] & ~_METADATA_FLAGS,)) + extended[9:]
     order = (b"VP8X", b"ANIM", b"ANMF") if b"ANMF" in kept else (b"VP8X", b"ALPH", b"VP8 ", b"VP8L")
     chunks = b"".join(kept[kind] for kind in order if kind in kept)

@@ -54,6 +54,18 @@ CHANNELS = [by_form, by_query, by_header, by_json, by_json_bytes]
 # ---------------------------------------------------------------------------------------------- images
 
 
+def test_an_image_declared_as_json_is_the_image():
+    as_json = {"content-type": "application/json"}
+    assert parse({"body": bytearray(IMAGE)}, as_json) == ImageRequest(
+        (IMAGE,), DEFAULTS, "json", batched=False
+    )
+
+
+def test_a_text_of_classes_is_bounded_in_json_too():
+    document = {"image": IMAGE_BASE64, "classes": "0," * 40_000}
+    assert "at most 65536" in str(refusal({"body": bytearray(json.dumps(document).encode())}))
+
+
 @pytest.mark.parametrize("field", ["body", "data", "image"])
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
 def test_a_raw_body_or_a_multipart_field_is_the_image(field, wrap):

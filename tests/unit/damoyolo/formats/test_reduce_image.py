@@ -281,3 +281,30 @@ def test_a_size_that_differs_from_the_one_that_was_checked_is_refused():
     header = struct.pack(">IIBBBBB", 5, 5, 8, 2, 0, 0, 0)
     with pytest.raises(RequestError):
         decode_image(two_sizes[:33] + hostile.chunk(b"IHDR", header) + two_sizes[33:], CONFIG)
+
+
+def test_the_memory_of_a_large_tile_counts():
+    small_tiles = hostile.tiff_of_one_tile((16, 16), (16, 16))
+    one_large = hostile.tiff_of_one_tile((16, 16), (8000, 16000))
+    difference = (
+        reduce_image(one_large, CONFIG).decoding_bytes - reduce_image(small_tiles, CONFIG).decoding_bytes
+    )
+    assert difference == 8 * (8000 * 16000 - 16 * 16)
+
+
+def test_a_broken_extended_webp_header_is_the_clients_error():
+    chunks = b"VP8X" + struct.pack("<I", 0) + encode(IMAGE, "WEBP")[12:]
+    file = b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+    with contextlib.suppress(RequestError):
+        reduce_image(file, CONFIG)
+
+
+def test_an_error_of_a_format_s_reader_is_the_clients_error(monkeypatch):
+    from damoyolo import formats
+
+    def fails(*_):
+        raise IndexError
+
+    monkeypatch.setitem(formats._READERS, "PNG", (formats.png.SIGNATURES, fails))
+    with pytest.raises(CorruptImageError, match="PNG"):
+        reduce_image(encode(IMAGE), CONFIG)
