@@ -167,6 +167,7 @@ def test_a_body_that_cannot_be_decoded_gets_400_without_bytes_of_it(url, name):
     assert SECRET not in answer
 
 
+@pytest.mark.slow
 def test_large_bodies_that_cannot_be_decoded_leave_no_memory_behind(url):
     megabyte = bytes(1 << 20)
     body = b"--b\r\nContent-Disposition: form-data\r\n\r\n" + 30 * megabyte + b"\r\n--b--\r\n"

@@ -1,5 +1,6 @@
 """A real TorchServe under arbitrary files and arbitrary bytes on its socket, beside good requests."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -84,8 +85,9 @@ def send_raw(url, data, patience_s=5.0):
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=patience_s) as connection:
         try:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the server may have answered and closed already
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(100)
         except (TimeoutError, ConnectionError):
             return None

@@ -54,6 +54,7 @@ def edited_archive(source, target, edits):
             after.writestr(name, content)
 
 
+@pytest.mark.slow
 def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(server, url, smear):
     with load(url, smear, clients=4) as before:
         wait_until(lambda: len(before) >= 4, "the first answers")

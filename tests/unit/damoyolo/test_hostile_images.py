@@ -57,6 +57,7 @@ def hostile_files():
     return list(hostile.hostile_images(128 * 1024))
 
 
+@pytest.mark.slow
 def test_no_hostile_file_takes_long_or_raises_anything_else(hostile_files):
     names = set()
     for name, encoded in hostile_files:

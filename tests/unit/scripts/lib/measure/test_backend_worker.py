@@ -10,6 +10,7 @@ from doubles.tiny_archive import write_tiny_archive
 METHOD = Method((1, 2), rounds=2, slice_s=0.01, images=SAMPLE_IMAGES, threads=1)
 
 
+@pytest.mark.slow
 def test_an_archive_is_measured_beside_one_that_cannot_be_loaded(tmp_path):
     folders = {name: write_tiny_archive(tmp_path / name) for name in ("whole", "broken")}
     (folders["broken"] / "damoyolo.pth").unlink()

@@ -70,6 +70,7 @@ def test_an_onnx_file_of_the_weights_is_packed_and_runs(demo_onnx, tmp_path):
     assert settings["handler"]["backend"] == "onnxruntime"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unverified")
 def test_a_backend_that_needs_an_onnx_file_gets_a_checked_export_of_the_weights(
     demo_onnx, tmp_path, monkeypatch
