@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import requests
 
+from lib.load.hostile import same_answer
+
 from doubles.corpus import write_corpus
 
 TIMEOUT_S = 120
@@ -102,7 +104,8 @@ def test_no_bytes_on_the_socket_cost_more_than_their_connection(server, url, sme
     statuses = {}
     for data in raw_requests(path, smear):
         statuses[data[:200]] = send_raw(url, data)
-    assert requests.post(url, data=smear, headers=raw_type, timeout=TIMEOUT_S).json() == expected
+    # Not equal to the last digit: one of the requests above may be in the same batch.
+    assert same_answer(requests.post(url, data=smear, headers=raw_type, timeout=TIMEOUT_S).json(), expected)
     assert [worker["pid"] for worker in workers(server)] == pids
     failed = {data: status for data, status in statuses.items() if status is not None and status >= 500}
     assert not failed
