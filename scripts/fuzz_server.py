@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
 GOOD_IMAGES = ("smear_3.jpg", "smear_4.jpg")
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lib.load.hostile import HostileClient, Limits, summarize, write_json
+    from lib.load.hostile import HostileClient, Limits, summarize
     from lib.server.served_archive import ServedModel
 
     files = sorted(path for path in arguments.folder.rglob("*") if path.is_file())[: arguments.limit]
@@ -47,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
         client.close()
         print(summarize(attempts))
         if arguments.json is not None:
-            write_json(arguments.json, attempts)
+            write_json(arguments.json, [attempt.to_json() for attempt in attempts])
     failed = sum(len(attempt.problems) for attempt in attempts)
     print(f"{len(attempts)} requests of {len(files)} files: {failed or 'no'} problems")
     return 1 if failed else 0

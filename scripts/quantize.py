@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cli import ScriptError, command_parser, fraction, name_list, positive_int, run_command
+from lib.json_file import write_json
 from lib.onnx.options import ALWAYS_FLOAT, NO_BLOCK, RANGE_METHODS, TARGETS, QuantizationRequest
 from lib.packaging.arguments import add_network_arguments, load_network
 
@@ -123,8 +123,7 @@ def _write_report(
         "blocks": rows,
         **environment(),
     }
-    arguments.report.parent.mkdir(parents=True, exist_ok=True)
-    arguments.report.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_json(arguments.report, content)
     print(f"report: {arguments.report}")
 
 

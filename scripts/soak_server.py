@@ -9,17 +9,17 @@ python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 30 --
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib.cli import command_parser, fraction, positive_int, positive_seconds, run_command
+from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Send the load; 0 if every answer was right, 1 if one was not, 2 if nothing could be sent."""
+    """Send the load; 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent."""
     return run_command(_run, _parser(), argv, error_code=2)
 
 
@@ -33,17 +33,18 @@ def _run(arguments: argparse.Namespace) -> int:
     served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
     record = soak(served, mixture, arguments.clients, arguments.minutes * 60)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record.to_json(), indent=1))
+        write_json(arguments.json, record.to_json())
     for minute, latency in enumerate(record.latencies_by_minute()):
-        print(f"minute {minute:3}: p50 {latency['p50']:8.1f} ms, p99 {latency['p99']:8.1f} ms")
-    first, last = record.memory_mb[0][1], record.memory_mb[-1][1]
-    slopes = record.memory_slopes_mb_per_h(record.memory_mb[-1][0] / 2)
-    for kind, slope in slopes.items():
+        if latency is None:
+            print(f"minute {minute:3}: no answer")
+        else:
+            print(f"minute {minute:3}: p50 {latency['p50']:8.1f} ms, p99 {latency['p99']:8.1f} ms")
+    for kind, slope in record.late_slopes_mb_per_h().items():
+        first, last = record.memory_mb[0][1], record.memory_mb[-1][1]
         print(f"{kind}: {first[kind]:.0f} to {last[kind]:.0f} MB; second half {slope:+.1f} MB/h")
     for problem, count in record.problems.most_common():
-        print(f"{count} answers: {problem}")
-    print(f"{len(record.answers)} answers, {record.problems.total()} of them wrong")
+        print(f"{count} times: {problem}")
+    print(f"{len(record.answers)} answers, {record.problems.total() or 'no'} problems")
     return 1 if record.problems else 0
 
 

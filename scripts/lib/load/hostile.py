@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -199,9 +198,3 @@ def summarize(attempts: Sequence[Attempt]) -> str:
             + ", ".join(f"{status}: {count}" for status, count in counts.items())
         )
     return "\n".join(lines)
-
-
-def write_json(path: Path, attempts: Sequence[Attempt]) -> None:
-    """All attempts as a JSON list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([attempt.to_json() for attempt in attempts], indent=1))

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import requests
 
+from lib.cli import ScriptError
 from lib.load.generator import percentiles
 from lib.load.mixed_requests import MixedRequest
 from lib.server.local_http import direct_session
@@ -24,15 +25,19 @@ from lib.server.served_archive import ServedModel
 
 MEMORY_INTERVAL_S = 5.0
 TIMEOUT_S = 120.0
+PAUSE_S = 1.0  # of a client whose request was not answered
 MINUTE_S = 60.0
 BYTES_PER_MB = 1e6
+# Of memory_mb: requests' errors are OSError, those of values a description without process ids.
+MEMORY_FAILURES = (psutil.Error, OSError, subprocess.SubprocessError, LookupError, TypeError, ValueError)
 
 
 @dataclass
 class SoakRecord:
     """What was seen.
 
-    answers: (seconds since the start, latency in ms) of each. problems: wrong answers by what was wrong.
+    answers: (seconds since the start, latency in ms) of each. problems: what was wrong, with the number of
+    times: wrong answers, requests without an answer, failed samples of the memory.
     memory_mb: (seconds since the start, resident memory in 10^6 bytes by kind: worker, java, gpu).
     """
 
@@ -40,20 +45,28 @@ class SoakRecord:
     problems: Counter[str] = field(default_factory=Counter)
     memory_mb: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
-    def latencies_by_minute(self) -> list[dict[str, float]]:
-        """Percentiles of each full minute, in ms."""
+    def latencies_by_minute(self) -> list[dict[str, float] | None]:
+        """Percentiles of each full minute up to the last answer, in ms; None for one without answers."""
         times, latencies = np.array(self.answers).reshape(-1, 2).T
         minutes = (times // MINUTE_S).astype(int)
-        return [percentiles(latencies[minutes == minute]) for minute in range(minutes.max())]
+        return [
+            percentiles(latencies[minutes == minute]) if (minutes == minute).any() else None
+            for minute in range(minutes.max(initial=0))
+        ]
 
     def memory_slopes_mb_per_h(self, last_s: float) -> dict[str, float]:
-        """Growth of each kind of memory over the last seconds, by least squares."""
-        end = self.memory_mb[-1][0]
-        late = [(at, sizes) for at, sizes in self.memory_mb if at >= end - last_s]
+        """Growth of each kind of memory over the last seconds, by least squares; empty below two samples."""
+        late = [(at, sizes) for at, sizes in self.memory_mb if at >= self.memory_mb[-1][0] - last_s]
+        if len(late) < 2:
+            return {}
         hours = [at / 3600 for at, _ in late]
         return {
             kind: float(np.polyfit(hours, [sizes[kind] for _, sizes in late], 1)[0]) for kind in late[0][1]
         }
+
+    def late_slopes_mb_per_h(self) -> dict[str, float]:
+        """Growth of each kind of memory over the second half of the time."""
+        return self.memory_slopes_mb_per_h(self.memory_mb[-1][0] / 2) if self.memory_mb else {}
 
     def to_json(self) -> dict[str, Any]:
         """The record and its figures."""
@@ -61,51 +74,96 @@ class SoakRecord:
             "answers": len(self.answers),
             "problems": dict(self.problems),
             "by_minute_ms": self.latencies_by_minute(),
-            "slopes_of_the_second_half_mb_per_h": self.memory_slopes_mb_per_h(self.memory_mb[-1][0] / 2),
+            "slopes_of_the_second_half_mb_per_h": self.late_slopes_mb_per_h(),
             "memory_mb": self.memory_mb,
         }
 
 
 def soak(served: ServedModel, mixture: Sequence[MixedRequest], clients: int, duration_s: float) -> SoakRecord:
-    """Send the requests again and again from several clients, each one after another."""
-    record, lock = SoakRecord(), threading.Lock()
+    """Send the requests again and again from several clients, each one after another.
+
+    Raises:
+        ScriptError: the first request gets no answer. Later failures are in the record.
+    """
+    _require_answer(served, mixture[0])
+    record, lock, stop = SoakRecord(), threading.Lock(), threading.Event()
     start = time.monotonic()
 
     def send_all(client: int) -> None:
         random = np.random.default_rng(client)
         with direct_session() as session:
-            while time.monotonic() < start + duration_s:
+            while not stop.is_set() and time.monotonic() < start + duration_s:
                 request = mixture[int(random.integers(0, len(mixture)))]
                 sent = time.monotonic()
-                problem = _send(session, served.predictions_url, request)
+                try:
+                    response = _post(session, served.predictions_url, request)
+                except requests.RequestException as error:
+                    with lock:
+                        record.problems[f"no answer: {type(error).__name__}"] += 1
+                    stop.wait(PAUSE_S)
+                    continue
+                answered = time.monotonic()
+                problem = _problem_with(response, request)
                 with lock:
-                    record.answers.append((time.monotonic() - start, (time.monotonic() - sent) * 1e3))
+                    record.answers.append((answered - start, (answered - sent) * 1e3))
                     record.problems.update([problem] if problem else [])
 
+    def sample_memory() -> None:
+        try:
+            sizes = memory_mb(served)
+        except MEMORY_FAILURES as error:
+            with lock:
+                record.problems[f"no memory sample: {type(error).__name__}"] += 1
+        else:
+            record.memory_mb.append((time.monotonic() - start, sizes))
+
     with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(send_all, client) for client in range(clients)]
-        while not all(each.done() for each in running):
-            record.memory_mb.append((time.monotonic() - start, memory_mb(served)))
-            time.sleep(MEMORY_INTERVAL_S)
+        try:
+            running = [pool.submit(send_all, client) for client in range(clients)]
+            while wait(running, timeout=0).not_done:
+                sample_memory()
+                wait(running, timeout=MEMORY_INTERVAL_S)
+        finally:
+            stop.set()
         for each in running:
             each.result()
     return record
 
 
-def _send(session: requests.Session, url: str, request: MixedRequest) -> str:
+def _require_answer(served: ServedModel, request: MixedRequest) -> None:
     try:
-        response = session.post(url, data=request.body, headers=dict(request.headers), timeout=TIMEOUT_S)
+        with direct_session() as session:
+            _post(session, served.predictions_url, request)
     except requests.RequestException as error:
-        return f"no answer: {type(error).__name__}"
-    return request.problem_with(
-        response.status_code, response.headers.get("Content-Type", ""), response.content
-    )
+        raise ScriptError(
+            f"no answer from {served.predictions_url} ({type(error).__name__}); start a server with "
+            "`python scripts/serve.py`, or name another with --inference-url"
+        ) from error
+
+
+def _post(session: requests.Session, url: str, request: MixedRequest) -> requests.Response:
+    return session.post(url, data=request.body, headers=dict(request.headers), timeout=TIMEOUT_S)
+
+
+def _problem_with(response: requests.Response, request: MixedRequest) -> str:
+    """What is wrong with an answer; empty if nothing is."""
+    content_type = response.headers.get("Content-Type", "")
+    try:
+        return request.problem_with(response.status_code, content_type, response.content)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # neither image nor detections
+        return f"an answer that cannot be read: {type(error).__name__}"
 
 
 def memory_mb(served: ServedModel) -> dict[str, float]:
-    """Resident memory of the workers and of Java, and used memory of all GPUs where there are any."""
+    """Resident memory of the workers and of Java, and used memory of all GPUs where there are any.
+
+    Raises:
+        one of MEMORY_FAILURES: a process ended meanwhile, there is no worker, or the server does not tell.
+    """
     description = describe_model(served.management_url, served.model_name)
     workers = [psutil.Process(int(worker["pid"])) for worker in description["workers"]]
+    if not workers:
+        raise LookupError(f"{served.model_name} has no worker")
     java = {worker.ppid() for worker in workers}
     sizes = {
         "worker": sum(worker.memory_info().rss for worker in workers) / BYTES_PER_MB,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import urllib3
+from urllib3.exceptions import DecodeError
 
 from lib.cli import ScriptError, printable
 
 # A full queue or no worker; a proxy in front says 502 and 504 for a server that is starting.
 PASSING_STATUSES = (502, 503, 504)
 MAX_NUMBER = 1e9  # of a score or a side of a box in pixels; excludes infinity and NaN
+# Well above max_response_size of config.properties, 34 MB.
+MAX_ANSWER_BYTES = 64 * 2**20
+CHUNK_BYTES = 2**20
 WORKER_DIED = "Worker died."  # TorchServe's message of a 500 or 507
 
 
@@ -59,7 +65,48 @@ class ServerAnswerError(RequestFailedError):
         )
 
 
-def answer_error(response: urllib3.BaseHTTPResponse, sent_bytes: int) -> ServerAnswerError:
+@dataclass(frozen=True)
+class HttpAnswer:
+    """An answer that was read to its end; `data` is its body, decompressed."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    data: bytes
+
+
+def read_answer(response: urllib3.BaseHTTPResponse) -> HttpAnswer:
+    """Read the body, of at most MAX_ANSWER_BYTES after decompression.
+
+    Raises:
+        ServerAnswerError: it is larger, or damaged.
+        urllib3.exceptions.HTTPError: it did not arrive.
+    """
+    data = bytearray()
+    complete = False
+    try:
+        for chunk in response.stream(CHUNK_BYTES):
+            data += chunk
+            if len(data) > MAX_ANSWER_BYTES:
+                raise ServerAnswerError(
+                    response.status,
+                    "",
+                    f"the answer is larger than {MAX_ANSWER_BYTES:,} bytes, the most that is read",
+                )
+        complete = True
+    except DecodeError as error:
+        raise ServerAnswerError(
+            response.status, "", f"the answer cannot be decompressed: {error.args[0]}"
+        ) from error
+    finally:
+        if complete:
+            response.release_conn()
+        else:
+            response.close()  # what is left of it must not be taken for the next answer
+    return HttpAnswer(response.status, response.reason or "", response.headers, bytes(data))
+
+
+def answer_error(response: HttpAnswer, sent_bytes: int) -> ServerAnswerError:
     """The error that a status other than 200 stands for, in the words of its JSON body where it has one."""
     status, kind = response.status, ""
     body = json_of(response)
@@ -77,7 +124,7 @@ def answer_error(response: urllib3.BaseHTTPResponse, sent_bytes: int) -> ServerA
     return ServerAnswerError(status, kind, message)
 
 
-def json_of(response: urllib3.BaseHTTPResponse) -> Any:
+def json_of(response: HttpAnswer) -> Any:
     """The body as JSON; None where it is none."""
     try:
         return json.loads(response.data)
@@ -85,7 +132,7 @@ def json_of(response: urllib3.BaseHTTPResponse) -> Any:
         return None
 
 
-def detection_result(response: urllib3.BaseHTTPResponse) -> dict[str, Any]:
+def detection_result(response: HttpAnswer) -> dict[str, Any]:
     """The body as a result: `width`, `height` and `detections`, each with label, score and four box sides.
 
     Raises:
@@ -113,6 +160,6 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
-def text_of(response: urllib3.BaseHTTPResponse) -> str:
+def text_of(response: HttpAnswer) -> str:
     """The beginning of the body."""
     return response.data[:200].decode(errors="replace")

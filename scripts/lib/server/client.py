@@ -27,7 +27,14 @@ from urllib3.exceptions import (
 
 from lib.cli import ScriptError
 from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
-from lib.server.answers import NoAnswerError, ServerAnswerError, answer_error, detection_result
+from lib.server.answers import (
+    HttpAnswer,
+    NoAnswerError,
+    ServerAnswerError,
+    answer_error,
+    detection_result,
+    read_answer,
+)
 from lib.server.retry import FIRST_PAUSE_S, Attempts, Outage
 from lib.server.threads import DaemonThreads
 
@@ -223,8 +230,8 @@ class DetectionClient:
         options: RequestOptions | None,
         output_format: str,
         cancelled: threading.Event | None,
-    ) -> urllib3.BaseHTTPResponse:
-        """The response of status 200."""
+    ) -> HttpAnswer:
+        """The answer of status 200."""
         headers = {
             **(options or RequestOptions()).headers(),
             "X-Detect-Format": output_format,
@@ -233,10 +240,11 @@ class DetectionClient:
         attempts = Attempts(self.retry_s, self._outage, cancelled or threading.Event(), self.pause_s)
         while True:
             try:
-                response = self._exchange(encoded, headers)
+                answer = self._exchange(encoded, headers)
             except (ServerAnswerError, NoAnswerError) as error:
                 if not error.passes:
-                    self._outage.answered()
+                    if isinstance(error, ServerAnswerError):
+                        self._outage.answered()
                     raise
                 if not attempts.wait_for_next(error.lost):
                     error.attempts = attempts.made
@@ -245,18 +253,21 @@ class DetectionClient:
                     self.repeated += 1
             else:
                 self._outage.answered()
-                return response
+                return answer
 
-    def _exchange(self, encoded: bytes, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        """One attempt; the response of status 200."""
+    def _exchange(self, encoded: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+        """One attempt; the answer of status 200."""
         try:
             # Images go to the host that was named and nowhere else: no redirects.
-            response = self._pool.request("POST", self.url, body=encoded, headers=headers, redirect=False)
+            response = self._pool.request(
+                "POST", self.url, body=encoded, headers=headers, redirect=False, preload_content=False
+            )
+            answer = read_answer(response)
         except HTTPError as error:
             raise self._failure(error, len(encoded)) from error
-        if response.status != 200:
-            raise answer_error(response, len(encoded))
-        return response
+        if answer.status != 200:
+            raise answer_error(answer, len(encoded))
+        return answer
 
     def _failure(self, error: HTTPError, sent_bytes: int) -> NoAnswerError:
         """What an exchange without an answer means to the user."""

@@ -310,12 +310,17 @@ class TorchServeProcess:
                 self._printed.append(line.rstrip("\n"))
                 if any(mark in line for mark in FAILURE_MARKS):
                     self._failed.set()
-                if self._echo is not None:
-                    try:
-                        self._echo.write(line)
-                        self._echo.flush()
-                    except OSError:  # nobody reads it any more; Java blocks if its output is not read
-                        self._echo = None
+                self._copy(line)
+
+    def _copy(self, line: str) -> None:
+        """Echo a line; after a failure none any more, as Java blocks if its output is not read on."""
+        if self._echo is None:
+            return
+        try:
+            self._echo.write(line)
+            self._echo.flush()
+        except (OSError, ValueError):  # nobody reads it, it is closed, or its encoding lacks a character
+            self._echo = None
 
     def last_output(self) -> str:
         """The last lines that the server and its workers printed."""

@@ -18,6 +18,13 @@ class Outage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since_s: float | None = None
+        self._last_s = 0.0
+
+    def asked(self, memory_s: float) -> None:
+        """A request begins; a server that was asked for nothing during `memory_s` may be back."""
+        with self._lock:
+            if time.monotonic() > self._last_s + memory_s:
+                self._since_s = None
 
     def answered(self) -> None:
         """The server has dealt with a request."""
@@ -27,8 +34,9 @@ class Outage:
     def failed(self) -> float:
         """A request has failed for now; the time since when they all do, on the clock of `time.monotonic`."""
         with self._lock:
+            self._last_s = time.monotonic()
             if self._since_s is None:
-                self._since_s = time.monotonic()
+                self._since_s = self._last_s
             return self._since_s
 
 
@@ -36,7 +44,7 @@ class Attempts:
     """The attempts to send one image.
 
     total_s: how long failures that pass are followed by another attempt. When the server has answered no
-        request for that time, further images get one attempt each.
+        request for that time, further images get one attempt each, until a pause longer than it.
     first_pause_s: base of the exponential back-off, up to MAX_PAUSE_S.
     cancelled: ends the waiting.
     """
@@ -51,6 +59,7 @@ class Attempts:
         self._cancelled = cancelled
         self._pause_s = first_pause_s
         self._failed_s: float | None = None
+        outage.asked(total_s)
 
     def wait_for_next(self, lost: bool) -> bool:
         """Wait before the next attempt; False if there is none.

@@ -1,5 +1,7 @@
 """The client against a stand-in server."""
 
+import gzip
+import json
 import socket
 import threading
 import time
@@ -8,7 +10,7 @@ from itertools import count
 import pytest
 
 from lib.cli import ScriptError
-from lib.server.answers import ServerAnswerError
+from lib.server.answers import MAX_ANSWER_BYTES, NoAnswerError, ServerAnswerError
 from lib.server.client import DetectionClient, RequestOptions
 from lib.server.retry import MAX_LOSSES
 
@@ -123,6 +125,116 @@ def test_a_queue_that_stays_full_is_given_up_after_the_total_time():
         with pytest.raises(ServerAnswerError, match="503"):
             client.detect(b"image")
         assert len(server.asked) == first + 1
+
+
+def test_an_outage_is_forgotten_after_a_pause_longer_than_the_retry_time():
+    with (
+        StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "no worker")) as server,
+        DetectionClient(server.url, retry_s=0.3, pause_s=0.01) as client,
+    ):
+        for pause_s, attempts in ((0.0, range(2, 100)), (0.0, (1,)), (0.4, range(2, 100))):
+            time.sleep(pause_s)
+            before = len(server.asked)
+            with pytest.raises(ServerAnswerError, match="503"):
+                client.detect(b"image")
+            assert len(server.asked) - before in attempts
+
+
+def test_an_outage_lasts_while_requests_wait_for_a_silent_server():
+    """A request that is under way for longer than the retry time is no pause."""
+    release = threading.Event()
+
+    def silent(asked):
+        release.wait(20)
+        return found()
+
+    with (
+        StandInServer(silent) as server,
+        DetectionClient(server.url, timeout_s=0.5, retry_s=0.3, pause_s=0.01) as client,
+    ):
+        attempts = []
+        for _ in range(3):
+            with pytest.raises(NoAnswerError) as caught:
+                client.detect(b"image")
+            attempts.append(caught.value.attempts)
+        release.set()
+    assert attempts == [2, 1, 1]
+
+
+def test_a_failure_without_an_answer_does_not_end_an_outage():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with DetectionClient(f"https://127.0.0.1:{port}/", retry_s=1.0, pause_s=0.01) as client:
+        with pytest.raises(NoAnswerError, match=r"no server .*attempt \d+"):
+            client.detect(b"image")
+
+        def answer_without_tls():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 400 no TLS here\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            thread = threading.Thread(target=answer_without_tls)
+            thread.start()
+            with pytest.raises(NoAnswerError, match="cannot send"):
+                client.detect(b"image")
+            thread.join()
+        with pytest.raises(NoAnswerError, match="no server") as caught:
+            client.detect(b"image")
+        assert caught.value.attempts == 1
+
+
+def zipped(body):
+    return Reply(body=gzip.compress(body, 1), headers={"Content-Encoding": "gzip"})
+
+
+@pytest.mark.parametrize("form", [lambda body: Reply(body=body), zipped])
+@pytest.mark.parametrize("call", [DetectionClient.detect, DetectionClient.draw])
+def test_an_answer_without_end_is_not_read_to_its_end(form, call):
+    reply = form(bytes(MAX_ANSWER_BYTES + 1))
+    with (
+        StandInServer(lambda asked: reply) as server,
+        DetectionClient(server.url) as client,
+        pytest.raises(ServerAnswerError, match="larger than 67,108,864 bytes"),
+    ):
+        call(client, b"image")
+    assert len(server.asked) == 1
+
+
+def test_after_an_answer_that_is_too_large_the_client_goes_on():
+    counter = count()
+    large = Reply(body=bytes(MAX_ANSWER_BYTES + 1))
+    with (
+        StandInServer(lambda asked: large if next(counter) == 0 else found(CELL)) as server,
+        DetectionClient(server.url) as client,
+    ):
+        first, second = client.detect_many([b"image"] * 2, in_flight=1)
+    assert isinstance(first.error, ServerAnswerError)
+    assert second.answer["detections"] == [CELL]
+
+
+def test_a_drawn_image_of_the_largest_size_arrives_whole():
+    body = bytes(range(256)) * (MAX_ANSWER_BYTES // 256)
+    with StandInServer(lambda asked: Reply(body=body)) as server, DetectionClient(server.url) as client:
+        assert client.draw(b"image") == body
+
+
+def test_a_compressed_answer_is_decompressed():
+    body = json.dumps({"width": 1, "height": 1, "detections": [CELL]}).encode()
+    with StandInServer(lambda asked: zipped(body)) as server, DetectionClient(server.url) as client:
+        assert client.detect(b"image")["detections"] == [CELL]
+
+
+def test_a_compressed_answer_that_is_damaged_is_an_error_of_the_server():
+    with (
+        StandInServer(lambda asked: Reply(body=b"text", headers={"Content-Encoding": "gzip"})) as server,
+        DetectionClient(server.url) as client,
+        pytest.raises(ServerAnswerError, match="cannot be decompressed"),
+    ):
+        client.detect(b"image")
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("status", [500, 507])
