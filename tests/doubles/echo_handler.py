@@ -10,7 +10,7 @@ import zipfile
 
 
 class EchoHandler:
-    """Answers the fields of a request, in base64, and its headers; `status` and `lines` ask for more."""
+    """Answers a request's fields, in base64, and its headers; `status`, `error` and `lines` ask for more."""
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
@@ -31,6 +31,8 @@ class EchoHandler:
         context.set_response_content_type(index, "application/json")
         if status != 200:
             context.set_response_status(code=status, phrase="", idx=index)
+            if "error" in row:
+                return bytes(row["error"])
             error = {"code": status, "type": "EchoError", "message": f"status {status}"}
             return json.dumps(error).encode()
         return json.dumps({"fields": fields, "headers": headers}).encode()

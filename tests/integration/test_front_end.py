@@ -124,6 +124,18 @@ def test_a_wrong_multipart_type_does_not_hide_a_picture(url):
     assert fields == {"body": PICTURE}
 
 
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("end", [b"--b--", b"--b"])
+def test_multipart_may_have_either_line_end_and_its_boundary_in_the_picture(url, line_end, end):
+    picture = PICTURE * 8 + b"--b--" + b" --b\r\n" * 200 + b"\n-\n--"
+    disposition = b'Content-Disposition: form-data; name="data"; filename="multipart/a.jpg"'
+    lines = [b"", b"--b", disposition, b"Content-Type: image/jpeg", b"", picture]
+    lines += [b"--b", b'Content-Disposition: form-data; name="classes"', b"", b"1", end, b""]
+    body = line_end.join(lines) if end == b"--b--" else line_end.join(lines[:-1])
+    _, answer = exchange(url, post(urlsplit(url).path, MULTIPART, body))
+    assert received(answer)[0] == {"data": picture, "classes": b"1"}
+
+
 def test_the_query_string_reaches_the_handler_as_headers(url):
     query = {"score_threshold": "0.5", "classes": "Größe,1"}
     headers = {"x-detect-score-threshold": "0.1"}
@@ -143,7 +155,17 @@ CLIENT_ERRORS = {
     "unknown charset": (MULTIPART, PART + b"\r\nContent-Type: text/plain; charset=x" + END),
     "disposition without a value": (MULTIPART, PART + b"; x" + END),
     "multipart in multipart": (MULTIPART, PART + b"\r\nContent-Type: multipart/mixed; boundary=c" + END),
+    "multipart in multipart, behind blanks": (
+        MULTIPART,
+        PART + b"\r\n \r\n\r\n\xe2\x80\x83content-TYPE :\x01multipart/mixed; boundary=c" + END,
+    ),
+    "multipart in multipart, with line feeds": (
+        MULTIPART,
+        b"\n " + PART.replace(b"\r", b"") + b"\nContent-Type: multipart/mixed" + END,
+    ),
+    "line that begins with the delimiter": (MULTIPART, PART + b"\r\n\r\n\r\n--bc" + END),
     "long part header": (MULTIPART, PART + b"\r\nX: " + bytes(9000) + END),
+    "long part header, with line feeds": (MULTIPART, PART + b"\nX: y" * 2000 + b"\n\n" + SECRET),
     "many parts": (MULTIPART, (PART + b"\r\n\r\n\r\n") * 101 + PART + END),
     "no boundary": ("multipart/form-data", PART + END),
     "empty boundary": ("multipart/form-data; boundary=", PART + END),
@@ -271,6 +293,15 @@ def test_grpc_reports_errors_as_status(echo, method, model, status, code):
     assert raised.value.code() is code
     if model == "echo":
         assert raised.value.details() == f"status {status.decode()}"
+
+
+@pytest.mark.parametrize("body", [b'{"message": null}', b'{"message": {}}', b"null", b"[]", b"{", b""])
+def test_grpc_reports_an_error_body_without_a_message(echo, body):
+    with pytest.raises(grpc.RpcError) as raised:
+        call(grpc_port(echo), "Predictions", predictions_request("echo", {"status": b"415", "error": body}))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (answer,) = call(grpc_port(echo), "Predictions", predictions_request("echo", {"data": PICTURE}))
+    assert received(answer)[0] == {"data": PICTURE}
 
 
 def test_grpc_refuses_streams_of_requests_without_harm(echo):

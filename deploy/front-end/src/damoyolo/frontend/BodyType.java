@@ -131,32 +131,77 @@ final class BodyType {
 
     /**
      * The body with empty parts: enough to see whether their headers can be decoded. Limits the number of parts
-     * and the length of their headers, both of which Netty would decode without an end.
+     * and the length of their headers, both of which Netty would decode without an end. Finds parts where Netty
+     * does, which accepts line feeds as line ends.
      */
     private static String withoutContents(String body, String delimiter) {
         StringBuilder empty = new StringBuilder();
         int parts = 0;
-        for (int at = body.indexOf(delimiter); at >= 0; at = body.indexOf(delimiter, at)) {
+        int at = indexOfLine(body, delimiter, skipBlanks(body, 0));
+        while (at >= 0) {
             at += delimiter.length();
-            if (body.startsWith("--", at)) {
+            if (at == body.length() || body.startsWith("--", at)) {
                 break; // the end, after which nothing is decoded
             }
-            int end = body.indexOf("\r\n\r\n", at);
-            int headerEnd = end < 0 ? body.length() : end;
-            if (headerEnd - at > MAX_PART_HEADER_BYTES) {
-                throw new BadRequestException("A part of the multipart body has more than " + MAX_PART_HEADER_BYTES + " bytes of headers.");
-            }
-            String headers = body.substring(at, headerEnd);
-            if (headers.toLowerCase(Locale.ROOT).contains("multipart/")) {
-                throw new BadRequestException("A part of the multipart body is itself multipart; send each image as a part of its own.");
+            if (!isEmptyLine(body, at)) {
+                throw new BadRequestException("A line of the multipart body begins with the delimiter but is longer; use another boundary.");
             }
             if (++parts > MAX_FIELDS) {
                 throw new BadRequestException("The multipart body has more than " + MAX_FIELDS + " parts.");
             }
-            empty.append(delimiter).append(headers).append("\r\n\r\n\r\n");
-            at = headerEnd;
+            int headerEnd = endOfHeaders(body, body.indexOf('\n', at) + 1);
+            empty.append(delimiter).append(body, at, headerEnd).append("\r\n");
+            at = indexOfLine(body, delimiter, headerEnd);
         }
         return empty.append(delimiter).append("--\r\n").toString();
+    }
+
+    /** The next place at `from` or after a line feed where the body goes on with `text`; -1 if there is none. */
+    private static int indexOfLine(String body, String text, int from) {
+        int at = body.indexOf(text, from);
+        while (at > from && body.charAt(at - 1) != '\n') {
+            at = body.indexOf(text, at + 1);
+        }
+        return at;
+    }
+
+    /** The index after the empty line that ends the headers, or the end of the body; reads lines as Netty does. */
+    private static int endOfHeaders(String body, int start) {
+        int at = start;
+        while (at < body.length() && !isEmptyLine(body, at)) {
+            int lineStart = skipBlanks(body, at);
+            int lineFeed = body.indexOf('\n', lineStart);
+            at = lineFeed < 0 ? body.length() : lineFeed + 1;
+            if (at - start > MAX_PART_HEADER_BYTES) {
+                throw new BadRequestException("A part of the multipart body has more than " + MAX_PART_HEADER_BYTES + " bytes of headers.");
+            }
+            if (isMultipart(body.substring(lineStart, at))) {
+                throw new BadRequestException("A part of the multipart body is itself multipart; send each image as a part of its own.");
+            }
+        }
+        return at < body.length() ? body.indexOf('\n', at) + 1 : at;
+    }
+
+    private static boolean isEmptyLine(String body, int at) {
+        return body.startsWith("\r\n", at) || body.startsWith("\n", at);
+    }
+
+    /** Netty skips these before a delimiter and before a header. */
+    private static int skipBlanks(String body, int from) {
+        int at = from;
+        while (at < body.length() && (Character.isISOControl(body.charAt(at)) || Character.isWhitespace(body.charAt(at)))) {
+            at++;
+        }
+        return at;
+    }
+
+    private static boolean isMultipart(String line) {
+        // Netty decodes headers as UTF-8, and accepts spaces and control characters around name and value.
+        String header = new String(line.getBytes(StandardCharsets.ISO_8859_1), StandardCharsets.UTF_8);
+        String[] pair = header.toLowerCase(Locale.ROOT).split(":", 2);
+        return pair.length == 2
+                && pair[0].strip().startsWith("content-type")
+                && pair[1].strip().trim().startsWith("multipart/");
     }
 
     /** The parameter of the content type, perhaps empty; null if there is none. */

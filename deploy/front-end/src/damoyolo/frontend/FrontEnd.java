@@ -31,7 +31,7 @@ public final class FrontEnd extends ModelServerEndpoint {
             install();
         } catch (ReflectiveOperationException | LinkageError | RuntimeException error) {
             LOGGER.warn("This TorchServe is not the version that deploy/front-end was written for; its front "
-                    + "end stays as it is. Reason: {}", error.toString());
+                    + "end stays as it is, or partly so. Reason: {}", error.toString());
         }
     }
 
@@ -41,15 +41,17 @@ public final class FrontEnd extends ModelServerEndpoint {
         patches.put(
                 new ClassPatch(serve + "ServerInitializer", serve + "http/HttpRequestHandler", RequestHandler.class),
                 ModelServer.class);
-        patches.put(
-                new ClassPatch(serve + "grpcimpl/InferenceImpl", serve + "job/GRPCJob", GrpcJob.class),
-                GRPCInterceptor.class);
         // By name: the class extends InferenceImpl, which must not be loaded before it is patched.
         patches.put(
                 new ClassPatch(serve + "grpcimpl/GRPCServiceFactory", serve + "grpcimpl/InferenceImpl", GrpcService.class),
                 GRPCInterceptor.class);
+        // After the service, whose metadata its jobs read.
+        patches.put(
+                new ClassPatch(serve + "grpcimpl/InferenceImpl", serve + "job/GRPCJob", GrpcJob.class),
+                GRPCInterceptor.class);
         GrpcLog.limit();
-        // Every patch was checked when it was made: all of them or none.
+        // Every patch was made and checked before the first is used, so a TorchServe that looks different keeps all
+        // its classes. What remains is a class that is loaded already: then those defined before it stay.
         for (Map.Entry<ClassPatch, Class<?>> patch : patches.entrySet()) {
             patch.getKey().defineBeside(patch.getValue());
         }

@@ -1,7 +1,6 @@
 package damoyolo.frontend;
 
 import com.google.gson.JsonElement;
-import com.google.gson.JsonParseException;
 import com.google.gson.JsonParser;
 import io.grpc.Metadata;
 import io.grpc.Status;
@@ -75,7 +74,7 @@ public final class GrpcJob extends GRPCJob {
         try {
             JsonElement error = JsonParser.parseString(new String(body, StandardCharsets.UTF_8));
             return error.getAsJsonObject().get("message").getAsString();
-        } catch (JsonParseException | IllegalStateException | NullPointerException noErrorBody) {
+        } catch (RuntimeException noErrorBody) { // no JSON, no object, or a message that is no text
             return reason;
         }
     }
