@@ -101,11 +101,12 @@ class ImagePreprocessor:
 
     def _prepare_on_device(self, encoded_images: Sequence[EncodedImage], out: Tensor | None) -> PreparedBatch:
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
-            outcomes = self._pool.map(self._decode, [encoded_images[slot] for slot in slots])
+            outcomes = self._pool.map(self._decode, [reduced[slot] for slot in slots])
             decoded, errors = split_outcomes(zip(slots, outcomes, strict=True))
             return resize_in_order(upload(decoded, self.device), rows, resize_reference), errors
 
-        needed, errors = self._bytes_needed_by(dict(enumerate(encoded_images)))
+        reduced, errors = self._reduce_all(dict(enumerate(encoded_images)))
+        needed = {slot: self._bytes_needed(image) for slot, image in reduced.items()}
         return self._prepare_in_groups(needed, errors, out, load)
 
     def _prepare_in_groups(
@@ -131,24 +132,19 @@ class ImagePreprocessor:
         pixels = rows[: len(sizes_hw)].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         return PreparedBatch(pixels, list(sizes_hw.values()), list(sizes_hw), dict(sorted(errors.items())))
 
-    def _bytes_needed_by(
+    def _reduce_all(
         self, encoded_images: Mapping[int, EncodedImage]
-    ) -> tuple[dict[int, int], dict[int, RequestError]]:
-        """Memory that each image needs, and the errors of those that the header shows to be unacceptable."""
-
-        def needed(encoded: EncodedImage) -> int:
-            return self._bytes_needed(reduce_image(encoded, self.config))
-
-        outcomes = self._pool.map(outcome_of(needed), encoded_images.values())
+    ) -> tuple[dict[int, EssentialImage], dict[int, RequestError]]:
+        """What decoding needs of each image, and the errors of those that their structure shows to be bad."""
+        outcomes = self._pool.map(self._reduce, encoded_images.values())
         return split_outcomes(zip(encoded_images, outcomes, strict=True))
 
-    def _decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
-        def decode() -> NDArray[np.uint8]:
-            reduced = reduce_image(encoded, self.config)
-            with self._budget.reserve(reduced.decoding_bytes):
-                return decode_reduced(reduced, self.config)
+    def _reduce(self, encoded: EncodedImage) -> EssentialImage | RequestError:
+        return outcome_of(reduce_image)(encoded, self.config)
 
-        return outcome_of(decode)()
+    def _decode(self, image: EssentialImage) -> NDArray[np.uint8] | RequestError:
+        with self._budget.reserve(image.decoding_bytes):
+            return outcome_of(decode_reduced)(image, self.config)
 
     def _bytes_needed(self, image: EssentialImage) -> int:
         """To decode and resize it: resizing first makes an image of its height and the network's width."""

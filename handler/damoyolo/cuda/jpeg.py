@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from PIL import ExifTags
 from torch import Tensor
@@ -21,6 +20,7 @@ _END_OF_IMAGE = b"\xff\xd9"
 _BASELINE_FRAME = 0xC0
 _HUFFMAN_TABLES = 0xC4
 _START_OF_SCAN = 0xDA
+_SCAN_MARKER = b"\xff\xda"
 _QUANTIZATION_TABLES = 0xDB
 _EXIF_OR_XMP = 0xE1
 _ADOBE = 0xEE
@@ -85,15 +85,10 @@ def _read_segments(data: memoryview) -> _Segments:
         position = end
         if marker == _START_OF_SCAN:
             _require(segments.keys() >= _REQUIRED)
-            _require(not _has_scan(data[end:]))
+            # A further scan, which costs time; entropy-coded data never look like one.
+            _require(_SCAN_MARKER not in bytes(data[end:]))
             return segments
     raise _NotPlainError
-
-
-def _has_scan(data: memoryview) -> bool:
-    """A further scan, which costs time, may follow; entropy-coded data never look like one."""
-    values = np.frombuffer(data, np.uint8)
-    return bool(((values[:-1] == 0xFF) & (values[1:] == _START_OF_SCAN)).any())
 
 
 def _read_size_hw(segments: _Segments) -> tuple[int, int]:

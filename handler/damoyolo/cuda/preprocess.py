@@ -17,14 +17,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
+from damoyolo.errors import RequestError
 from damoyolo.failures import Failure, classify
 from damoyolo.formats import EncodedImage
+from damoyolo.formats.essential import EssentialImage
 from damoyolo.orientation import OrientedImage
 from damoyolo.preprocess import (
     ImagePreprocessor,
@@ -75,10 +79,11 @@ class DevicePreprocessor(ImagePreprocessor):
         }
 
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
-            return self._load(encoded_images, slots, headers, rows)
+            return self._load(encoded_images, slots, headers, reduced, rows)
 
-        in_pool = {slot: encoded for slot, encoded in enumerate(encoded_images) if slot not in headers}
-        needed, errors = self._bytes_needed_by(in_pool)
+        for_pool = {slot: encoded for slot, encoded in enumerate(encoded_images) if slot not in headers}
+        reduced, errors = self._reduce_all(for_pool)
+        needed = {slot: self._bytes_needed(image) for slot, image in reduced.items()}
         needed |= {slot: 3 * header.height * header.width for slot, header in headers.items()}
         return self._prepare_in_groups(needed, errors, out, load)
 
@@ -87,18 +92,15 @@ class DevicePreprocessor(ImagePreprocessor):
         encoded_images: Sequence[EncodedImage],
         slots: Sequence[int],
         headers: Mapping[int, JpegHeader],
+        reduced: Mapping[int, EssentialImage],
         rows: Tensor,
     ) -> Loaded:
         """Decode the images of some slots, on the device if they have a header, and resize them."""
-        in_pool = {
-            slot: self._pool.submit(self._decode, encoded_images[slot])
-            for slot in slots
-            if slot not in headers
-        }
+        in_pool = {slot: self._pool.submit(self._decode, reduced[slot]) for slot in slots if slot in reduced}
         for_device = {slot: headers[slot] for slot in slots if slot in headers}
         on_device = self._decode_on_device(encoded_images, for_device)
         for slot in for_device.keys() - on_device.keys():
-            in_pool[slot] = self._pool.submit(self._decode, encoded_images[slot])
+            in_pool[slot] = self._pool.submit(self._reduce_and_decode, encoded_images[slot])
         try:
             on_host, errors = split_outcomes((slot, in_pool[slot].result()) for slot in sorted(in_pool))
         finally:
@@ -111,6 +113,10 @@ class DevicePreprocessor(ImagePreprocessor):
             return resize_in_order(images, rows, resize_images), errors
         finally:
             self._keep_until_read(list(on_device.values()))
+
+    def _reduce_and_decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
+        image = self._reduce(encoded)
+        return image if isinstance(image, RequestError) else self._decode(image)
 
     def _header_for_device(self, encoded: EncodedImage) -> JpegHeader | None:
         """None if the image is for the threads, which also report the limits that it exceeds."""
