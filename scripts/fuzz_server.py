@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, add_local_server, command_parser, positive_int, positive_seconds, run_command
 from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
@@ -57,9 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, help="files of any kind; sub-folders are kinds in the table")
-    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
-    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
-    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+    add_local_server(parser)
     parser.add_argument(
         "--forms", nargs="+", choices=FORM_NAMES, default=["raw"], help="how each is sent; default: raw"
     )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.cli import command_parser, fraction, positive_int, positive_seconds, run_command
+from lib.cli import add_local_server, command_parser, fraction, positive_int, positive_seconds, run_command
 from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
@@ -51,9 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("--archive", type=Path, required=True, help="the archive that the server has loaded")
-    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
-    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
-    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+    add_local_server(parser)
     parser.add_argument("--minutes", type=positive_seconds, default=30.0, help="default: %(default)s")
     parser.add_argument("--clients", type=positive_int, default=8, help="default: %(default)s")
     parser.add_argument(

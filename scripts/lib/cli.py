@@ -114,6 +114,13 @@ class _RenamedOption(argparse.Action):
         parser.error(f"{self.option_strings[0]} is now called {self.present}")
 
 
+def add_local_server(parser: argparse.ArgumentParser) -> None:
+    """Options that name a model of a server on this machine, whose processes the command looks at."""
+    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
+    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
+    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     if not (text.isascii() and text.isdigit()) or int(text) < 1:

@@ -41,13 +41,8 @@ def main() -> None:
     on_gpu = yaml.safe_load((here / SETTINGS_FILE).read_text())["handler"].get("backend") == "tensorrt"
     detector = Detector.from_archive_dir(here, "cpu", precision="fp32", backend="pytorch" if on_gpu else None)
     _require_detection(detector)
-    networks: dict[str, Callable[[torch.Tensor], RawPredictions]] = {
-        "served": detector.raw_predictions,
-        "plain": detector.raw_predictions,
-    }
-    if detector.pipeline.name != "pytorch":
-        model = load_packaged(here / WEIGHTS_FILE)
-        networks["plain"] = PyTorchBackend(model, torch.device("cpu"), "fp32")
+    plain = PyTorchBackend(load_packaged(here / WEIGHTS_FILE), torch.device("cpu"), "fp32")
+    networks: dict[str, Network] = {"served": detector.raw_predictions, "plain": plain}
     outputs: dict[str, NDArray[Any]] = {
         "class_names": np.array(detector.config.class_names),
         "backend": np.array(detector.pipeline.name),

@@ -2,11 +2,9 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from lib.images import find_images
 
 import detect
+from doubles.interrupt import interrupt_while_waiting
 from doubles.stand_in_server import Reply, StandInServer, failed, found
 
 CELL = {"class_id": 1, "label": "RBC", "score": 0.912, "bbox": [1.0, 2.0, 30.5, 40.0]}
@@ -126,23 +125,8 @@ def test_what_is_sent_again_for_too_long_is_named(slides, capsys):
 
 
 def test_an_interrupt_ends_the_command_at_once_in_one_line(slides, project_dir):
-    arrived, release = threading.Event(), threading.Event()
-
-    def silent(asked):
-        arrived.set()
-        release.wait(60)
-        return found()
-
-    with StandInServer(silent) as server:
-        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.url]
-        with subprocess.Popen(
-            command, cwd=project_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert arrived.wait(60)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 130
-            assert process.stderr.read() == "detect: interrupted\n"
-        release.set()
+    interrupted = interrupt_while_waiting(["scripts/detect.py", str(slides)], project_dir)
+    assert interrupted == (130, "detect: interrupted\n")
 
 
 def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):

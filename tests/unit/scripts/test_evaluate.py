@@ -1,10 +1,6 @@
 """The evaluation command, with a stand-in server and with a stand-in detector."""
 
 import json
-import signal
-import subprocess
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from lib.accuracy.predictors import EVALUATION_OPTIONS
 import evaluate
 from damoyolo.config import ServingConfig
 from damoyolo.structures import Detections
+from doubles.interrupt import interrupt_while_waiting
 from doubles.stand_in_server import StandInServer, failed, found
 
 NAMES = ("Platelets", "RBC", "WBC")
@@ -125,23 +122,8 @@ def test_a_worker_that_dies_costs_no_image(data, capsys):
 
 
 def test_an_interrupt_ends_the_command_at_once_in_one_line(data, project_dir):
-    arrived, release = threading.Event(), threading.Event()
-
-    def silent(asked):
-        arrived.set()
-        release.wait(60)
-        return found()
-
-    with StandInServer(silent) as server:
-        command = [sys.executable, "scripts/evaluate.py", *data, "--url", server.url]
-        with subprocess.Popen(
-            command, cwd=project_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert arrived.wait(120)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 130
-            assert process.stderr.read() == "evaluate: interrupted\n"
-        release.set()
+    interrupted = interrupt_while_waiting(["scripts/evaluate.py", *data], project_dir)
+    assert interrupted == (130, "evaluate: interrupted\n")
 
 
 def test_a_server_that_detects_nothing_is_reported_in_words(data, capsys):
