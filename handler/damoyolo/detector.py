@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from damoyolo.checksums import check_sums
 from damoyolo.config import SETTINGS_FILE, ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError
@@ -74,12 +75,14 @@ class Detector:
     def from_settings(cls, settings: dict[str, Any], weights: Path, device: torch.device) -> Detector:
         """The detector of a `handler:` section and packaged weights.
 
-        weights: in their folder the backends look for their own files of the network.
+        weights: in their folder the backends look for their own files of the network, and all of them are
+            compared with the archive's SHA-256 sums.
 
         Raises:
             ConfigError, CheckpointError: settings, weights and device do not fit together.
         """
         config = ServingConfig.from_mapping(settings)
+        check_sums(weights.parent, weights.name)
         model = load_packaged(weights)
         if model.variant.name != config.variant or model.num_classes != len(config.class_names):
             raise ConfigError(
