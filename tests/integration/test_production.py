@@ -161,6 +161,33 @@ def test_a_damaged_or_endless_head_is_refused(front):
             assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
+SMUGGLED = b"GET /api-description HTTP/1.1\r\nHost: a\r\n\r\n"
+# Requests that end at another place for one reader than for another, with SMUGGLED behind the first end.
+DISPUTED = {
+    "two lengths": (b"Content-Length: 3\r\nContent-Length: 60\r\n", b"abc"),
+    "length and chunks": (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n"),
+    "chunks that are not the last coding": (b"Transfer-Encoding: chunked, identity\r\n", b"0\r\n\r\n"),
+    "another coding": (b"Transfer-Encoding: xchunked\r\nContent-Length: 5\r\n", b"0\r\n\r\n"),
+    "a size beyond 32 bits": (b"Transfer-Encoding: chunked\r\n", b"100000004\r\ntest\r\n0\r\n\r\n"),
+    "a bare line feed behind a size": (b"Transfer-Encoding: chunked\r\n", b"1;\nx\r\na\r\n0\r\n\r\n"),
+    "a quoted line end behind a size": (b"Transfer-Encoding: chunked\r\n", b'1;a="\r\na\r\n0\r\n\r\n'),
+}
+
+
+@pytest.mark.parametrize("what", DISPUTED)
+def test_a_request_hidden_in_another_does_not_reach_the_server(front, what):
+    headers, body = DISPUTED[what]
+    start = f"POST {MODEL} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {front.tokens['inference']}\r\n"
+    with front.connect() as connection:
+        connection.sendall(start.encode() + headers + b"\r\n" + body + SMUGGLED)
+        answer = read_to_end(connection)
+    assert b"openapi" not in answer
+    # What is read as a second request is one for HAProxy, and has no token.
+    statuses = [line[9:12] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    assert statuses[0] in (b"400", b"408", b"413", b"415")
+    assert set(statuses[1:]) <= {b"401", b"400"}
+
+
 def test_plain_http_is_closed_without_an_answer(front):
     with front.connect(tls=False) as connection:
         connection.sendall(f"GET {MODEL} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
