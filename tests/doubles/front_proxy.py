@@ -75,7 +75,6 @@ class FrontProxy:
             "DAMOYOLO_CERTIFICATE": str(self.folder / "certificate/server.pem"),
             "DAMOYOLO_TOKENS": str(self.folder / "tokens.map"),
             "DAMOYOLO_LOG": "127.0.0.1:9",  # discarded
-            "DAMOYOLO_READINESS": "/ping",  # TEMPORARY
         }
 
     def _make_certificate(self):

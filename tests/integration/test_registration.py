@@ -132,14 +132,22 @@ def test_workflows_are_not_registered_by_address(closed, opened, folder):
         assert ask(server, "GET", "/workflows").json() == {"workflows": []}
 
 
-def test_grpc_takes_the_same_and_no_more(closed, opened, folder):
-    for server, status in ((closed, "PERMISSION_DENIED"), (opened, "INVALID_ARGUMENT")):
-        request = _field(9, str(folder / "elsewhere").encode())
-        address = f"127.0.0.1:{server.properties['grpc_management_port']}"
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            with pytest.raises(grpc.RpcError) as raised:
-                channel.unary_unary(f"/{GRPC_SERVICE}/RegisterModel")(request, TIMEOUT_S)
-            assert raised.value.code().name == status
+@pytest.mark.parametrize(
+    ("which", "url", "status"),
+    [
+        ("closed", "second.mar", "PERMISSION_DENIED"),
+        ("opened", "elsewhere", "INVALID_ARGUMENT"),
+        ("opened", "file:///dev/null", "INVALID_ARGUMENT"),
+    ],
+)
+def test_grpc_refuses_the_same(request, closed, opened, folder, which, url, status):
+    server = request.getfixturevalue(which)
+    message = _field(9, str(folder / url if url == "elsewhere" else url).encode())
+    address = f"127.0.0.1:{server.properties['grpc_management_port']}"
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with pytest.raises(grpc.RpcError) as raised:
+            channel.unary_unary(f"/{GRPC_SERVICE}/RegisterModel")(message, TIMEOUT_S)
+        assert raised.value.code().name == status
 
 
 def test_a_file_of_the_store_is_registered_and_removed(opened, folder):
