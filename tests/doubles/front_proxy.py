@@ -36,7 +36,7 @@ class FrontProxy:
         """HAProxy inside the context."""
         self._make_certificate()
         self._make_tokens()
-        log = self.folder / "haproxy.log"
+        log = self.log = self.folder / "haproxy.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [HAPROXY, "-db", *self._files()], env=self._environment(), stdout=output, stderr=output
@@ -74,7 +74,6 @@ class FrontProxy:
             "DAMOYOLO_OPERATIONS": f"127.0.0.1:{self.operations_port}",
             "DAMOYOLO_CERTIFICATE": str(self.folder / "certificate/server.pem"),
             "DAMOYOLO_TOKENS": str(self.folder / "tokens.map"),
-            "DAMOYOLO_LOG": "127.0.0.1:9",  # discarded
         }
 
     def _make_certificate(self):

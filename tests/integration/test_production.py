@@ -195,6 +195,17 @@ def test_plain_http_is_closed_without_an_answer(front):
 
 
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
+def test_the_log_names_the_owner_of_a_token_and_never_the_token(front, smear):
+    """HAProxy escapes what is not printable, so a request is one line whatever it holds."""
+    front.request("POST", MODEL, smear)
+    front.request("POST", "/predictions/x%0a%1b[31mforged", token="wrong")
+    wait_until(lambda: "%0a" in front.log.read_text(), "the log", 10.0)
+    lines = front.log.read_text().splitlines()
+    assert any(f" inference POST {MODEL} 200 " in line for line in lines)
+    assert not any(token in line for line in lines for token in front.tokens.values())
+    assert not any(line.startswith("forged") for line in lines)
+
+
 def test_old_versions_of_tls_are_refused(front, version):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(front.folder / "certificate/ca.pem")
