@@ -36,3 +36,28 @@ def write_folder(folder, trace):
     for name, content in model_files(Path(folder).name, trace).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
+
+
+WORKFLOW = """\
+models:
+  min-workers: 1
+  max-workers: 1
+  batch-size: 1
+  max-batch-delay: 100
+  retry-attempts: 1
+  timeout-ms: 3000
+  stage:
+    url: {model}
+dag:
+  start: [stage]
+"""
+
+
+def write_workflow(path, trace, model):
+    """Write a workflow archive; it runs the archive `model` of the store, and a function of its own."""
+    workflow = {"workflowName": path.stem, "specFile": "spec.yaml", "handler": "functions.py"}
+    manifest = {"createdOn": "01/01/2026 00:00:00", "runtime": "python", "archiverVersion": "0.2"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("WAR-INF/MANIFEST.json", json.dumps({**manifest, "workflow": workflow}))
+        archive.writestr("spec.yaml", WORKFLOW.format(model=model))
+        archive.writestr("functions.py", HANDLER.format(trace=str(trace)).replace("handle", "start"))

@@ -7,7 +7,7 @@ import requests
 from lib.server.process import TorchServeProcess
 
 from doubles.grpc_client import _field
-from doubles.tracing_handler import write_archive, write_folder
+from doubles.tracing_handler import write_archive, write_folder, write_workflow
 
 TIMEOUT_S = 60.0
 GRPC_SERVICE = "org.pytorch.serve.grpc.management.ManagementAPIsService"
@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
         write_archive(folder / "store" / f"{name}.mar", folder / "trace")
     outside = "../" * 12 + str(folder / "slipped")[1:]
     write_archive(folder / "store" / "slip.mar", folder / "trace", **{outside: "out of the folder"})
+    write_workflow(folder / "store" / "flow.war", folder / "trace", "second.mar")
     write_folder(folder / "elsewhere", folder / "trace")
     write_archive(folder / "outside.mar", folder / "trace")
     return folder
@@ -125,9 +126,10 @@ def test_an_archive_with_members_outside_its_folder_is_refused(opened):
     assert register(opened, url="slip.mar") in (400, 500)
 
 
-def test_workflows_are_not_registered_by_address(closed, opened, folder):
+def test_workflows_are_not_registered(closed, opened, folder):
+    """TorchServe registers them, and the models they name, even with the model API off."""
     for server in (closed, opened):
-        for url in addresses_of(folder):
+        for url in [*addresses_of(folder), "flow.war", "production", "front-end"]:
             assert ask(server, "POST", "/workflows", url=url).status_code in (400, 404, 405), url
         assert ask(server, "GET", "/workflows").json() == {"workflows": []}
 
