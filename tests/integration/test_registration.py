@@ -4,6 +4,8 @@ import grpc
 import pytest
 import requests
 
+from lib.archive.members import copy_archive
+from lib.cli import ScriptError
 from lib.server.process import TorchServeProcess
 
 from doubles.grpc_client import _field
@@ -157,3 +159,13 @@ def test_a_file_of_the_store_is_registered_and_removed(opened, folder):
     assert (folder / "trace").exists()
     assert ask(opened, "DELETE", "/models/second-1.0_x").status_code == 200
     (folder / "trace").unlink()
+
+
+@pytest.mark.slow
+def test_a_server_does_not_start_with_weights_that_are_not_those_of_the_sums(archive, tmp_path, project_dir):
+    sums = b"0" * 64 + b"  damoyolo.pth\n"
+    copy_archive(archive.path, tmp_path / "damoyolo.mar", {"SHA256SUMS": sums})
+    server = TorchServeProcess(project_dir / "config.properties", tmp_path, use_free_ports=True)
+    message = r"SHA256SUMS says 000.* damaged or was exchanged"
+    with pytest.raises(ScriptError, match=message), server.running(120.0):
+        pass
