@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from damoyolo.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
@@ -25,24 +23,11 @@ def exclusive_device_lock(device: torch.device) -> Iterator[None]:
     """Wait until no other process of the same user and temporary folder holds the lock of this CUDA device.
 
     On a CPU there is no lock. The system releases the lock of a process that dies.
-
-    Raises:
-        ConfigError: in the temporary folder lies something else of the lock's name, such as a link.
     """
     if device.type != "cuda":
         yield
         return
     path = Path(tempfile.gettempdir()) / f"damoyolo-{os.getuid()}-cuda{device.index or 0}.lock"
-    try:
-        # Others may write into the folder: a link there must not have another file opened or emptied.
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the lock {path} cannot be opened ({error.strerror}): delete what lies there, or set TMPDIR to "
-            "a folder of this user alone"
-        ) from error
-    try:
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(lock)
