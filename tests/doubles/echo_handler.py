@@ -12,7 +12,10 @@ import zipfile
 
 
 class EchoHandler:
-    """Answers a request's fields, in base64, and its headers; `status`, `error`, `lines`, `sleep` and `exit` ask for more."""
+    """Answers a request's fields, in base64, and its headers.
+
+    The fields `status`, `error`, `lines`, `sleep` (seconds) and `exit` ask for more.
+    """
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
@@ -67,3 +70,8 @@ def write_echo_archive(path, name, **model_config):
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
         archive.writestr("model-config.yaml", "".join(f"{key}: {value}\n" for key, value in settings.items()))
         archive.write(__file__, "echo_handler.py")
+
+
+def echoed_field(answer, name):
+    """The content of a field that reached the handler."""
+    return base64.b64decode(json.loads(answer)["fields"][name])

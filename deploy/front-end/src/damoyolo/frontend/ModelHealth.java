@@ -104,7 +104,7 @@ final class ModelHealth {
         }
         FrontEnd.SCHEDULER.schedule(() -> {
             if (result.complete("no answer to the built-in image within " + Setting.HEALTH_TIMEOUT_S.seconds() + " s")) {
-                job.skip();
+                ModelQueue.remove(model, job);
             }
         }, Setting.HEALTH_TIMEOUT_S.seconds(), TimeUnit.SECONDS);
         return result;

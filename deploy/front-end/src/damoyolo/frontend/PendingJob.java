@@ -50,7 +50,7 @@ final class PendingJob {
     /** Nobody waits for the answer. */
     void abandon() {
         if (claim()) {
-            skip();
+            dequeue();
         }
     }
 
@@ -97,12 +97,13 @@ final class PendingJob {
 
     private void refuse(int status, String message) {
         job.sendError(status, message); // claims it
-        skip();
+        dequeue();
     }
 
-    /** Spares the worker a job that still is in the queue: TorchServe skips jobs that have expired. */
-    private void skip() {
-        job.getPayload().setClientExpireTS(1);
+    private void dequeue() {
+        if (model != null) {
+            ModelQueue.remove(model, job);
+        }
     }
 
     /** Why no job of the model will be answered, or null. */

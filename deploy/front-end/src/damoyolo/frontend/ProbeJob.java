@@ -33,11 +33,6 @@ final class ProbeJob extends Job {
         return input;
     }
 
-    /** Nobody waits for the answer any more. */
-    void skip() {
-        getPayload().setClientExpireTS(1);
-    }
-
     @Override
     public void response(byte[] body, CharSequence contentType, int code, String reason, Map<String, String> headers) {
         listener.accept(code);

@@ -25,7 +25,7 @@ enum Setting {
     /** A model is ready while its last successful answer is no older than this; 0: loaded workers are enough. */
     HEALTH_WINDOW_S(5, 0, 3600),
     /** The longest wait for the answer to the built-in image. */
-    HEALTH_TIMEOUT_S(5, 1, 3600);
+    HEALTH_TIMEOUT_S(4, 1, 3600);
 
     private static final String PREFIX = "front_end_";
 
