@@ -5,9 +5,9 @@ python scripts/deploy.py rollback          serve the archive from before the las
 python scripts/deploy.py scale 4           serve the same archive with 4 workers
 python scripts/deploy.py status            show what is registered and kept
 
-A version is registered beside the served one, so both need memory for a while. The server has to allow this:
-`python scripts/serve.py --enable-model-api`. After an interruption the next command finishes or undoes what was
-begun. docs/reliability.md describes each step.
+A version is registered beside the served one, so both need memory for a while. The server has to allow it:
+`python scripts/serve.py --enable-model-api`. After an interruption the next command finishes or undoes what
+was begun. docs/reliability.md describes each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import command_parser, positive_int, positive_seconds, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def _rollout(
     inference_token: str | None,
 ) -> Rollout:
     from lib.deploy.golden import read_golden_images
-    from lib.deploy.rollout import Limits, Rollout
+    from lib.deploy.rollout import Rollout
+    from lib.deploy.waiting import Limits
 
     return Rollout(
         management,
@@ -72,9 +73,10 @@ def _rollout(
         f"{inference_url.rstrip('/')}/predictions/{arguments.model}",
         read_golden_images(arguments.golden),
         arguments.server_log,
-        Limits(arguments.ready_timeout, arguments.idle_timeout, discard=arguments.discard),
+        Limits(arguments.ready_timeout, arguments.idle_timeout),
         inference_token=inference_token,
         new_classes=getattr(arguments, "new_classes", False),
+        discard=arguments.discard,
         say=_say,
     )
 
@@ -93,14 +95,14 @@ def _show(management: Management, store: ArchiveStore) -> None:
     for version, found in sorted(management.versions().items()):
         print(
             f"{store.model_name} {version}{' (default)' if version == default else ''}: "
-            f"{len(found.ready_pids)} of {found.wanted_workers} workers ready, {found.pending} requests waiting, "
-            f"from {found.archive}"
+            f"{len(found.ready_pids)} of {found.wanted_workers} workers ready, "
+            f"{found.pending} requests waiting, from {found.archive}"
         )
     print(f"rollback serves version {record.previous or '(none)'}")
     if record.adding is not None:
         print(
-            f"unfinished: version {record.adding} in place of {record.replacing}; the next command finishes it "
-            "if it is the default, and else undoes it"
+            f"unfinished: version {record.adding} in place of {record.replacing}; the next command finishes "
+            "it if it is the default, and else undoes it"
         )
 
 

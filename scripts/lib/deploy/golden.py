@@ -80,7 +80,9 @@ class Golden:
 
 
 def read_golden_images(folder: Path) -> list[GoldenImage]:
-    """The JPEG and PNG files of a folder; beside one, NAME.json may list [label, x1, y1, x2, y2] of its objects.
+    """The JPEG and PNG files of a folder, and the objects in each where NAME.json beside it lists them.
+
+    The list has [label, x1, y1, x2, y2] for each object, in pixels.
 
     Raises:
         ScriptError: there is none, or a list has another form.
@@ -107,8 +109,8 @@ def compute_golden(archive: Path, images: Sequence[GoldenImage]) -> Golden:
     """What the archive detects in the images in float32, by PyTorch on the CPU.
 
     Raises:
-        ScriptError, DamoYoloError: the archive does not load, the images cannot prove anything about it, or it
-            does not find the known objects.
+        ScriptError, DamoYoloError: the archive does not load, the images show nothing of it, or it does not
+            find the known objects.
     """
     import torch
 
@@ -158,9 +160,9 @@ def _require_proof(golden: Golden) -> None:
     total, found = (sum(map(len, side)) for side in zip(*known, strict=True)) if known else (0, 0)
     if hits < MIN_FOUND * total or hits < MIN_KNOWN * found:
         raise ScriptError(
-            f"the archive finds {hits} of {total} known objects of the golden images and {found - hits} others; "
-            f"accepted are at least {MIN_FOUND:.0%} found and at most {1 - MIN_KNOWN:.0%} others. Are weights "
-            "and class names the right ones?"
+            f"the archive finds {hits} of {total} known objects of the golden images and {found - hits} "
+            f"others; accepted are at least {MIN_FOUND:.0%} found and at most {1 - MIN_KNOWN:.0%} others. "
+            "Are weights and class names the right ones?"
         )
 
 

@@ -167,8 +167,8 @@ class ArchiveStore:
                 partial.replace(target)
                 return target
         raise ScriptError(
-            f"cannot read the folder in which the workers of version {version} run, to keep their archive; run "
-            "this command on the server's machine, as its user"
+            f"cannot read the folder in which the workers of version {version} run, to keep their archive; "
+            "run this command on the server's machine, as its user"
         )
 
     def startup_follows(self, served: Path) -> bool:
@@ -182,7 +182,9 @@ class ArchiveStore:
         partial.replace(self.startup_path)
 
     def put_back_startup(self, version: str) -> bool:
-        """Let the server load this version when it starts, and keep what was there; whether it was another."""
+        """Let the server load this version when it starts; whether there was another, which is kept."""
+        if not self.path(version).is_file():
+            return False
         if self.startup_path.is_file():
             if self.startup_follows(self.path(version)):
                 return False
@@ -190,14 +192,14 @@ class ArchiveStore:
         self.set_startup(version)
         return True
 
-    def remove(self, versions: Iterable[str | None], kept: Collection[str | None]) -> None:
-        """Remove the archives of versions, except for those to be kept."""
+    def remove(self, versions: Iterable[str | None]) -> None:
+        """Remove the archives of versions."""
         for version in versions:
-            if version is not None and version not in kept:
+            if version is not None:
                 self.path(version).unlink(missing_ok=True)
 
 
-def free_version(wanted: str, taken: Collection[str]) -> str:
+def free_version(wanted: str, taken: Collection[str | None]) -> str:
     """`wanted`, or the next version that is not taken: its last number is raised."""
     while wanted in taken:
         head, number = re.fullmatch(r"(.*?)([0-9]*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]

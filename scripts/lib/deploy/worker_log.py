@@ -17,18 +17,16 @@ class LogReader:
         self._start = path.stat().st_size if path.is_file() else 0
 
     def failure(self, model_name: str, version: str) -> str:
-        """The last lines of the traceback with which a worker failed to load the version; "" if none is there."""
+        """The end of the traceback with which a worker failed to load the version; "" if there is none."""
         # Each line is: time [level] W-PORT-NAME_VERSION-stdout MODEL_LOG message
         mark = re.compile(rf" W-[0-9]+-{re.escape(f'{model_name}_{version}')}-std(?:out|err) MODEL_LOG (.*)")
         printed = [found[1] for line in self._lines() if (found := mark.search(line))]
         first = next((i for i, text in enumerate(printed) if text.startswith("Failed to load model")), None)
         if first is None:
             return ""
-        end = next(
-            (i for i, text in enumerate(printed[first:], first) if "worker process died" in text),
-            len(printed),
-        )
-        return "\n".join([printed[first], *printed[max(first + 1, end - MAX_LINES) : end]])
+        after = printed[first + 1 :]
+        end = next((i for i, text in enumerate(after) if "worker process died" in text), len(after))
+        return "\n".join([printed[first], *after[max(0, end - MAX_LINES) : end]])
 
     def _lines(self) -> list[str]:
         try:

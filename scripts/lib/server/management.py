@@ -245,7 +245,8 @@ def _expected_form(url: str) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ScriptError(
-            f"what {url} answers is not TorchServe's management API: {error!r}; --management-url names another"
+            f"what {url} answers is not TorchServe's management API: {error!r}; --management-url names "
+            "another"
         ) from error
 
 
