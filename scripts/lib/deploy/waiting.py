@@ -51,7 +51,7 @@ class VersionWaiter:
             found = self._management.version(version)
             if found.has_ready(workers):
                 return found
-            reason = self._log.failure(self._management.model_name, version)
+            reason = self._reason(version)
             # A worker that dies is started again, as another process.
             again = any(pids.get(each.id, -1) not in (-1, each.pid) for each in found.workers)
             pids.update((each.id, each.pid) for each in found.workers)
@@ -64,6 +64,14 @@ class VersionWaiter:
                     f"{reason or unknown}"
                 )
             time.sleep(POLL_S)
+
+    def _reason(self, version: str) -> str:
+        """Why a worker failed, as far as the log says; "" as long as none has."""
+        reason = self._log.failure(self._management.model_name, version)
+        if not reason:
+            return ""
+        time.sleep(1.0)  # the rest of the traceback
+        return self._log.failure(self._management.model_name, version)
 
     def wait_until_idle(self, version: str) -> None:
         """Return once a version that is not the default has nothing to do.
@@ -94,7 +102,7 @@ class VersionWaiter:
     def _all_workers_answer(self, version: str, deadline: float) -> bool:
         """Whether every worker has answered a question from the queue, which is empty then.
 
-        The question is the model card: an idle worker answers it at once, one that computes a batch afterwards.
+        The question is the model card: an idle worker answers it at once, a busy one after its batch.
         """
         found = self._management.version(version)
         silent, started = set(found.ready_pids), time.monotonic()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# TorchServe writes the first before the traceback of a RuntimeError, and otherwise only the second.
+FAILURES = ("Failed to load model", "Backend worker process died")
+ENDS = ("Backend worker process died", "s_name_part0=")  # of this process, or the next one's first line
 MAX_LINES = 15
 MAX_BYTES = 2**20
 
@@ -21,11 +24,11 @@ class LogReader:
         # Each line is: time [level] W-PORT-NAME_VERSION-stdout MODEL_LOG message
         mark = re.compile(rf" W-[0-9]+-{re.escape(f'{model_name}_{version}')}-std(?:out|err) MODEL_LOG (.*)")
         printed = [found[1] for line in self._lines() if (found := mark.search(line))]
-        first = next((i for i, text in enumerate(printed) if text.startswith("Failed to load model")), None)
+        first = next((i for i, text in enumerate(printed) if text.startswith(FAILURES)), None)
         if first is None:
             return ""
         after = printed[first + 1 :]
-        end = next((i for i, text in enumerate(after) if "worker process died" in text), len(after))
+        end = next((i for i, text in enumerate(after) if text.startswith(ENDS)), len(after))
         return "\n".join([printed[first], *after[max(0, end - MAX_LINES) : end]])
 
     def _lines(self) -> list[str]:

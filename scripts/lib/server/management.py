@@ -20,6 +20,8 @@ TIMEOUT_S = 60.0
 READY = "READY"
 # A worker answers this from its queue, like an image.
 CARD_TIMEOUT_S = 60.0
+# Asked for to learn whether the server registers archives: it answers 404, or 405 where it does not.
+ABSENT_ARCHIVE = "no-such-archive.mar"
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,13 @@ class Management:
         Raises:
             ScriptError: it does not; with the option that allows it.
         """
-        # Without an archive the request is malformed where registration is allowed (400), else refused.
-        answer = self._call("POST", "/models", accepted=(400, 405))
+        answer = self._call("POST", "/models", params={"url": ABSENT_ARCHIVE}, accepted=(404, 405))
         if answer.status_code == 405:
             raise ScriptError(
                 f"the server at {self.url} does not register archives (its model API is off), which this "
                 "command needs; start it with `python scripts/serve.py --enable-model-api`, or set "
                 "enable_model_api=true in its config.properties"
             )
-        if "url" not in _message(answer):  # of a wrong token, say
-            raise ScriptError(f"the server at {self.url} refuses: {_message(answer)}")
 
     def register(self, archive: str) -> None:
         """Register an archive of the model store; its workers start afterwards.
