@@ -17,7 +17,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -51,8 +51,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _show(management, store)
             return
         inference_url = arguments.inference_url or properties["inference_address"]
-        signal.signal(signal.SIGTERM, _interrupt)
-        with store.locked():
+        with store.locked(), _ended_like_ctrl_c():
             _change(_rollout(arguments, management, store, inference_url, keys[1]), arguments)
 
 
@@ -112,6 +111,16 @@ def _say(text: str) -> None:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM undo what was begun, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

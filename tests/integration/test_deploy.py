@@ -214,6 +214,7 @@ def test_update_scale_and_rollback_under_load_fail_no_request(served, run_deploy
             "self.pipeline.detect(batch.pixels.flip(3),",
             "not as its archive does",
             id="its answers are not those of its weights",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -329,7 +330,7 @@ def test_workers_that_do_not_start_leave_the_number_as_it_was(served, run_deploy
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_deployments_under_constant_load_fail_no_request(
-    served, run_deploy, archives, expected, capfd
+    served, run_deploy, archives, expected, capsys
 ):
     first, second = archives("20.0"), archives("21.0")
     commands = [("update", first), ("scale", 2), ("scale", 1), ("update", second), ("rollback",)] * 4
@@ -343,7 +344,7 @@ def test_twenty_deployments_under_constant_load_fail_no_request(
             code, printed = run_deploy(*command)
             assert code == 0, printed
             rows.append((command[0], time.monotonic() - started, load.seconds[sent:]))
-    with capfd.disabled():
+    with capsys.disabled():
         for name, seconds, latencies in rows:
             p50, p99 = np.percentile(latencies, (50, 99)) * 1e3
             print(f"{name}: {seconds:.1f} s, {len(latencies)} requests, p50 {p50:.0f} ms, p99 {p99:.0f} ms")
@@ -351,6 +352,7 @@ def test_twenty_deployments_under_constant_load_fail_no_request(
     assert load.problems == []
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_register_archives_is_named_with_the_option_that_allows_it(
     server_without_model_api, first_archive, capsys
 ):

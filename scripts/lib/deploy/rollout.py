@@ -66,6 +66,7 @@ class Rollout:
                 f"build it with --model-name {self._store.model_name}"
             )
         source = file_digest(archive)
+        self._management.require_registration()
         self.recover()
         served, record = self._served(), self._store.read_record()
         workers = workers or max(1, served.wanted_workers)
@@ -91,6 +92,7 @@ class Rollout:
         Raises:
             ScriptError: there is none, or it is refused.
         """
+        self._management.require_registration()
         self.recover()
         served, record = self._served(), self._store.read_record()
         if record.previous is None or not self._store.path(record.previous).is_file():
@@ -112,6 +114,7 @@ class Rollout:
         elif workers >= served.wanted_workers:
             self._scale_up(served, workers)
         else:
+            self._management.require_registration()
             version = self._free_version(served.version, record)
             added = dataclasses.replace(
                 record, adding=version, kept=record.previous, added_source=record.source
@@ -143,7 +146,6 @@ class Rollout:
         Raises:
             ScriptError: it is refused; everything is as before.
         """
-        self._management.require_registration()
         follows = self._startup_follows(served) or record.startup
         record = dataclasses.replace(record, replacing=served.version, startup=follows)
         version = str(record.adding)
@@ -197,6 +199,8 @@ class Rollout:
             self._waiter.remove(replaced)
         if record.startup:
             self._store.set_startup(version)
+        else:
+            self._say(f"{self._store.startup_path} is not what was served, and is left as it is")
         self._store.write_record(Record(version, record.added_source, record.kept))
         self._store.remove({replaced, record.previous} - {version, record.kept})
         self._say(f"version {replaced} is removed")

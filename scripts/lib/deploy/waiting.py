@@ -14,7 +14,8 @@ from lib.cli import ScriptError
 from lib.deploy.worker_log import LogReader
 from lib.server.management import Management, ModelVersion
 
-POLL_S = 0.25
+# On a GPU host each description of a version runs nvidia-smi in a thread that serves connections.
+POLL_S = 1.0
 # A request whose version was looked up just before the switch is in the queue by then, even if Java paused.
 SETTLE_S = 1.0
 
