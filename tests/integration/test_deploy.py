@@ -118,7 +118,8 @@ def run_deploy(served, capsys):
 @pytest.fixture(scope="module")
 def expected(first_archive, project_dir):
     """The sample images with the detections that every answer has to hold."""
-    detector = load_detector(first_archive, torch.device("cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the server
+    detector = load_detector(first_archive, device)
     options = detector.config.default_options()
     folder = project_dir / "tests/data/smears"
     images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
