@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.archive.members import read_manifest
+from lib.archive.members import read_manifest, read_settings
 from lib.cli import ScriptError
 from lib.deploy.golden import Golden, GoldenImage, check_served, compute_golden, tolerances_of
 from lib.deploy.store import ArchiveStore, Record, file_digest, free_version
@@ -77,6 +77,8 @@ class Rollout:
         version = self._free_version(own, record)
         if version != own:
             self._say(f"version {own} of {archive} is taken; it becomes version {version}")
+        if (own_workers := read_settings(archive).get("minWorkers")) != workers:
+            self._say(f"{archive} is for {own_workers} workers and gets {workers}; --workers changes that")
         added = dataclasses.replace(
             record,
             adding=version,
