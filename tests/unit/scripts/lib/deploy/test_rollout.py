@@ -155,10 +155,9 @@ def test_an_archive_of_the_served_version_number_gets_the_next_one(server, deplo
     assert server.default == "1.1"
     assert "version 1.0 of" in deploy.said[0]
     deploy().update(write_archive(tmp_path / "newer.mar", "1.0", workers=7), None)
-    assert (server.default, server.registered["1.2"][1]) == (
-        "1.2",
-        1,
-    )  # 1.0 is kept, the workers are as before
+    # 1.0 is kept, and there are as many workers as before.
+    assert server.registered == {"1.2": ("m_1.2.mar", 1)}
+    assert any("is for 7 workers and gets 1; --workers" in line for line in deploy.said)
 
 
 def test_only_the_archive_before_the_last_update_is_kept(server, store, deploy, tmp_path):
