@@ -121,10 +121,37 @@ def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
+def plot_soak(
+    path: Path,
+    minutes: Sequence[Mapping[str, float] | None],
+    memory_mb: Sequence[tuple[float, Mapping[str, float]]],
+    title: str,
+) -> None:
+    """Plot p50 and p99 of each minute above the memory of each kind of process.
+
+    minutes: percentiles in ms, None without answers. memory_mb: (seconds, 10^6 bytes by kind).
+    """
+    figure, latency = _figure((8, 6), rows=2)
+    memory = figure.add_subplot(2, 1, 2)
+    for name in ("p50", "p99"):
+        points = [(index + 0.5, minute[name]) for index, minute in enumerate(minutes) if minute]
+        latency.plot(*zip(*points, strict=True) if points else ([], []), "o-", markersize=3, label=name)
+    for kind in memory_mb[0][1] if memory_mb else ():
+        memory.plot([at / 60 for at, _ in memory_mb], [sizes[kind] for _, sizes in memory_mb], label=kind)
+    latency.set(ylabel="latency in ms", title=title, ylim=(0, None))
+    memory.set(xlabel="minutes", ylabel="memory in MB", ylim=(0, None))
+    for axes in (latency, memory):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(size_inch: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
+    """A figure and the first of its axes, which are below each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_inch, layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: no display needed
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(rows, 1, 1)
