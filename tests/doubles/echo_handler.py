@@ -6,11 +6,15 @@
 import base64
 import json
 import logging
+import time
 import zipfile
 
 
 class EchoHandler:
-    """Answers a request's fields, in base64, and its headers; `status`, `error` and `lines` ask for more."""
+    """Answers a request's fields, in base64, and its headers.
+
+    `status`, `error`, `lines` and `seconds` ask for a status with a body, lines of log, and a pause.
+    """
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
@@ -26,7 +30,8 @@ class EchoHandler:
             for name, value in row.items()
         }
         for number in range(int(bytes(row.get("lines", b"0")))):
-            logging.warning("line %d", number)
+            logging.warning("line %d %s", number, "." * 300)
+        time.sleep(float(bytes(row.get("seconds", b"0"))))
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:
