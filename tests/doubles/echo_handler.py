@@ -13,14 +13,15 @@ import zipfile
 class EchoHandler:
     """Answers a request's fields, in base64, and its headers.
 
-    `status`, `error`, `lines` and `seconds` ask for a status with a body, lines of log, and a pause.
+    `status`, `error`, `lines` and `sleep` ask for a status with a body, lines of log, and seconds of work.
     """
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
 
     def handle(self, data, context):
-        """One answer for each row."""
+        """One answer for each row, after the longest time that a row asks for."""
+        time.sleep(max(float(bytes(row.get("sleep", b"0"))) for row in data))
         return [self.answer(row, context, index) for index, row in enumerate(data)]
 
     def answer(self, row, context, index):
@@ -31,7 +32,6 @@ class EchoHandler:
         }
         for number in range(int(bytes(row.get("lines", b"0")))):
             logging.warning("line %d %s", number, "." * 300)
-        time.sleep(float(bytes(row.get("seconds", b"0"))))
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:

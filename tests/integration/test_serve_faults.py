@@ -113,7 +113,7 @@ def test_nothing_is_left_of_a_killed_serve_and_the_next_one_starts(command, tmp_
     assert {"java"} < {process.name() for process in started}
     with ThreadPoolExecutor(4) as pool:  # requests under way do not hold it
         for _ in range(4):
-            pool.submit(ask_in_vain, command.url, seconds=5)
+            pool.submit(ask_in_vain, command.url, sleep=5)
         time.sleep(0.5)
         command.signal(signal.SIGKILL)
         command.process.wait()
@@ -145,7 +145,7 @@ def test_a_second_signal_ends_all_at_once(command):
     command.start()
     started = command.processes()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(ask_in_vain, command.url, seconds=30)
+        pool.submit(ask_in_vain, command.url, sleep=30)
         time.sleep(1.0)
         command.signal(signal.SIGTERM)
         time.sleep(1.0)
