@@ -27,7 +27,7 @@ def exclusive_device_lock(device: torch.device) -> Iterator[None]:
     """Wait until no other process of the same user and temporary folder holds the lock of this CUDA device.
 
     On a CPU there is no lock. The system releases the lock of a process that dies. Where the file cannot be
-    used, which another user of a shared folder can bring about, the worker warns and goes on without the lock.
+    used, which another user of a shared folder can bring about, the worker warns and goes on without it.
     """
     if device.type != "cuda":
         yield
