@@ -24,7 +24,8 @@ class DroppingOutput:
 
     def __init__(self, stream: TextIO | None, queued_lines: int = QUEUED_LINES) -> None:
         try:
-            self._descriptor = None if stream is None else stream.fileno()
+            # Its own one, whose number stands for nothing else after the stream is closed.
+            self._descriptor = None if stream is None else os.dup(stream.fileno())
         except (OSError, ValueError):  # closed, or only in memory
             self._descriptor = None
         self._lines: Queue[bytes] = Queue(queued_lines)
