@@ -6,6 +6,7 @@
 import base64
 import json
 import logging
+import os
 import time
 import zipfile
 
@@ -13,7 +14,7 @@ import zipfile
 class EchoHandler:
     """Answers a request's fields, in base64, and its headers.
 
-    `status`, `error`, `lines` and `sleep` ask for a status with a body, lines of log, and seconds of work.
+    The fields `status`, `error`, `lines`, `sleep` (seconds) and `exit` ask for more.
     """
 
     def initialize(self, context):
@@ -21,6 +22,8 @@ class EchoHandler:
 
     def handle(self, data, context):
         """One answer for each row, after the longest time that a row asks for."""
+        if any("exit" in row for row in data):
+            os._exit(1)
         time.sleep(max(float(bytes(row.get("sleep", b"0"))) for row in data))
         return [self.answer(row, context, index) for index, row in enumerate(data)]
 
@@ -43,18 +46,19 @@ class EchoHandler:
         return json.dumps({"fields": fields, "headers": headers}).encode()
 
 
-MODEL_CONFIG = """\
-batchSize: 4
-maxBatchDelay: 5
-minWorkers: 1
-maxWorkers: 1
-responseTimeout: 60
-startupTimeout: 120
-"""
+MODEL_CONFIG = {
+    "batchSize": 4,
+    "maxBatchDelay": 5,
+    "minWorkers": 1,
+    "maxWorkers": 1,
+    "responseTimeout": 60,
+    "startupTimeout": 120,
+}
 
 
-def write_echo_archive(path, name):
-    """Write an archive with this handler."""
+def write_echo_archive(path, name, **model_config):
+    """Write an archive with this handler, and other settings of the model where they are given."""
+    settings = {**MODEL_CONFIG, **model_config}
     manifest = {
         "createdOn": "01/01/2026 00:00:00",
         "runtime": "python",
@@ -64,5 +68,10 @@ def write_echo_archive(path, name):
     manifest["model"]["configFile"] = "model-config.yaml"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
-        archive.writestr("model-config.yaml", MODEL_CONFIG)
+        archive.writestr("model-config.yaml", "".join(f"{key}: {value}\n" for key, value in settings.items()))
         archive.write(__file__, "echo_handler.py")
+
+
+def echoed_field(answer, name):
+    """The content of a field that reached the handler."""
+    return base64.b64decode(json.loads(answer)["fields"][name])

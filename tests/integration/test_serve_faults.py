@@ -141,6 +141,30 @@ def test_mps_ends_with_a_killed_serve(command, tmp_path):
     wait_until(lambda: not folder.exists(), "the end of its folder", 5.0)
 
 
+def keep_asking(url):
+    """Statuses of one request after another, until one is not 200."""
+    statuses = [200]
+    while statuses[-1] == 200:
+        statuses.append(ask(url, sleep=0.05))
+    return statuses
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_under_load_loses_no_request(command, number):
+    command.start()
+    started = command.processes()
+    with ThreadPoolExecutor(9) as pool:
+        slow = pool.submit(ask, command.url, sleep=3)
+        clients = [pool.submit(keep_asking, command.url) for _ in range(8)]
+        time.sleep(1.0)
+        command.signal(number)
+        assert slow.result() == 200
+        assert [client.result()[-1] for client in clients] == [503] * 8
+    assert command.process.wait(60) == 0
+    assert not still_running(started)
+    assert f"serve: {number.name}" in command.printed()
+
+
 def test_a_second_signal_ends_all_at_once(command):
     command.start()
     started = command.processes()
