@@ -14,7 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +35,25 @@ def exclusive_device_lock(device: torch.device) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"damoyolo-{os.getuid()}-cuda{device.index or 0}.lock"
     with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(stack.enter_context(_own_file(path)), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(open_own_file(path)), fcntl.LOCK_EX)
         except OSError as error:
             logger.warning("no lock while the network is prepared: %s", error)
         yield
 
 
-@contextlib.contextmanager
-def _own_file(path: Path) -> Iterator[int]:
-    """Descriptor of a file of this user; where it is missing, one that no other user can open.
+def open_own_file(path: Path) -> IO[str]:
+    """Open a file of this user for locking; where it is missing, create one that no other user can open.
 
     Raises:
         OSError: it is a link, no file, or another user's.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
-            raise OSError(f"{path} is not a file of this user")
-        yield descriptor
-    finally:
-        os.close(descriptor)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o600)
+
+    file = path.open("a+", opener=opener)
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        file.close()
+        raise OSError(f"{path} is not a file of this user")
+    return file
