@@ -102,7 +102,7 @@ def test_a_worker_that_hangs_turns_readiness_false(echo):
         seconds = seconds_until(lambda: not is_ready(echo), "readiness being false", 2 * SEEN_S)
         answer = ask(echo, "ready")
         assert answer.status_code == 503
-        assert "no answer to the built-in image within 4 s" in answer.json()["models"]["echo"]
+        assert "no answer to the built-in image within 5 s" in answer.json()["models"]["echo"]
         assert int(answer.headers["Retry-After"]) > 0
         assert ask(echo, "live").status_code == 200
     finally:

@@ -1,6 +1,5 @@
 package damoyolo.frontend;
 
-import io.netty.channel.Channel;
 import io.netty.channel.ChannelDuplexHandler;
 import io.netty.channel.ChannelFuture;
 import io.netty.channel.ChannelFutureListener;
@@ -25,6 +24,9 @@ import org.pytorch.serve.util.ConnectorType;
  * those on the port for inference, and refuses them there while the server drains.
  */
 final class RequestGate extends ChannelDuplexHandler {
+    private static final SocketAddress INFERENCE =
+            ConfigManager.getInstance().getListener(ConnectorType.INFERENCE_CONNECTOR).getSocketAddress();
+
     private boolean isInference;
     private int open; // requests that were let in and whose answers are not sent yet
     private boolean receiving;
@@ -33,17 +35,15 @@ final class RequestGate extends ChannelDuplexHandler {
 
     @Override
     public void handlerAdded(ChannelHandlerContext context) {
-        isInference = isInference(context.channel());
+        SocketAddress local = context.channel().localAddress();
+        isInference = local instanceof InetSocketAddress && INFERENCE instanceof InetSocketAddress
+                ? ((InetSocketAddress) local).getPort() == ((InetSocketAddress) INFERENCE).getPort()
+                : INFERENCE.equals(local);
     }
 
-    /** Whether the channel belongs to the port for inference (there may be one port for all). */
-    static boolean isInference(Channel channel) {
-        SocketAddress expected = ConfigManager.getInstance().getListener(ConnectorType.INFERENCE_CONNECTOR).getSocketAddress();
-        SocketAddress local = channel.localAddress();
-        if (expected instanceof InetSocketAddress && local instanceof InetSocketAddress) {
-            return ((InetSocketAddress) expected).getPort() == ((InetSocketAddress) local).getPort();
-        }
-        return expected.equals(local);
+    /** Whether the connection belongs to the port for inference (there may be one port for all). */
+    boolean isInference() {
+        return isInference;
     }
 
     /** Called with the first bytes of each request. */

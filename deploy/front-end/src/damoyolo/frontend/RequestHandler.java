@@ -27,6 +27,7 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
     private static final WeakReference<PendingJob> NONE = new WeakReference<>(null);
 
     private final HttpRequestHandlerChain chain;
+    private final RequestGate gate = new RequestGate();
     /** The last one of this connection; weak, so that an idle connection does not keep a body. */
     private WeakReference<PendingJob> pending = NONE;
 
@@ -41,7 +42,6 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
         // the connection: the client may lose the answer.
         context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
         ChannelPipeline pipeline = context.pipeline();
-        RequestGate gate = new RequestGate();
         pipeline.addBefore("http", "limits", new ClientLimits(gate));
         pipeline.addAfter("http", "keep-alive", new HttpServerKeepAliveHandler());
         pipeline.addAfter("http", "gate", gate);
@@ -58,7 +58,7 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             }
             QueryStringDecoder uri = new QueryStringDecoder(request.uri());
             String[] segments = segmentsOf(uri);
-            if (RequestGate.isInference(context.channel()) && Health.answer(context, request, uri.path())) {
+            if (gate.isInference() && Health.answer(context, request, uri.path())) {
                 return;
             }
             Registration.check(request, uri, segments);

@@ -23,9 +23,9 @@ enum Setting {
     /** A connection on which nothing is sent or received for this time is closed. */
     IDLE_TIMEOUT_S(75, 1, 86_400),
     /** A model is ready while its last successful answer is no older than this; 0: loaded workers are enough. */
-    HEALTH_WINDOW_S(5, 0, 3600),
+    HEALTH_WINDOW_S(4, 0, 3600),
     /** The longest wait for the answer to the built-in image. */
-    HEALTH_TIMEOUT_S(4, 1, 3600);
+    HEALTH_TIMEOUT_S(5, 1, 3600);
 
     private static final String PREFIX = "front_end_";
 
