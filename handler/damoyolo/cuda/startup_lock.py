@@ -51,7 +51,7 @@ def open_own_file(path: Path) -> IO[str]:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
-    file = path.open("a+", opener=opener)
+    file = open(path, "a+", opener=opener)  # noqa: SIM115 (the caller closes it)
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
         file.close()
