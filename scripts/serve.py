@@ -35,7 +35,9 @@ def _raise_stop(number: int, _frame: FrameType | None) -> None:
 
 def _on_stop_signals(action: Callable[[int, FrameType | None], None]) -> None:
     for number in STOP_SIGNALS:
-        signal.signal(number, action)
+        # `nohup` has it ignored, so that the end of the terminal is not that of the server.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

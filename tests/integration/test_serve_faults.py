@@ -165,6 +165,17 @@ def test_a_stop_signal_under_load_loses_no_request(command, number):
     assert f"serve: {number.name}" in command.printed()
 
 
+def test_a_server_started_with_nohup_outlives_its_terminal(command):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    command.signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert ask(command.url) == 200
+
+
 def test_a_second_signal_ends_all_at_once(command):
     command.start()
     started = command.processes()

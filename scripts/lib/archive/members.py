@@ -64,8 +64,8 @@ def opened_archive(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as opened:
             yield opened
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else str(error) or "it ends too early"
         raise ScriptError(
             f"cannot read the archive {archive}: {reason}; scripts/build_archive.py builds one"
         ) from error

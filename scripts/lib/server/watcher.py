@@ -37,7 +37,7 @@ class Watcher:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__],
+            [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             # The readers of this process's output would wait for the end of the watcher, too.
             stdout=subprocess.DEVNULL,
