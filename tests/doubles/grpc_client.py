@@ -25,7 +25,7 @@ def predictions_request(model_name, fields):
 
 
 def register_model(port, **fields):
-    """Call RegisterModel of the management service with these of its text fields; the answer is not decoded."""
+    """Call RegisterModel of the management service with these text fields; the answer is not decoded."""
     numbers = {"handler": 2, "model_name": 5, "url": 9}
     request = b"".join(_field(numbers[name], value.encode()) for name, value in fields.items())
     method = "/org.pytorch.serve.grpc.management.ManagementAPIsService/RegisterModel"

@@ -149,3 +149,9 @@ def test_a_model_whose_workers_are_given_up_is_not_live_and_its_requests_are_ref
         assert answer.status_code == 503
         assert "has no worker" in answer.json()["message"]
         assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_the_detector_answers_the_built_in_image(server):
+    time.sleep(5.0)  # longer than front_end_health_window_s: no other answer counts
+    answer = ask(server, "ready")
+    assert (answer.status_code, answer.json()) == (200, {"ready": True})

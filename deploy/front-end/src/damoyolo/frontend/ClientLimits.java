@@ -76,7 +76,7 @@ final class ClientLimits extends IdleStateHandler {
     protected void channelIdle(ChannelHandlerContext context, IdleStateEvent event) {
         ChannelOutboundBuffer unsent = context.channel().unsafe().outboundBuffer();
         boolean isReading = unsent == null || unsent.totalPendingWriteBytes() == 0;
-        if (gate.isReceiving()) {
+        if (gate.isReceiving() && isReading) {
             gate.timeOut(context, Setting.IDLE_TIMEOUT_S);
         } else if (!gate.isWaitingForAnswer() || !isReading) {
             context.close();

@@ -33,7 +33,7 @@ final class PendingJob {
         this.job = job;
         model = registered(job.getModelName(), job.getModelVersion());
         int seconds = Setting.ANSWER_TIMEOUT_S.seconds();
-        limitNs = seconds > 0 || model == null ? seconds * SECOND_NS : (model.getResponseTimeout() + QUEUE_S) * SECOND_NS;
+        limitNs = seconds > 0 || model == null ? seconds * SECOND_NS : (model.getResponseTimeout() + (long) QUEUE_S) * SECOND_NS;
     }
 
     static PendingJob add(Job job) {
