@@ -70,8 +70,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         config = ServingConfig.from_mapping(settings)
         # A larger answer would end the worker. A server without this project's settings takes less.
         settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
-        workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
-        _share_machine(device, config, workers)
+        _share_machine(device, config, _most_workers(context.model_yaml_config))
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
             use_compiled_kernels(model_dir)
@@ -154,6 +153,15 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
                 name, unit, ["ModelName", "Level", *own_dimensions], MetricTypes.COUNTER
             )
         metric.add_or_update(value, [self.model_name, "Model", *dimensions])
+
+
+def _most_workers(settings: Mapping[str, Any]) -> int:
+    """The number of workers among which the machine is divided.
+
+    As in the settings: how many run now would be wrong in a moment, when others start or end, and a backend
+    keeps the number of threads for which it has compiled the network.
+    """
+    return max(1, *(int(settings.get(key) or 1) for key in ("minWorkers", "maxWorkers")))
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:

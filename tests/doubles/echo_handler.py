@@ -34,7 +34,7 @@ class EchoHandler:
             for name, value in row.items()
         }
         for number in range(int(bytes(row.get("lines", b"0")))):
-            logging.warning("line %d", number)
+            logging.warning("line %d %s", number, "." * 300)
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:
