@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from damoyolo.cuda.channel_padding import pad_inner_channels
 from damoyolo.cuda.kernels import Activation, activate
 from damoyolo.cuda.kernels.epilogue import add_bias_and_activate
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
@@ -47,6 +48,8 @@ class FuseOptions:
     merged_head: class and distance convolution of a level become one.
     cudnn_epilogue: bias, shortcut and ReLU inside cuDNN's convolution; with another activation than ReLU, the
         three in one pass after it.
+    channel_padding: the tensors inside a block get as many channels as cuDNN serves well; the added ones are
+        zero.
     """
 
     stem: bool = True
@@ -54,6 +57,7 @@ class FuseOptions:
     pointwise: bool = True
     merged_head: bool = True
     cudnn_epilogue: bool = True
+    channel_padding: bool = True
 
 
 class FusedDamoYolo(DamoYolo):
@@ -82,6 +86,8 @@ def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     options = options or FuseOptions()
     plain = copy.deepcopy(model).requires_grad_(False).eval()
     fused = FusedDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
+    if options.channel_padding:
+        pad_inner_channels(fused)
     fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
         replace_modules(fused, fused_pooling)
