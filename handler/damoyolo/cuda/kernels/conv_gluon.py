@@ -233,6 +233,30 @@ def described(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block), layout)
 
 
+def candidate_tiles(in_channels: int, out_channels: int, item_bytes: int) -> list[Tile]:
+    """Tiles worth timing for a convolution; none where the kernel does not take its channels.
+
+    item_bytes: of an element of input and output.
+    """
+    depths = [depth for depth in (64 * 2 // item_bytes, 64, 32) if in_channels % depth == 0]
+    if not depths or out_channels * item_bytes % 16:
+        return []
+    depth = depths[0]
+    column_counts = [128 if out_channels > 64 else 64]
+    if out_channels > 128 and -out_channels % 256 < 128:
+        column_counts.append(256)
+    if -out_channels % 64 < -out_channels % 128:
+        column_counts.append(64)
+    tiles = []
+    for columns in dict.fromkeys(column_counts):
+        for rows, warps, registers in ((128, 8, 0), (256, 8, 0), (128, 4, 128), (64, 4, 128)):
+            limit = 112 * 1024 if registers else 226 * 1024
+            stages = (limit - rows * columns * item_bytes) // ((rows + columns) * depth * item_bytes)
+            if stages >= 2 and rows * columns <= 256 * 128 // (8 // warps):
+                tiles.append(Tile(rows, columns, depth, min(stages, 8), warps, registers))
+    return tiles
+
+
 def fused_conv(
     x: Tensor,
     weight: Tensor,
@@ -255,8 +279,8 @@ def fused_conv(
     N, _, kernel, _ = weight.shape
     if C % tile.block_k or H % stride or W % stride or N * x.element_size() % 16:
         raise ValueError(
-            f"input is {tuple(x.shape)}, weight {tuple(weight.shape)}, stride {stride}; expected are "
-            f"channels in multiples of {tile.block_k}, sides in multiples of the stride, outputs of whole 16 bytes"
+            f"input is {tuple(x.shape)}, weight {tuple(weight.shape)}, stride {stride}; expected are channels"
+            f" in {tile.block_k}s, sides in multiples of the stride, output pixels of whole 16 bytes"
         )
     out_size_hw = H // stride, W // stride
     out = torch.empty(
