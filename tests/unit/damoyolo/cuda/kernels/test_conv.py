@@ -35,6 +35,9 @@ CASES = [
     Case(in_type=torch.int8, out_type=torch.float16, addend=torch.float16),
     Case(in_type=torch.int8, out_type=torch.int8, stride=2, addend=torch.float16),
     Case(out_type=torch.int8),
+    Case(size_hw=(8, 8)),  # boxes of several images, columns past the last
+    Case(size_hw=(4, 4), out_channels=192),
+    Case(size_hw=(4, 8), in_channels=32, in_type=torch.int8, out_type=torch.float16),
 ]
 
 
