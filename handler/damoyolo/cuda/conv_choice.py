@@ -42,7 +42,16 @@ def fastest_conv(
     """
     if x.dtype not in (torch.float16, torch.bfloat16) or not runs_fused_conv(x.device):
         return cudnn()
-    key = (x.device, x.dtype, tuple(x.shape), tuple(weight.shape), stride, relu, addend is not None, add_after)
+    key = (
+        x.device,
+        x.dtype,
+        tuple(x.shape),
+        tuple(weight.shape),
+        stride,
+        relu,
+        addend is not None,
+        add_after,
+    )
     chosen = choices.get(key)
     if chosen is None:
         if not torch.backends.cudnn.benchmark or torch.cuda.is_current_stream_capturing():
@@ -81,36 +90,43 @@ def _kernel_calls(
 
 def _fastest(calls: Mapping[str, Call]) -> str:
     """The name of the fastest call; one that fails is left out."""
-    runs: dict[str, list[float]] = {}
+    stream = torch.cuda.current_stream()
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, call in calls.items():
         try:
             for _ in range(WARM_UP_CALLS):
                 call()
-            torch.cuda.current_stream().synchronize()
-            runs[name] = []
+            stream.synchronize()
+            graphs[name] = _sequence(call)
         except Exception as error:  # a tile that this compiler or chip refuses; cuDNN remains
             if name == "cudnn":
                 raise
             logger.debug("convolution tile %s is left out: %s", name, error)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
-        for name, samples in runs.items():
-            samples.append(_mean_us(calls[name]))
-    return min(runs, key=lambda name: min(runs[name]))
+        for name, graph in graphs.items():
+            start, end = _event(), _event()
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end))
+    return min(samples, key=lambda name: min(samples[name]))
 
 
-def _mean_us(call: Call) -> float:
-    """Microseconds of a call, from a captured sequence, in which no launch has to be waited for."""
+def _sequence(call: Call) -> torch.cuda.CUDAGraph:
+    """Several captured calls, of which none waits for its launch.
+
+    Without `torch.cuda.graph`, which collects garbage and empties the cache at each capture.
+    """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    start, end = (_event(), _event())
-    with torch.cuda.graph(graph, stream=stream):
+    graph.capture_begin()
+    try:
         for _ in range(TIMED_CALLS):
             call()
-    start.record(stream)
-    graph.replay()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / TIMED_CALLS
+    finally:
+        graph.capture_end()
+    return graph
 
 
 def _event() -> torch.cuda.Event:

@@ -9,6 +9,7 @@ run under autocast, which does not know the fused calls.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -55,6 +56,7 @@ class FuseOptions:
         three in one pass after it.
     channel_padding: the tensors inside a block get as many channels as cuDNN serves well; the added ones are
         zero.
+    own_kernel: with `cudnn_epilogue`, a convolution runs in a kernel of this package where that is faster.
     """
 
     stem: bool = True
@@ -63,6 +65,7 @@ class FuseOptions:
     merged_head: bool = True
     cudnn_epilogue: bool = True
     channel_padding: bool = True
+    own_kernel: bool = True
 
 
 class FusedDamoYolo(DamoYolo):
@@ -102,7 +105,7 @@ def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     if options.merged_head:
         fused.head = MergedHead(cast(ZeroHead, fused.head))
     if options.cudnn_epilogue:
-        replace_modules(fused, fused_epilogue)
+        replace_modules(fused, functools.partial(fused_epilogue, own_kernel=options.own_kernel))
     return fused.to(memory_format=torch.channels_last).eval()
 
 
@@ -371,18 +374,18 @@ def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
 # ---- epilogue ----------------------------------------------------------------------------------------------
 
 
-def fused_epilogue(module: nn.Module) -> nn.Module | None:
+def fused_epilogue(module: nn.Module, own_kernel: bool = False) -> nn.Module | None:
     """The fusion `cudnn_epilogue` of one module; None for others, such as depthwise convolutions."""
     if isinstance(module, ResidualBlock):
-        return FusedResidualBlock(module)
+        return FusedResidualBlock(module, own_kernel)
     if isinstance(module, RepBlock):
-        return FusedRepBlock(module)
+        return FusedRepBlock(module, own_kernel)
     if isinstance(module, ConvNormAct):
-        return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)])
+        return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)], own_kernel)
     if isinstance(module, NasConvAct):
-        return FusedConv(module.conv.conv1, ACTIVATION_NAMES[type(module.act)])
+        return FusedConv(module.conv.conv1, ACTIVATION_NAMES[type(module.act)], own_kernel)
     if isinstance(module, StridedBlockTail):
-        return FusedConv(module.conv2, ACTIVATION_NAMES[type(module.act)])
+        return FusedConv(module.conv2, ACTIVATION_NAMES[type(module.act)], own_kernel)
     if isinstance(module, nn.Conv2d) and module.groups == 1:
-        return FusedConv(module, "none")
+        return FusedConv(module, "none", own_kernel)
     return None

@@ -96,7 +96,7 @@ def test_a_cpu_has_no_kernel():
 def tiles_for(case):
     from damoyolo.cuda.kernels.conv_gluon import Tile
 
-    block_k = 64 if case.in_type == torch.int8 or case.in_channels % 64 == 0 else 32
+    block_k = 64 if case.in_channels % 64 == 0 else 32
     return [Tile(128, 128, block_k, 4, 8), Tile(64, 64, 32, 3, 4, 128)]
 
 
