@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from damoyolo.cuda.cudnn_graph import Addend, ConvSpec
-from damoyolo.cuda.fuse import FusedConv, FusedRepBlock, PixelStem, PointwiseConv
+from damoyolo.cuda.fuse import PixelStem, PointwiseConv
+from damoyolo.cuda.fused_conv import FusedConv, FusedRepBlock
 from damoyolo.cuda.kernels import Activation
 
 BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.int8: 1}
