@@ -188,9 +188,10 @@ class ConvGraph:
         self._graph.execute_plan_at_index(pack, workspace, index, handle=self._handle)
 
 
-def random_tensors(graph: ConvGraph, generator: torch.Generator) -> dict[str, Tensor]:
+def random_tensors(
+    spec: ConvSpec, device: torch.device, generator: torch.Generator, bias_type: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Tensors for `ConvGraph.run`, with values as in a network: outputs of about the range of their type."""
-    spec, device = graph.spec, graph.device
     terms = spec.in_channels * spec.kernel_size**2
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype, deviation: float) -> Tensor:
@@ -206,7 +207,7 @@ def random_tensors(graph: ConvGraph, generator: torch.Generator) -> dict[str, Te
     tensors = {
         "x": draw(spec.input_shape, spec.in_type, 40.0 if is_int8 else 1.0).relu_(),
         "weight": draw(spec.weight_shape, spec.in_type, 40.0 if is_int8 else terms**-0.5 * out_deviation),
-        "bias": draw(per_channel, graph.bias_type, out_deviation / 4),
+        "bias": draw(per_channel, bias_type, out_deviation / 4),
         "out": torch.empty(spec.output_shape, dtype=spec.out_type, device=device).to(
             memory_format=torch.channels_last
         ),

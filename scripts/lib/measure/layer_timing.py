@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.measure.layers import Pointwise, Stem, Work, describe
+from lib.measure.layers import BYTES, Pointwise, Stem, Work, describe
 
 from damoyolo.cuda.cudnn_graph import ConvGraph, ConvSpec, conv_reference, random_tensors
 from damoyolo.cuda.graphs import capture, capture_stream
@@ -30,7 +31,8 @@ Row = dict[str, Any]
 class Variant:
     """A way to run a layer.
 
-    layer: the layer's name. kind: "served", "padded", "plans" (all of cuDNN's). work: what is run.
+    layer: the layer's name. work: what is run.
+    kind: "served", "padded", "kernel" (the tiles of `kernels.conv`), "plans" (all of cuDNN's).
     """
 
     layer: str
@@ -41,7 +43,7 @@ class Variant:
     def name(self) -> str:
         """Unique among the variants of a layer."""
         types = ""
-        if isinstance(self.work, ConvSpec) and self.kind == "plans":
+        if isinstance(self.work, ConvSpec) and self.kind in ("plans", "kernel"):
             types = (
                 "->".join(str(t).removeprefix("torch.") for t in (self.work.in_type, self.work.out_type))
                 + " "
@@ -67,8 +69,10 @@ def variants_of(work: Work) -> Iterator[Variant]:
             quantised = dataclasses.replace(
                 spec, in_type=torch.int8, out_type=out_type, addend_type=addend_type
             )
+            yield Variant(layer, "kernel", quantised)
             yield Variant(layer, "plans", quantised)
     for spec in wide:
+        yield Variant(layer, "kernel", spec)
         yield Variant(layer, "plans", spec)
 
 
@@ -89,6 +93,9 @@ def time_variant(variant: Variant, device: torch.device, plan_modes: str = "ABF"
     if variant.kind == "plans":
         assert isinstance(variant.work, ConvSpec)
         return row | time_plans(variant.work, device, generator, plan_modes)
+    if variant.kind == "kernel":
+        assert isinstance(variant.work, ConvSpec)
+        return row | time_kernel(variant.work, device, generator)
     call = served_call(variant.work, device, generator)
     with exclusive_device_lock(device):
         return row | {"us": graph_time_us(call, device)}
@@ -140,6 +147,46 @@ def _conv_call(spec: ConvSpec, draw: Callable[..., Tensor]) -> Callable[[], obje
     return lambda: ops.cudnn_convolution_relu(x, weight, bias, *geometry)
 
 
+def time_kernel(spec: ConvSpec, device: torch.device, generator: torch.Generator) -> Row:
+    """The fastest tile of the own kernel, and how far its result is from plain PyTorch's."""
+    from damoyolo.cuda.kernels.conv_gluon import candidate_tiles, fused_conv
+
+    tensors = random_tensors(spec, device, generator)
+    options: dict[str, Any] = {"relu": spec.relu, "out_dtype": spec.out_type}
+    options |= {"scale": tensors["scale"].flatten()} if "scale" in tensors else {}
+    if "addend" in tensors:
+        factor = float(tensors["addend_scale"]) if "addend_scale" in tensors else 1.0
+        options |= {"addend": tensors["addend"], "addend_factor": factor, "add_after": spec.addend == "after"}
+    expected = conv_reference(spec, tensors).float()
+    best: Row = {}
+    tiles = candidate_tiles(spec.in_channels, spec.out_channels, BYTES[spec.in_type])
+    if not tiles:
+        return {"error": "the kernel does not take these channels"}
+    times, errors = {}, []
+    for tile in tiles:
+        call = functools.partial(
+            fused_conv,
+            tensors["x"],
+            tensors["weight"],
+            tensors["bias"].flatten(),
+            spec.stride,
+            tile=tile,
+            **options,
+        )
+        try:
+            found = call().float()
+            difference = float((found - expected).abs().max())
+            with exclusive_device_lock(device):
+                us = times[str(tuple(tile))] = graph_time_us(call, device)
+        except Exception as error:  # the compiler's own types; other tiles remain
+            errors.append(f"{tuple(tile)}: {type(error).__name__}: {str(error)[:100]}")
+            continue
+        if us < best.get("us", float("inf")):
+            best = {"us": us, "tile": str(tuple(tile)), "largest_difference": difference}
+            best["largest_value"] = float(expected.abs().max())
+    return best | {"times": times, "failed": errors} if best else {"error": "; ".join(errors)}
+
+
 def time_plans(spec: ConvSpec, device: torch.device, generator: torch.Generator, modes: str) -> Row:
     """The fastest of cuDNN's plans for a convolution, and how far its result is from plain PyTorch's."""
     rows: list[Row] = []
@@ -150,7 +197,7 @@ def time_plans(spec: ConvSpec, device: torch.device, generator: torch.Generator,
     for bias_type in bias_types:
         try:
             graph = ConvGraph(spec, device, bias_type, modes)
-            rows.append(_best_plan(graph, random_tensors(graph, generator)))
+            rows.append(_best_plan(graph, random_tensors(spec, device, generator, bias_type)))
         except Exception as error:  # cuDNN's own types; a form without plans leaves the others
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
     if not rows:

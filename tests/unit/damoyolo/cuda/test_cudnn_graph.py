@@ -56,7 +56,7 @@ def test_the_reference_scales_adds_activates_rounds_and_saturates():
 @torch.inference_mode()
 def test_plans_agree_with_plain_pytorch_eagerly_and_captured(spec):
     graph = ConvGraph(spec, torch.device("cuda", 0), modes="A")
-    tensors = random_tensors(graph, torch.Generator("cuda").manual_seed(1))
+    tensors = random_tensors(spec, graph.device, torch.Generator("cuda").manual_seed(1))
     expected = conv_reference(spec, tensors).float()
     # An int8 result may fall to the other side of a half. fp16: half a step of the result, and of the sum
     # before an addition, each at most 2**-11 of the largest value; float32 sums are far below.
