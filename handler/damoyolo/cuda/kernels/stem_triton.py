@@ -19,6 +19,8 @@ from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
 BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
+NUM_WARPS = 4
+NUM_STAGES = 3
 OUTSIDE = tl.constexpr(-(2**30))
 
 
@@ -171,6 +173,7 @@ def focus_stem(
         activation,
         *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
         *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
-        num_warps=4,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     return output
