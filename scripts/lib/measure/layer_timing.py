@@ -25,6 +25,18 @@ REPLAYS = 5
 # A plan that is slower than the best by more than this in a first look is not timed again.
 SCREENING = 1.3
 Row = dict[str, Any]
+# Rows, columns, depth, warps, stages.
+POINTWISE_TILES = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3),
+    (128, 128, 32, 4, 5),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,8 @@ class Variant:
     """A way to run a layer.
 
     layer: the layer's name. work: what is run.
-    kind: "served", "padded", "kernel" (the tiles of `kernels.conv`), "plans" (all of cuDNN's).
+    kind: "served", "padded", "kernel" (the tiles of `kernels.conv`), "tiles" (of `kernels.pointwise`),
+        "plans" (all of cuDNN's).
     """
 
     layer: str
@@ -57,6 +70,8 @@ def variants_of(work: Work) -> Iterator[Variant]:
     yield Variant(layer, "served", work)
     if isinstance(work, Stem):
         return
+    if isinstance(work, Pointwise):
+        yield Variant(layer, "tiles", work)
     conv = work.as_conv() if isinstance(work, Pointwise) else work
     padded = {multiple: padded_channels(conv, multiple) for multiple in (16, 32, 64)}
     for spec in dict.fromkeys(padded.values()):
@@ -96,6 +111,9 @@ def time_variant(variant: Variant, device: torch.device, plan_modes: str = "ABF"
     if variant.kind == "kernel":
         assert isinstance(variant.work, ConvSpec)
         return row | time_kernel(variant.work, device, generator)
+    if variant.kind == "tiles":
+        assert isinstance(variant.work, Pointwise)
+        return row | time_pointwise_tiles(variant.work, device, generator)
     call = served_call(variant.work, device, generator)
     with exclusive_device_lock(device):
         return row | {"us": graph_time_us(call, device)}
@@ -119,16 +137,23 @@ def served_call(work: Work, device: torch.device, generator: torch.Generator) ->
             pixels.permute(0, 3, 1, 2), weight, bias, point, point_bias, torch.float16, work.activation
         )
     if isinstance(work, Pointwise):
-        inputs = [draw(work.batch, *shape) for shape in work.inputs]
-        channels = sum(shape[0] for shape in work.inputs)
-        weight, bias = (
-            draw(sum(work.out_channels), channels, deviation=channels**-0.5),
-            draw(sum(work.out_channels)),
-        )
-        return lambda: pointwise_conv(
-            inputs, weight, bias, work.activation, work.upsampled, work.out_channels
-        )
+        return functools.partial(pointwise_conv, *pointwise_arguments(work, device, generator))
     return _conv_call(work, draw)
+
+
+def pointwise_arguments(
+    work: Pointwise, device: torch.device, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor, Tensor, Any, tuple[bool, ...], tuple[int, ...]]:
+    """Random arguments of `pointwise_conv`, in fp16."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(torch.float16)
+
+    inputs = [draw(work.batch, *shape).contiguous(memory_format=torch.channels_last) for shape in work.inputs]
+    channels = sum(shape[0] for shape in work.inputs)
+    weight = draw(sum(work.out_channels), channels) * channels**-0.5
+    bias = draw(sum(work.out_channels))
+    return inputs, weight, bias, work.activation, work.upsampled, work.out_channels
 
 
 def _conv_call(spec: ConvSpec, draw: Callable[..., Tensor]) -> Callable[[], object]:
@@ -185,6 +210,27 @@ def time_kernel(spec: ConvSpec, device: torch.device, generator: torch.Generator
             best = {"us": us, "tile": str(tuple(tile)), "largest_difference": difference}
             best["largest_value"] = float(expected.abs().max())
     return best | {"times": times, "failed": errors} if best else {"error": "; ".join(errors)}
+
+
+def time_pointwise_tiles(work: Pointwise, device: torch.device, generator: torch.Generator) -> Row:
+    """The fastest tile of the kernel for 1x1 convolutions, which by itself takes a fixed choice."""
+    from damoyolo.cuda.kernels import pointwise_triton
+
+    arguments = pointwise_arguments(work, device, generator)
+    times: dict[str, float] = {}
+    for tile in POINTWISE_TILES:
+        call = functools.partial(
+            pointwise_triton.pointwise_conv, *arguments, tile=pointwise_triton.Tile(*tile)
+        )
+        try:
+            call()
+            with exclusive_device_lock(device):
+                times[str(tile)] = graph_time_us(call, device)
+        except Exception as error:  # the compiler's own types; other tiles remain
+            times[f"{tile} failed: {type(error).__name__}"] = float("inf")
+    fastest = min(times, key=lambda name: times[name])
+    finite = {name: us for name, us in times.items() if us < float("inf")}
+    return {"us": times[fastest], "tile": fastest, "times": finite}
 
 
 def time_plans(spec: ConvSpec, device: torch.device, generator: torch.Generator, modes: str) -> Row:
