@@ -41,6 +41,7 @@ COLUMNS = {
     "kernel_fp16_us": ("fp16 kernel us", ".0f"),
     "int8_us": ("INT8 plans us", ".0f"),
     "kernel_int8_us": ("INT8 kernel us", ".0f"),
+    "int8_tiles_us": ("INT8 1x1 kernel us", ".0f"),
     "int8_fp16_us": ("INT8 plans, fp16 out us", ".0f"),
     "kernel_int8_fp16_us": ("INT8 kernel, fp16 out us", ".0f"),
     "int8_gain": ("INT8 x", ".2f"),
@@ -50,7 +51,7 @@ COLUMNS = {
 
 # Keys of a row whose network is fp16, and of INT8 in and out.
 FP16_TIMES = ("served_us", "padded_us", "tiles_us", "fp16_us", "kernel_fp16_us")
-INT8_TIMES = ("int8_us", "kernel_int8_us")
+INT8_TIMES = ("int8_us", "kernel_int8_us", "int8_tiles_us")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,9 @@ def _run(arguments: argparse.Namespace) -> None:
         print("nvidia-cudnn-frontend is not installed: neither other plans nor INT8 are measured")
         variants = [variant for variant in variants if variant.kind != "plans"]
     # First what is served, so that a short budget still gives the table of the present state.
-    variants.sort(key=lambda variant: ["served", "padded", "tiles", "kernel", "plans"].index(variant.kind))
+    variants.sort(
+        key=lambda variant: ["served", "padded", "tiles", "int8 tiles", "kernel", "plans"].index(variant.kind)
+    )
     measured: list[Row] = []
     function = functools.partial(time_variant, device=device, plan_modes=arguments.plan_modes)
     for variant, row, error in run_tasks(function, variants, arguments.processes, arguments.budget):
@@ -120,7 +123,12 @@ def _layers(arguments: argparse.Namespace) -> list[Layer]:
 
 def summarised(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
     """The row of each layer with the fastest of each kind of measurement."""
-    columns = {"served": "served_us", "padded": "padded_us", "tiles": "tiles_us"}
+    columns = {
+        "served": "served_us",
+        "padded": "padded_us",
+        "tiles": "tiles_us",
+        "int8 tiles": "int8_tiles_us",
+    }
     table = []
     for row in rows:
         found: Row = dict(row)
@@ -167,6 +175,7 @@ def totals(table: Sequence[Row]) -> list[str]:
             "tiles_us",
             "kernel_fp16_us",
             "kernel_int8_us",
+            "int8_tiles_us",
         ),
         "best of fp16 and INT8, without conversions": FP16_TIMES + INT8_TIMES,
     }

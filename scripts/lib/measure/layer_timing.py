@@ -37,6 +37,12 @@ POINTWISE_TILES = (
     (64, 256, 64, 8, 3),
     (128, 128, 32, 4, 5),
 )
+INT8_POINTWISE_TILES = (
+    (128, 128, 128, 8, 3),
+    (128, 256, 128, 8, 3),
+    (128, 128, 128, 4, 3),
+    (64, 128, 128, 4, 3),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Variant:
 
     layer: the layer's name. work: what is run.
     kind: "served", "padded", "kernel" (the tiles of `kernels.conv`), "tiles" (of `kernels.pointwise`),
-        "plans" (all of cuDNN's).
+        "int8 tiles" (the same in INT8), "plans" (all of cuDNN's).
     """
 
     layer: str
@@ -72,22 +78,27 @@ def variants_of(work: Work) -> Iterator[Variant]:
         return
     if isinstance(work, Pointwise):
         yield Variant(layer, "tiles", work)
+        yield Variant(layer, "int8 tiles", work)
     conv = work.as_conv() if isinstance(work, Pointwise) else work
     padded = {multiple: padded_channels(conv, multiple) for multiple in (16, 32, 64)}
     for spec in dict.fromkeys(padded.values()):
         if spec != conv:
             yield Variant(layer, "padded", spec)
     wide = dict.fromkeys([padded[32], padded[16]])
+    # cuDNN's plans for a concatenation are a bound of what a kernel for several inputs may reach.
+    single = not isinstance(work, Pointwise) or len(work.inputs) == len(work.out_channels) == 1
     for spec in wide:
         for out_type in (torch.int8, torch.float16):
             addend_type = torch.int8 if out_type == torch.int8 else torch.float16
             quantised = dataclasses.replace(
                 spec, in_type=torch.int8, out_type=out_type, addend_type=addend_type
             )
-            yield Variant(layer, "kernel", quantised)
+            if single:
+                yield Variant(layer, "kernel", quantised)
             yield Variant(layer, "plans", quantised)
     for spec in wide:
-        yield Variant(layer, "kernel", spec)
+        if single:
+            yield Variant(layer, "kernel", spec)
         yield Variant(layer, "plans", spec)
 
 
@@ -111,9 +122,10 @@ def time_variant(variant: Variant, device: torch.device, plan_modes: str = "ABF"
     if variant.kind == "kernel":
         assert isinstance(variant.work, ConvSpec)
         return row | time_kernel(variant.work, device, generator)
-    if variant.kind == "tiles":
+    if variant.kind in ("tiles", "int8 tiles"):
         assert isinstance(variant.work, Pointwise)
-        return row | time_pointwise_tiles(variant.work, device, generator)
+        in_int8 = variant.kind == "int8 tiles"
+        return row | time_pointwise_tiles(variant.work, device, generator, in_int8=in_int8)
     call = served_call(variant.work, device, generator)
     with exclusive_device_lock(device):
         return row | {"us": graph_time_us(call, device)}
@@ -212,15 +224,31 @@ def time_kernel(spec: ConvSpec, device: torch.device, generator: torch.Generator
     return best | {"times": times, "failed": errors} if best else {"error": "; ".join(errors)}
 
 
-def time_pointwise_tiles(work: Pointwise, device: torch.device, generator: torch.Generator) -> Row:
+def time_pointwise_tiles(
+    work: Pointwise, device: torch.device, generator: torch.Generator, *, in_int8: bool
+) -> Row:
     """The fastest tile of the kernel for 1x1 convolutions, which by itself takes a fixed choice."""
     from damoyolo.cuda.kernels import pointwise_triton
 
-    arguments = pointwise_arguments(work, device, generator)
+    inputs, weight, bias = pointwise_arguments(work, device, generator)[:3]
+    scale = None
+    if in_int8:
+        inputs = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in inputs]
+        weight = (weight * 40 / weight.std()).round().clamp(-127, 127).to(torch.int8)
+        scale = torch.full_like(bias, 0.025 / weight.shape[1] ** 0.5)
+    tiles = POINTWISE_TILES + (INT8_POINTWISE_TILES if in_int8 else ())
     times: dict[str, float] = {}
-    for tile in POINTWISE_TILES:
+    for tile in tiles:
         call = functools.partial(
-            pointwise_triton.pointwise_conv, *arguments, tile=pointwise_triton.Tile(*tile)
+            pointwise_triton.pointwise_conv,
+            inputs,
+            weight,
+            bias,
+            work.activation,
+            work.upsampled,
+            work.out_channels,
+            tile=pointwise_triton.Tile(*tile),
+            scale=scale,
         )
         try:
             call()
