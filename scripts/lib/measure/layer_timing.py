@@ -188,7 +188,8 @@ def time_kernel(spec: ConvSpec, device: torch.device, generator: torch.Generator
     """The fastest tile of the own kernel, and how far its result is from plain PyTorch's."""
     from damoyolo.cuda.kernels.conv_gluon import candidate_tiles, fused_conv
 
-    tensors = random_tensors(spec, device, generator)
+    bias_type = torch.float32 if spec.in_type == torch.int8 else spec.in_type  # as in a network
+    tensors = random_tensors(spec, device, generator, bias_type)
     options: dict[str, Any] = {"relu": spec.relu, "out_dtype": spec.out_type}
     options |= {"scale": tensors["scale"].flatten()} if "scale" in tensors else {}
     if "addend" in tensors:
