@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib.measure.cudnn_plans import ConvGraph, ConvSpec, conv_reference, random_tensors
 from lib.measure.layers import BYTES, Pointwise, Stem, Work, describe
 
-from damoyolo.cuda.cudnn_graph import ConvGraph, ConvSpec, conv_reference, random_tensors
 from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
 from damoyolo.cuda.kernels.stem import focus_stem

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from damoyolo.cuda.cudnn_graph import Addend, ConvSpec
+from lib.measure.cudnn_plans import Addend, ConvSpec
+
 from damoyolo.cuda.fuse import PixelStem, PointwiseConv
 from damoyolo.cuda.fused_conv import FusedConv, FusedRepBlock
 from damoyolo.cuda.kernels import Activation

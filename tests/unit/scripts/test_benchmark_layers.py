@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from lib.measure.cudnn_plans import ConvSpec
 from lib.measure.layer_timing import padded_channels, variants_of
 
 from benchmark_layers import main, markdown_table, plan_column, summarised, totals
-from damoyolo.cuda.cudnn_graph import ConvSpec
 
 CONV = ConvSpec(64, 88, 128, 80, 80, 3, 1, torch.float16, torch.float16)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lib.measure.ablation import flop_per_image
+from lib.measure.cudnn_plans import ConvSpec
 from lib.measure.layers import Pointwise, Stem, describe, distinct_layers, flop, least_bytes
 from lib.paths import DEMO_WEIGHTS
 
-from damoyolo.cuda.cudnn_graph import ConvSpec
 from damoyolo.cuda.fuse import FuseOptions, fuse
 from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
