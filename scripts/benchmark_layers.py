@@ -38,20 +38,15 @@ COLUMNS = {
     "padded_us": ("padded us", ".0f"),
     "tiles_us": ("other tiles us", ".0f"),
     "fp16_us": ("fp16 plans us", ".0f"),
-    "kernel_fp16_us": ("fp16 kernel us", ".0f"),
-    "int8_us": ("INT8 plans us", ".0f"),
-    "kernel_int8_us": ("INT8 kernel us", ".0f"),
-    "int8_tiles_us": ("INT8 1x1 kernel us", ".0f"),
-    "int8_fp16_us": ("INT8 plans, fp16 out us", ".0f"),
-    "kernel_int8_fp16_us": ("INT8 kernel, fp16 out us", ".0f"),
+    "int8_us": ("INT8 us", ".0f"),
+    "int8_fp16_us": ("INT8, fp16 out us", ".0f"),
     "int8_gain": ("INT8 x", ".2f"),
     "best_padding": ("best padding", ""),
 }
 
 
-# Keys of a row whose network is fp16, and of INT8 in and out.
-FP16_TIMES = ("served_us", "padded_us", "tiles_us", "fp16_us", "kernel_fp16_us")
-INT8_TIMES = ("int8_us", "kernel_int8_us", "int8_tiles_us")
+# Keys of a row with times of fp16.
+FP16_TIMES = ("served_us", "padded_us", "tiles_us", "fp16_us")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print("nvidia-cudnn-frontend is not installed: neither other plans nor INT8 are measured")
         variants = [variant for variant in variants if variant.kind != "plans"]
     # First what is served, so that a short budget still gives the table of the present state.
-    variants.sort(
-        key=lambda variant: ["served", "padded", "tiles", "int8 tiles", "kernel", "plans"].index(variant.kind)
-    )
+    variants.sort(key=lambda variant: ["served", "padded", "tiles", "plans"].index(variant.kind))
     measured: list[Row] = []
     function = functools.partial(time_variant, device=device, plan_modes=arguments.plan_modes)
     for variant, row, error in run_tasks(function, variants, arguments.processes, arguments.budget):
@@ -127,7 +120,6 @@ def summarised(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
         "served": "served_us",
         "padded": "padded_us",
         "tiles": "tiles_us",
-        "int8 tiles": "int8_tiles_us",
     }
     table = []
     for row in rows:
@@ -146,19 +138,17 @@ def summarised(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
             if best_padded and found["padded_us"] < found["served_us"]:
                 found["best_padding"] = best_padded
             fastest = min(found[key] for key in FP16_TIMES if key in found)
-            in_int8 = [found[key] for key in INT8_TIMES if key in found]
-            if in_int8:
-                found["int8_gain"] = fastest / min(in_int8)
+            if "int8_us" in found:
+                found["int8_gain"] = fastest / found["int8_us"]
         table.append(found)
     return table
 
 
 def plan_column(variant: str) -> str:
-    """The column of a measurement whose name begins with its kind and its types."""
-    kernel = "kernel_" if variant.startswith("kernel") else ""
+    """The column of a measurement of cuDNN's plans, whose name begins with its types."""
     if "float16->" in variant:
-        return f"{kernel}fp16_us"
-    return f"{kernel}int8_us" if "int8->int8" in variant else f"{kernel}int8_fp16_us"
+        return "fp16_us"
+    return "int8_us" if "int8->int8" in variant else "int8_fp16_us"
 
 
 def totals(table: Sequence[Row]) -> list[str]:
@@ -167,17 +157,9 @@ def totals(table: Sequence[Row]) -> list[str]:
         "limit": ("limit_us",),
         "as served": ("served_us",),
         "with padding where it is faster": ("served_us", "padded_us"),
-        "best fp16 with own kernels": ("served_us", "padded_us", "tiles_us", "kernel_fp16_us"),
+        "with other tiles, too": ("served_us", "padded_us", "tiles_us"),
         "best fp16": FP16_TIMES,
-        "best of fp16 and INT8 with own kernels, without conversions": (
-            "served_us",
-            "padded_us",
-            "tiles_us",
-            "kernel_fp16_us",
-            "kernel_int8_us",
-            "int8_tiles_us",
-        ),
-        "best of fp16 and INT8, without conversions": FP16_TIMES + INT8_TIMES,
+        "best of fp16 and INT8, without conversions": (*FP16_TIMES, "int8_us"),
     }
     lines = []
     for name, keys in choices.items():

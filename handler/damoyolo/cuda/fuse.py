@@ -9,7 +9,6 @@ run under autocast, which does not know the fused calls.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,6 +23,7 @@ from damoyolo.cuda.fused_conv import (
     FusedConv,
     FusedRepBlock,
     FusedResidualBlock,
+    RepBlockBranch,
     bias_of,
     frozen,
 )
@@ -56,7 +56,7 @@ class FuseOptions:
         three in one pass after it.
     channel_padding: the tensors inside a block get as many channels as cuDNN serves well; the added ones are
         zero.
-    own_kernel: with `cudnn_epilogue`, a convolution runs in a kernel of this package where that is faster.
+    last_sum: the sum of the last block of a fusion stage becomes part of the convolution that reads it.
     """
 
     stem: bool = True
@@ -65,7 +65,7 @@ class FuseOptions:
     merged_head: bool = True
     cudnn_epilogue: bool = True
     channel_padding: bool = True
-    own_kernel: bool = True
+    last_sum: bool = True
 
 
 class FusedDamoYolo(DamoYolo):
@@ -99,13 +99,15 @@ def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
         replace_modules(fused, fused_pooling)
+    if options.last_sum:
+        fold_last_sums(fused)
     if options.pointwise:
         fuse_upsampling(cast(RepGfpn, fused.neck))
         replace_modules(fused, concat_free)
     if options.merged_head:
         fused.head = MergedHead(cast(ZeroHead, fused.head))
     if options.cudnn_epilogue:
-        replace_modules(fused, functools.partial(fused_epilogue, own_kernel=options.own_kernel))
+        replace_modules(fused, fused_epilogue)
     return fused.to(memory_format=torch.channels_last).eval()
 
 
@@ -295,6 +297,24 @@ class ConcatFreeFusionStage(nn.Module):
         return self.conv3(*kept)  # -> B,out,h,w
 
 
+def fold_last_sums(model: nn.Module) -> None:
+    """Leave out the sum of the last block of each fusion stage, in place.
+
+    Exact: nothing but the last convolution reads the sum y = x + branch(x), and it also reads x, the output
+    of the block before. So W_x x + W_y y = (W_x + W_y) x + W_y branch(x).
+    """
+    for stage in model.modules():
+        if not isinstance(stage, FusionStage) or len(stage.convs) < 2:
+            continue
+        last, conv = stage.convs[-1], stage.conv3.conv
+        if isinstance(last, RepBlock):
+            channels = stage.conv2.conv.out_channels
+            weight = conv.weight.detach().clone()  # O,bypass + blocks * C,1,1
+            weight[:, -2 * channels : -channels] += weight[:, -channels:]
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            stage.convs[-1] = RepBlockBranch(last)
+
+
 class ConcatFreeCspStage(nn.Module):
     """`CspStage` without the concatenation and with its two projections as one."""
 
@@ -374,18 +394,18 @@ def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
 # ---- epilogue ----------------------------------------------------------------------------------------------
 
 
-def fused_epilogue(module: nn.Module, own_kernel: bool = False) -> nn.Module | None:
+def fused_epilogue(module: nn.Module) -> nn.Module | None:
     """The fusion `cudnn_epilogue` of one module; None for others, such as depthwise convolutions."""
     if isinstance(module, ResidualBlock):
-        return FusedResidualBlock(module, own_kernel)
-    if isinstance(module, RepBlock):
-        return FusedRepBlock(module, own_kernel)
+        return FusedResidualBlock(module)
+    if isinstance(module, RepBlock | RepBlockBranch):
+        return FusedRepBlock(module)
     if isinstance(module, ConvNormAct):
-        return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)], own_kernel)
+        return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)])
     if isinstance(module, NasConvAct):
-        return FusedConv(module.conv.conv1, ACTIVATION_NAMES[type(module.act)], own_kernel)
+        return FusedConv(module.conv.conv1, ACTIVATION_NAMES[type(module.act)])
     if isinstance(module, StridedBlockTail):
-        return FusedConv(module.conv2, ACTIVATION_NAMES[type(module.act)], own_kernel)
+        return FusedConv(module.conv2, ACTIVATION_NAMES[type(module.act)])
     if isinstance(module, nn.Conv2d) and module.groups == 1:
-        return FusedConv(module, "none", own_kernel)
+        return FusedConv(module, "none")
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.measure.cudnn_plans import ConvGraph, ConvSpec, conv_reference, random_tensors
-from lib.measure.layers import BYTES, Pointwise, Stem, Work, describe
+from lib.measure.layers import Pointwise, Stem, Work, describe
 
 from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
@@ -37,12 +37,6 @@ POINTWISE_TILES = (
     (64, 256, 64, 8, 3),
     (128, 128, 32, 4, 5),
 )
-INT8_POINTWISE_TILES = (
-    (128, 128, 128, 8, 3),
-    (128, 256, 128, 8, 3),
-    (128, 128, 128, 4, 3),
-    (64, 128, 128, 4, 3),
-)
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,7 @@ class Variant:
     """A way to run a layer.
 
     layer: the layer's name. work: what is run.
-    kind: "served", "padded", "kernel" (the tiles of `kernels.conv`), "tiles" (of `kernels.pointwise`),
-        "int8 tiles" (the same in INT8), "plans" (all of cuDNN's).
+    kind: "served", "padded", "tiles" (of `kernels.pointwise`), "plans" (all of cuDNN's).
     """
 
     layer: str
@@ -62,7 +55,7 @@ class Variant:
     def name(self) -> str:
         """Unique among the variants of a layer."""
         types = ""
-        if isinstance(self.work, ConvSpec) and self.kind in ("plans", "kernel"):
+        if isinstance(self.work, ConvSpec) and self.kind == "plans":
             types = (
                 "->".join(str(t).removeprefix("torch.") for t in (self.work.in_type, self.work.out_type))
                 + " "
@@ -78,7 +71,6 @@ def variants_of(work: Work) -> Iterator[Variant]:
         return
     if isinstance(work, Pointwise):
         yield Variant(layer, "tiles", work)
-        yield Variant(layer, "int8 tiles", work)
     conv = work.as_conv() if isinstance(work, Pointwise) else work
     padded = {multiple: padded_channels(conv, multiple) for multiple in (16, 32, 64)}
     for spec in dict.fromkeys(padded.values()):
@@ -86,19 +78,14 @@ def variants_of(work: Work) -> Iterator[Variant]:
             yield Variant(layer, "padded", spec)
     wide = dict.fromkeys([padded[32], padded[16]])
     # cuDNN's plans for a concatenation are a bound of what a kernel for several inputs may reach.
-    single = not isinstance(work, Pointwise) or len(work.inputs) == len(work.out_channels) == 1
     for spec in wide:
         for out_type in (torch.int8, torch.float16):
             addend_type = torch.int8 if out_type == torch.int8 else torch.float16
             quantised = dataclasses.replace(
                 spec, in_type=torch.int8, out_type=out_type, addend_type=addend_type
             )
-            if single:
-                yield Variant(layer, "kernel", quantised)
             yield Variant(layer, "plans", quantised)
     for spec in wide:
-        if single:
-            yield Variant(layer, "kernel", spec)
         yield Variant(layer, "plans", spec)
 
 
@@ -119,13 +106,9 @@ def time_variant(variant: Variant, device: torch.device, plan_modes: str = "ABF"
     if variant.kind == "plans":
         assert isinstance(variant.work, ConvSpec)
         return row | time_plans(variant.work, device, generator, plan_modes)
-    if variant.kind == "kernel":
-        assert isinstance(variant.work, ConvSpec)
-        return row | time_kernel(variant.work, device, generator)
-    if variant.kind in ("tiles", "int8 tiles"):
+    if variant.kind == "tiles":
         assert isinstance(variant.work, Pointwise)
-        in_int8 = variant.kind == "int8 tiles"
-        return row | time_pointwise_tiles(variant.work, device, generator, in_int8=in_int8)
+        return row | time_pointwise_tiles(variant.work, device, generator)
     call = served_call(variant.work, device, generator)
     with exclusive_device_lock(device):
         return row | {"us": graph_time_us(call, device)}
@@ -184,82 +167,27 @@ def _conv_call(spec: ConvSpec, draw: Callable[..., Tensor]) -> Callable[[], obje
     return lambda: ops.cudnn_convolution_relu(x, weight, bias, *geometry)
 
 
-def time_kernel(spec: ConvSpec, device: torch.device, generator: torch.Generator) -> Row:
-    """The fastest tile of the own kernel, and how far its result is from plain PyTorch's."""
-    from damoyolo.cuda.kernels.conv_gluon import candidate_tiles, fused_conv
-
-    bias_type = torch.float32 if spec.in_type == torch.int8 else spec.in_type  # as in a network
-    tensors = random_tensors(spec, device, generator, bias_type)
-    options: dict[str, Any] = {"relu": spec.relu, "out_dtype": spec.out_type}
-    options |= {"scale": tensors["scale"].flatten()} if "scale" in tensors else {}
-    if "addend" in tensors:
-        factor = float(tensors["addend_scale"]) if "addend_scale" in tensors else 1.0
-        options |= {"addend": tensors["addend"], "addend_factor": factor, "add_after": spec.addend == "after"}
-    expected = conv_reference(spec, tensors).float()
-    best: Row = {}
-    tiles = candidate_tiles(spec.in_channels, spec.out_channels, BYTES[spec.in_type])
-    if not tiles:
-        return {"error": "the kernel does not take these channels"}
-    times, errors = {}, []
-    for tile in tiles:
-        call = functools.partial(
-            fused_conv,
-            tensors["x"],
-            tensors["weight"],
-            tensors["bias"].flatten(),
-            spec.stride,
-            tile=tile,
-            **options,
-        )
-        try:
-            found = call().float()
-            difference = float((found - expected).abs().max())
-            with exclusive_device_lock(device):
-                us = times[str(tuple(tile))] = graph_time_us(call, device)
-        except Exception as error:  # the compiler's own types; other tiles remain
-            errors.append(f"{tuple(tile)}: {type(error).__name__}: {str(error)[:100]}")
-            continue
-        if us < best.get("us", float("inf")):
-            best = {"us": us, "tile": str(tuple(tile)), "largest_difference": difference}
-            best["largest_value"] = float(expected.abs().max())
-    return best | {"times": times, "failed": errors} if best else {"error": "; ".join(errors)}
-
-
-def time_pointwise_tiles(
-    work: Pointwise, device: torch.device, generator: torch.Generator, *, in_int8: bool
-) -> Row:
+def time_pointwise_tiles(work: Pointwise, device: torch.device, generator: torch.Generator) -> Row:
     """The fastest tile of the kernel for 1x1 convolutions, which by itself takes a fixed choice."""
     from damoyolo.cuda.kernels import pointwise_triton
 
-    inputs, weight, bias = pointwise_arguments(work, device, generator)[:3]
-    scale = None
-    if in_int8:
-        inputs = [(x * 40).round().clamp(-127, 127).to(torch.int8) for x in inputs]
-        weight = (weight * 40 / weight.std()).round().clamp(-127, 127).to(torch.int8)
-        scale = torch.full_like(bias, 0.025 / weight.shape[1] ** 0.5)
-    tiles = POINTWISE_TILES + (INT8_POINTWISE_TILES if in_int8 else ())
+    arguments = pointwise_arguments(work, device, generator)
     times: dict[str, float] = {}
-    for tile in tiles:
+    errors = []
+    for tile in POINTWISE_TILES:
         call = functools.partial(
-            pointwise_triton.pointwise_conv,
-            inputs,
-            weight,
-            bias,
-            work.activation,
-            work.upsampled,
-            work.out_channels,
-            tile=pointwise_triton.Tile(*tile),
-            scale=scale,
+            pointwise_triton.pointwise_conv, *arguments, tile=pointwise_triton.Tile(*tile)
         )
         try:
-            call()
+            call()  # compiles
             with exclusive_device_lock(device):
                 times[str(tile)] = graph_time_us(call, device)
         except Exception as error:  # the compiler's own types; other tiles remain
-            times[f"{tile} failed: {type(error).__name__}"] = float("inf")
+            errors.append(f"{tile}: {type(error).__name__}")
+    if not times:
+        return {"error": "; ".join(errors)}
     fastest = min(times, key=lambda name: times[name])
-    finite = {name: us for name, us in times.items() if us < float("inf")}
-    return {"us": times[fastest], "tile": fastest, "times": finite}
+    return {"us": times[fastest], "tile": fastest, "times": times, "failed": errors}
 
 
 def time_plans(spec: ConvSpec, device: torch.device, generator: torch.Generator, modes: str) -> Row:

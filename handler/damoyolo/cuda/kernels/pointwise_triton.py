@@ -49,7 +49,6 @@ def pointwise_kernel(
     input_3,
     input_4,
     weight,
-    scale,
     bias,
     output_0,
     output_1,
@@ -77,7 +76,6 @@ def pointwise_kernel(
     N0: tl.constexpr,
     N1: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -110,8 +108,7 @@ def pointwise_kernel(
     channel = tl.minimum(n, N - 1) if N % BLOCK_N else n
     weight_pointers = weight + channel[None, :] * K + k[:, None]
 
-    SUM_TYPE: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM_TYPE)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(STEPS):
         source = input_0
         offset = (half_pixel if U0 else pixel) * S0
@@ -149,24 +146,19 @@ def pointwise_kernel(
         done = (step - first_step) * BLOCK_K  # channels of this input that earlier steps summed
         if HAS_TAIL:
             inside = k < channels - done
-            a = tl.load(source + done + offset[:, None] + k[None, :], mask=inside[None, :], other=0)
-            b = tl.load(weight_pointers + (first_channel + done), mask=inside[:, None], other=0)
+            a = tl.load(source + done + offset[:, None] + k[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(weight_pointers + (first_channel + done), mask=inside[:, None], other=0.0)
         else:
             a = tl.load(source + done + offset[:, None] + k[None, :])
             b = tl.load(weight_pointers + (first_channel + done))
-        sums = tl.dot(a, b, sums, out_dtype=SUM_TYPE)
+        sums = tl.dot(a, b, sums)
 
-    y = sums.to(tl.float32)
-    if SCALED:
-        y = y * tl.load(scale + channel).to(tl.float32)[None, :]
-    y += tl.load(bias + channel).to(tl.float32)[None, :]
+    sums += tl.load(bias + channel).to(tl.float32)[None, :]
     if ACTIVATION == "relu":
-        y = tl.maximum(y, 0.0)
+        sums = tl.maximum(sums, 0.0)
     elif ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
-    if output_0.dtype.element_ty == tl.int8:
-        y = tl.minimum(tl.maximum(tl.floor(y + 0.5), -128.0), 127.0)
-    result = y.to(output_0.dtype.element_ty)
+        sums = sums * tl.sigmoid(sums)
+    result = sums.to(output_0.dtype.element_ty)
     row = m[:, None]
     column = n[None, :]
     if N1 == 0:
@@ -185,13 +177,8 @@ def pointwise_conv(
     upsampled: Sequence[bool],
     out_channels: Sequence[int],
     tile: Tile | None = None,
-    scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """`pointwise.pointwise_conv`; `tile` overrides the choice, for measuring.
-
-    scale: (O,), multiplies the sums, which are int32 for int8 inputs.
-    out_dtype: that of the inputs by default; int8 is rounded to the nearest (halves up) and saturated.
 
     Raises:
         ValueError: shapes, types or layouts that the kernel does not take.
@@ -202,12 +189,7 @@ def pointwise_conv(
     channels = [x.shape[1] for x in inputs]
     strides = [pixel_stride(x) for x in inputs]
     outputs = [
-        torch.empty(
-            (B, n, h, w),
-            dtype=out_dtype or first.dtype,
-            device=first.device,
-            memory_format=torch.channels_last,
-        )
+        torch.empty((B, n, h, w), dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
         for n in out_channels
     ]
     missing = MAX_INPUTS - len(inputs)
@@ -219,7 +201,6 @@ def pointwise_conv(
         *inputs,
         *[first] * missing,
         weight,
-        bias if scale is None else scale,
         bias,
         outputs[0],
         outputs[-1],
@@ -236,7 +217,6 @@ def pointwise_conv(
         out_channels[0],
         sum(out_channels) - out_channels[0],
         activation,
-        scale is not None,
         tile.block_m,
         tile.block_n,
         tile.block_k,

@@ -19,8 +19,6 @@ from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
 BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
-NUM_WARPS = 4
-NUM_STAGES = 3
 OUTSIDE = tl.constexpr(-(2**30))
 
 
@@ -173,7 +171,6 @@ def focus_stem(
         activation,
         *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
         *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=4,
     )
     return output
