@@ -17,7 +17,19 @@ CLOSE_IN_FLOAT64 = {"rtol": 0.0, "atol": 1e-10}
 
 @pytest.mark.parametrize(
     ("channels", "width"),
-    [(24, 32), (88, 96), (120, 128), (144, 160), (152, 160), (64, 64), (96, 96), (16, 16), (8, 8), (40, 40)],
+    [
+        (24, 32),
+        (48, 64),
+        (88, 96),
+        (120, 128),
+        (144, 160),
+        (152, 160),
+        (64, 64),
+        (96, 96),
+        (16, 16),
+        (8, 8),
+        (40, 40),
+    ],
 )
 def test_a_width_is_padded_to_the_next_multiple_unless_that_is_far_away(channels, width):
     assert padded_width(channels) == width
