@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import command_parser, positive_int, run_command
+from lib.cli import ScriptError, command_parser, positive_int, run_command
 from lib.paths import DEMO_ARCHIVE, DEMO_WEIGHTS, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
     import torch
+
+    from lib.measure.ablation import AblationStep
 
 PEAK_TFLOPS = 790.0  # dense 16-bit matrix products, measured on an H200; --peak-tflops for another GPU
 Row = dict[str, Any]
@@ -60,6 +62,8 @@ def measure_network(
 
     names = read_class_names(arguments.class_names) if arguments.class_names else DEMO_CLASS_NAMES
     steps = ablation_steps(Path(arguments.weights), len(names), device, compile_too=arguments.compile)
+    if arguments.steps:
+        steps = _chosen(steps, arguments.steps)
     detector = load_detector(arguments.archive, device, precision="fp32")
     aps: dict[str, float] = {}
     if arguments.voc:
@@ -74,6 +78,18 @@ def measure_network(
         if "images_per_s" in row and device.type == "cuda":
             row["peak_share"] = row["images_per_s"] * flop / arguments.peak_tflops / 1e12
     return rows
+
+
+def _chosen(steps: Sequence[AblationStep], names: Sequence[str]) -> list[AblationStep]:
+    """The steps of these names, and the first, with which all are compared.
+
+    Raises:
+        ScriptError: there is no step of a name.
+    """
+    known = [step.name for step in steps]
+    if unknown := [name for name in names if name not in known]:
+        raise ScriptError(f"--steps names {', '.join(unknown)}; the steps here are {', '.join(known)}")
+    return [step for step in steps if step is steps[0] or step.name in names]
 
 
 def measure_detector(
@@ -147,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 8, 32])
     parser.add_argument("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files")
     parser.add_argument("--voc", type=Path, help="data set in Pascal VOC format for the AP of each step")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these, by name, and the first")
     parser.add_argument("--compile", action="store_true", help="add a step with torch.compile")
     parser.add_argument(
         "--peak-tflops", type=float, default=PEAK_TFLOPS, help="of the GPU, for 16-bit matrix products"

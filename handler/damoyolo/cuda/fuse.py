@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from damoyolo.cuda.kernels import Activation, activate
-from damoyolo.cuda.kernels.epilogue import add_bias_and_activate
+from damoyolo.cuda.channel_padding import pad_inner_channels
+from damoyolo.cuda.fused_conv import (
+    ACTIVATION_NAMES,
+    FusedConv,
+    FusedRepBlock,
+    FusedResidualBlock,
+    RepBlockBranch,
+    bias_of,
+    frozen,
+)
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
 from damoyolo.cuda.kernels.pooling import pyramid_max_pool
 from damoyolo.cuda.kernels.stem import focus_stem, focus_stem_reference
@@ -29,7 +37,6 @@ from damoyolo.model.layers import ConvNormAct, Focus, NasConvAct, ResidualBlock,
 from damoyolo.model.neck import FusionStage, RepBlock, RepGfpn
 from damoyolo.structures import RawPredictions
 
-ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 # Limits of pointwise_conv.
 POINTWISE_INPUTS = 5
 POINTWISE_CHANNEL_MULTIPLE = 8
@@ -47,6 +54,9 @@ class FuseOptions:
     merged_head: class and distance convolution of a level become one.
     cudnn_epilogue: bias, shortcut and ReLU inside cuDNN's convolution; with another activation than ReLU, the
         three in one pass after it.
+    channel_padding: the tensors inside a block get as many channels as cuDNN serves well; the added ones are
+        zero.
+    last_sum: the sum of the last block of a fusion stage becomes part of the convolution that reads it.
     """
 
     stem: bool = True
@@ -54,6 +64,8 @@ class FuseOptions:
     pointwise: bool = True
     merged_head: bool = True
     cudnn_epilogue: bool = True
+    channel_padding: bool = True
+    last_sum: bool = True
 
 
 class FusedDamoYolo(DamoYolo):
@@ -82,9 +94,13 @@ def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     options = options or FuseOptions()
     plain = copy.deepcopy(model).requires_grad_(False).eval()
     fused = FusedDamoYolo(plain.backbone, plain.neck, plain.head, plain.variant, plain.num_classes)
+    if options.channel_padding:
+        pad_inner_channels(fused)
     fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
         replace_modules(fused, fused_pooling)
+    if options.last_sum:
+        fold_last_sums(fused)
     if options.pointwise:
         fuse_upsampling(cast(RepGfpn, fused.neck))
         replace_modules(fused, concat_free)
@@ -105,18 +121,6 @@ def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Modul
         if replaced is not None:
             setattr(root, name, replaced)
         replace_modules(child if replaced is None else replaced, replacement)
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A copy of a weight that moves with `.to`, is laid out for channels_last and is not trained."""
-    memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    return nn.Parameter(tensor.detach().clone(memory_format=memory_format), requires_grad=False)
-
-
-def bias_of(conv: nn.Conv2d) -> Tensor:
-    """The bias of a convolution; in a folded network every convolution has one."""
-    assert conv.bias is not None
-    return conv.bias
 
 
 # ---- stem --------------------------------------------------------------------------------------------------
@@ -293,6 +297,24 @@ class ConcatFreeFusionStage(nn.Module):
         return self.conv3(*kept)  # -> B,out,h,w
 
 
+def fold_last_sums(model: nn.Module) -> None:
+    """Leave out the sum of the last block of each fusion stage, in place.
+
+    Exact: nothing but the last convolution reads the sum y = x + branch(x), and it also reads x, the output
+    of the block before. So W_x x + W_y y = (W_x + W_y) x + W_y branch(x).
+    """
+    for stage in model.modules():
+        if not isinstance(stage, FusionStage) or len(stage.convs) < 2:
+            continue
+        last, conv = stage.convs[-1], stage.conv3.conv
+        if isinstance(last, RepBlock):
+            channels = stage.conv2.conv.out_channels
+            weight = conv.weight.detach().clone()  # O,bypass + blocks * C,1,1
+            weight[:, -2 * channels : -channels] += weight[:, -channels:]
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            stage.convs[-1] = RepBlockBranch(last)
+
+
 class ConcatFreeCspStage(nn.Module):
     """`CspStage` without the concatenation and with its two projections as one."""
 
@@ -372,64 +394,11 @@ def merge_convs(convs: Sequence[nn.Conv2d], channel_multiple: int) -> nn.Conv2d:
 # ---- epilogue ----------------------------------------------------------------------------------------------
 
 
-class FusedConv(nn.Module):
-    """activation(convolution + bias), or activation(convolution + bias + addend).
-
-    On CUDA, ReLU takes one call of cuDNN, another activation one pass over the convolution's output.
-    """
-
-    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
-        super().__init__()
-        self.weight = frozen(conv.weight)
-        self.bias = frozen(bias_of(conv))
-        self.stride = conv.stride
-        self.padding = conv.padding
-        self.activation = activation
-
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        if not x.is_cuda:
-            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-            return activate(y if addend is None else y.add_(addend), self.activation)
-        if self.activation != "relu":
-            y = F.conv2d(x, self.weight, None, self.stride, self.padding)
-            return add_bias_and_activate(y, self.bias, self.activation, addend)
-        geometry = (self.stride, self.padding, (1, 1), 1)  # and dilation, groups
-        if addend is None:
-            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, addend, 1.0, self.bias, *geometry)
-
-
-class FusedResidualBlock(nn.Module):
-    """`ResidualBlock` of fused convolutions."""
-
-    def __init__(self, block: ResidualBlock) -> None:
-        super().__init__()
-        activation = ACTIVATION_NAMES[type(block.act)]
-        self.conv1 = FusedConv(block.conv1.conv1, activation)
-        self.conv2 = FusedConv(cast(nn.Conv2d, block.conv2), activation)
-        self.has_shortcut = block.has_shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x), x if self.has_shortcut else None)
-
-
-class FusedRepBlock(nn.Module):
-    """`RepBlock` of fused convolutions; the sum follows an activation and stays a separate operation."""
-
-    def __init__(self, block: RepBlock) -> None:
-        super().__init__()
-        self.conv1 = FusedConv(block.conv1.conv, ACTIVATION_NAMES[type(block.conv1.act)])
-        self.conv2 = FusedConv(cast(nn.Conv2d, block.conv2), ACTIVATION_NAMES[type(block.act)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv1(self.conv2(x)).add_(x)
-
-
 def fused_epilogue(module: nn.Module) -> nn.Module | None:
     """The fusion `cudnn_epilogue` of one module; None for others, such as depthwise convolutions."""
     if isinstance(module, ResidualBlock):
         return FusedResidualBlock(module)
-    if isinstance(module, RepBlock):
+    if isinstance(module, RepBlock | RepBlockBranch):
         return FusedRepBlock(module)
     if isinstance(module, ConvNormAct):
         return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)])

@@ -31,7 +31,15 @@ Network = Callable[[Tensor], RawPredictions]
 Row = dict[str, Any]
 
 # Each step adds one fusion to those before it.
-FUSIONS_IN_ORDER = ("cudnn_epilogue", "merged_head", "pointwise", "pooling", "stem")
+FUSIONS_IN_ORDER = (
+    "cudnn_epilogue",
+    "merged_head",
+    "pointwise",
+    "pooling",
+    "stem",
+    "channel_padding",
+    "last_sum",
+)
 NO_FUSIONS = FuseOptions(**dict.fromkeys(FUSIONS_IN_ORDER, False))
 # The step that the others are compared with: plain 16-bit PyTorch without launch gaps.
 BASELINE = "fp16 channels-last, CUDA graph"

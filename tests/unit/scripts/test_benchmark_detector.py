@@ -47,3 +47,19 @@ def test_the_whole_detector_is_measured_in_each_precision(tmp_path, monkeypatch)
     ]
     assert rows[2]["network_images_per_s"] == pytest.approx(10)
     assert rows[2]["detector_ms"] == pytest.approx(400)
+
+
+def test_steps_are_chosen_by_name_and_an_unknown_one_lists_those_there_are(monkeypatch, tmp_path, capsys):
+    chosen = []
+
+    def measure(steps, _pixels):
+        chosen.append([step.name for step in steps])
+        return []
+
+    monkeypatch.setattr("lib.measure.ablation.measure_ablation", measure)
+    archive = write_tiny_archive(tmp_path / "archive")
+    command = ["--device", "cpu", "--batch-sizes", "1", "--archive", str(archive), "--steps"]
+    assert main([*command, "bf16, folded"]) == 0
+    assert chosen == [["float32", "bf16, folded"]]
+    assert main([*command, "faster"]) == 1
+    assert "--steps names faster; the steps here are float32, " in capsys.readouterr().err
