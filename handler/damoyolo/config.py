@@ -57,6 +57,7 @@ class ServingConfig:
     cuda_sync: how a worker waits for a CUDA device: "blocking" sleeps and leaves its core to others, "spin"
         keeps the core busy and resumes about 0.2 ms earlier; "auto" spins if the workers need at most half
         of the cores.
+    device_turns: how many workers of a CUDA device may run their network at the same time; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     jpeg_quality: of drawn images, 1..95.
     """
@@ -88,6 +89,7 @@ class ServingConfig:
     cuda_graphs: bool = True
     graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
     cuda_sync: str = "auto"
+    device_turns: int = 0
     gpu_jpeg_decoding: bool = True
     jpeg_quality: int = 90
 
@@ -117,7 +119,7 @@ class ServingConfig:
         _require_range("max_image_side", self.max_image_side, 1, 500_000)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
-        for name in ("decode_threads", "compute_threads"):
+        for name in ("decode_threads", "compute_threads", "device_turns"):
             _require_range(name, getattr(self, name), 0, 1024)
         if not self.graph_batch_sizes:
             raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")
