@@ -59,6 +59,8 @@ class ServingConfig:
         of the cores.
     device_turns: how many workers of a CUDA device may run their network at the same time; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
+    scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
+        at least this share of the network's input; 0 decodes all in full.
     jpeg_quality: of drawn images, 1..95.
     """
 
@@ -91,6 +93,7 @@ class ServingConfig:
     cuda_sync: str = "auto"
     device_turns: int = 0
     gpu_jpeg_decoding: bool = True
+    scaled_jpeg_decoding: float = 0.0
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class ServingConfig:
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads", "device_turns"):
             _require_range(name, getattr(self, name), 0, 1024)
+        _require_range("scaled_jpeg_decoding", self.scaled_jpeg_decoding, 0.0, 8.0)
         if not self.graph_batch_sizes:
             raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")
         for name in ("warmup_batch_sizes", "graph_batch_sizes"):

@@ -110,9 +110,11 @@ class DevicePreprocessor(ImagePreprocessor):
             wait(in_pool.values())
         try:
             images = on_device | upload(on_host, self.device)
-            return resize_in_order(images, rows, resize_images), errors
+            resize_in_order(images, rows, resize_images)
         finally:
             self._keep_until_read(list(on_device.values()))
+        sizes_hw = {slot: (reduced.get(slot) or headers[slot]).shown_size_hw for slot in sorted(images)}
+        return sizes_hw, errors
 
     def _reduce_and_decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
         image = self._reduce(encoded)

@@ -30,7 +30,7 @@ def plot_latency_against_throughput(
     chosen: gets a ring. budget_ms: the bound on p99. limits_per_s: vertical lines, by name.
     connected: lines between the points of a series, p50 too; else points of p99 alone.
     """
-    figure, axes = _figure((8, 5))
+    figure, axes = new_figure((8, 5))
     for index, (name, points) in enumerate(series.items()):
         rates = [point.requests_per_s for point in points]
         colour = f"C{index % 10}"
@@ -79,7 +79,7 @@ def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str)
 
     bars: label of a bar -> part -> milliseconds.
     """
-    figure, axes = _figure((8, 1.6 + 0.7 * len(bars)))
+    figure, axes = new_figure((8, 1.6 + 0.7 * len(bars)))
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     for index, part in enumerate(parts):
         for row, bar in enumerate(bars.values()):
@@ -108,7 +108,7 @@ class BlockBar(NamedTuple):
 
 def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
     """Plot one bar per block, in the order given, coloured by its precision."""
-    figure, axes = _figure((8, 1.2 + 0.2 * len(bars)))
+    figure, axes = new_figure((8, 1.2 + 0.2 * len(bars)))
     for kept, colour, label in ((True, "C3", "stays float32"), (False, "C0", "INT8")):
         rows = [(row, bar.drift) for row, bar in enumerate(bars) if bar.kept is kept]
         if rows:
@@ -121,7 +121,8 @@ def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, to be saved as a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
