@@ -86,7 +86,7 @@ def draw_timeline(path: Path, workers: Sequence[Rows], title: str, length_ms: fl
 def _draw_rows(
     path: Path, rows: Mapping[str, Sequence[Span]], title: str, start_ms: float, length_ms: float
 ) -> None:
-    figure, axes = new_figure((12, 1.5 + 0.33 * len(rows)))
+    figure, axes = new_figure((12, 1.6 + 0.33 * len(rows)))
     for index, spans in enumerate(rows.values()):
         for kind, colour in COLOURS.items():
             bars = [
@@ -104,5 +104,5 @@ def _draw_rows(
     axes.invert_yaxis()
     axes.set(xlim=(0, length_ms), xlabel="ms", title=title)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.33 * len(rows))))
+    figure.legend(fontsize=8, ncols=len(COLOURS), loc="outside lower center")
     figure.savefig(path, dpi=120)
