@@ -163,13 +163,14 @@ class GraphPipeline:
 
         @torch.inference_mode()
         def finish() -> list[Detections]:
-            try:
-                # The stream, not an event: only waiting for a stream obeys `cuda.blocking_sync`.
-                torch.cuda.current_stream(self.device).synchronize()
-            finally:
-                end_turn()
-            return captured.postprocess.collect(
-                captured.predictions, options, image_sizes_hw, self.input_size_hw
-            )
+            with time_stage(POSTPROCESS):
+                try:
+                    # The stream, not an event: only waiting for a stream obeys `cuda.blocking_sync`.
+                    torch.cuda.current_stream(self.device).synchronize()
+                finally:
+                    end_turn()
+                return captured.postprocess.collect(
+                    captured.predictions, options, image_sizes_hw, self.input_size_hw
+                )
 
         return finish

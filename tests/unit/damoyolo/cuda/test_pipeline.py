@@ -131,7 +131,7 @@ def test_a_detector_without_gpu_jpeg_decoding_finds_the_same(open_detector, plai
     detector.close()
 
 
-def test_workers_that_take_turns_find_the_same_and_an_error_gives_the_turn_back(
+def test_detectors_that_take_turns_find_the_same_and_an_error_gives_the_turn_back(
     open_detector, captured, smears
 ):
     in_turn, other = open_detector(device_turns=1), open_detector(device_turns=1)
