@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NVTX_BATCHES = 20
 TRACE_BATCHES = 5
+TIMELINE_BATCHES = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +73,8 @@ def _draw_timeline(
     from lib.server.mps import cuda_mps
 
     batch_size = max(arguments.batch_sizes)
-    serving = {**serving, "device_turns": arguments.device_turns}
-    recording = WorkerRecording(arguments.archive, images, device, serving, batch_size, TRACE_BATCHES)
+    serving = {**serving, "graph_batch_sizes": [batch_size], "device_turns": arguments.device_turns}
+    recording = WorkerRecording(arguments.archive, images, device, serving, batch_size, TIMELINE_BATCHES)
     arguments.timeline.parent.mkdir(parents=True, exist_ok=True)
     paths = [arguments.timeline.with_suffix(f".{index}.json") for index in range(1, arguments.workers + 1)]
     with cuda_mps(arguments.mps) as variables:

@@ -57,7 +57,8 @@ class ServingConfig:
     cuda_sync: how a worker waits for a CUDA device: "blocking" sleeps and leaves its core to others, "spin"
         keeps the core busy and resumes about 0.2 ms earlier; "auto" spins if the workers need at most half
         of the cores.
-    device_turns: how many workers of a CUDA device may run their network at the same time; 0 is all of them.
+    device_turns: how many workers of a CUDA device may run their captured network at the same time, whose
+        kernels compete; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
         at least this share of the network's input; 0 decodes all in full.
@@ -93,7 +94,7 @@ class ServingConfig:
     cuda_graphs: bool = True
     graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
     cuda_sync: str = "auto"
-    device_turns: int = 0
+    device_turns: int = 2
     gpu_jpeg_decoding: bool = True
     scaled_jpeg_decoding: float = 0.0
     cpu_jpeg_share: float = 0.0

@@ -1,8 +1,8 @@
 """Let the networks of several workers run on a device in turn.
 
-Two networks at the same time slow each other down: their kernels compete for the multiprocessors and the
-cache, and each batch takes as long as both. In turn, each takes its own time, and the batches that wait are
-answered one after the other.
+Many networks at the same time slow each other down: their kernels compete for the multiprocessors and the
+cache, and every batch takes as long as all of them together. One alone leaves the device idle until the next
+worker has seen that its turn has come, so two at a time are best (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+
+def device_turns(device: torch.device, count: int) -> DeviceTurns:
+    """The turns of a CUDA device, whatever its index is for each process."""
+    return DeviceTurns(str(torch.cuda.get_device_properties(device).uuid), count)
 
 
 class DeviceTurns:
-    """A few turns that the processes of one user and temporary folder share on a device.
+    """Turns that all processes of one user and temporary folder share.
 
-    count: how many may be taken at the same time; 0 lets everyone go on at once.
+    name: of what they are about. count: how many may be taken at the same time; 0 lets everyone go on.
 
-    A turn is a locked file, which the system releases when its process dies. Not thread-safe: one at a time.
+    A turn is a locked file, which the system releases when its process dies. Not for several threads.
     """
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        stem = f"damoyolo-{os.getuid()}-{device.type}{device.index or 0}-turn"
+    def __init__(self, name: str, count: int) -> None:
+        stem = f"damoyolo-{os.getuid()}-{name}-turn"
         folder = Path(tempfile.gettempdir())
-        self._files: list[IO[str]] = [(folder / f"{stem}{index}.lock").open("w") for index in range(count)]
+        self._files: list[IO[str]] = [(folder / f"{stem}{index}.lock").open("a") for index in range(count)]
         self._next = os.getpid()
 
     def take(self) -> Callable[[], None]:

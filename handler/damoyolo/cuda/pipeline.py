@@ -17,7 +17,7 @@ from torch import Tensor
 from damoyolo.backends.precision import WEIGHT_DTYPE
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
-from damoyolo.cuda.device_turns import DeviceTurns
+from damoyolo.cuda.device_turns import device_turns
 from damoyolo.cuda.fuse import fuse
 from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.cuda.postprocess import DevicePostprocess
@@ -61,7 +61,7 @@ class GraphPipeline:
         turns: int = 0,
     ) -> None:
         self._network = network  # kept alive for the graphs
-        self.turns = DeviceTurns(device, turns)
+        self.turns = device_turns(device, turns)
         self.device = device
         self.precision = precision
         self.input_size_hw = input_size_hw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,19 @@ from damoyolo.stage_timing import no_timing
 WORKERS_TIMEOUT_S = 300.0
 
 
-def write_trace(answer: Answer, device: torch.device, batches: int, path: Path) -> None:
-    """Write a chrome trace with the stages as ranges, for chrome://tracing or ui.perfetto.dev."""
+def write_trace(
+    answer: Answer, device: torch.device, batches: int, path: Path, when_recording: Callable[[], object] = int
+) -> None:
+    """Write a chrome trace with the stages as ranges, for chrome://tracing or ui.perfetto.dev.
+
+    when_recording: called before the first batch.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     time_stage = NestedStageTimer(lambda stage: torch.profiler.record_function(stage))
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        when_recording()
         for _ in range(batches):
             with torch.profiler.record_function("batch"):
                 answer(time_stage)
@@ -56,7 +62,7 @@ def write_traces_of_workers(
     """
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
-        # What a worker waits for before it records: all have loaded and warmed up.
+        # What a worker waits for before it begins: all have loaded and record.
         ready = manager.Barrier(len(paths))
         with ProcessPoolExecutor(
             len(paths), context, initializer=_set_environment, initargs=(dict(environment),)
@@ -83,8 +89,7 @@ def _record_worker(recording: WorkerRecording, path: Path, ready: Any) -> None:
         for _ in range(3):
             answer(no_timing)
     try:
-        ready.wait(WORKERS_TIMEOUT_S)
-        write_trace(answer, device, recording.batches, path)
+        write_trace(answer, device, recording.batches, path, lambda: ready.wait(WORKERS_TIMEOUT_S))
     finally:
         service.close()
 

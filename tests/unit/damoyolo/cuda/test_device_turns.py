@@ -6,16 +6,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from damoyolo.cuda.device_turns import DeviceTurns
 
-CUDA = torch.device("cuda", 1)
-# Prints "in" when it has a turn, and gives it back at the end of its input. Importing torch takes seconds.
+GPU = "GPU-1"
+# Prints "in" when it has a turn, and gives it back at the end of its input.
 OTHER = """
-import sys, types
+import sys
 from damoyolo.cuda.device_turns import DeviceTurns
-turns = DeviceTurns(types.SimpleNamespace(type="cuda", index=int(sys.argv[1])), int(sys.argv[2]))
+turns = DeviceTurns(sys.argv[1], int(sys.argv[2]))
 print("waiting", flush=True)
 end = turns.take()
 print("in", flush=True)
@@ -37,9 +36,9 @@ def start_other():
     """Starts another worker; ended afterwards."""
     started = []
 
-    def start(index=1, count=1):
+    def start(name=GPU, count=1):
         process = subprocess.Popen(
-            [sys.executable, "-c", OTHER, str(index), str(count)],
+            [sys.executable, "-c", OTHER, name, str(count)],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "handler")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,7 +59,7 @@ def has_its_turn(process, within_s):
 
 
 def test_a_worker_waits_until_a_turn_is_given_back(start_other):
-    turns = DeviceTurns(CUDA, 1)
+    turns = DeviceTurns(GPU, 1)
     end_turn = turns.take()
     other = start_other()
     assert not has_its_turn(other, 0.3)
@@ -70,7 +69,7 @@ def test_a_worker_waits_until_a_turn_is_given_back(start_other):
 
 
 def test_as_many_workers_as_there_are_turns_go_on_at_once(start_other):
-    turns = DeviceTurns(CUDA, 2)
+    turns = DeviceTurns(GPU, 2)
     end_turn = turns.take()
     first, second = start_other(count=2), start_other(count=2)
     found = select.select([first.stdout, second.stdout], [], [], 60)[0]
@@ -89,19 +88,19 @@ def test_the_end_of_a_worker_gives_its_turn_back(start_other):
     assert has_its_turn(other, 60)
     other.kill()
     other.wait(60)
-    turns = DeviceTurns(CUDA, 1)
+    turns = DeviceTurns(GPU, 1)
     turns.take()()
     turns.close()
 
 
 def test_workers_of_another_device_do_not_wait(start_other):
-    turns = DeviceTurns(CUDA, 1)
+    turns = DeviceTurns(GPU, 1)
     turns.take()
-    assert has_its_turn(start_other(index=0), 60)
+    assert has_its_turn(start_other(name="GPU-2"), 60)
     turns.close()
 
 
 def test_without_turns_nobody_waits_and_no_file_is_made(temporary_dir):
-    turns = DeviceTurns(CUDA, 0)
+    turns = DeviceTurns(GPU, 0)
     turns.take()()
     assert list(temporary_dir.iterdir()) == []
