@@ -61,7 +61,7 @@ class ServingConfig:
         kernels compete; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
-        at least this share of the network's input; 0 decodes all in full.
+        at least this share of the network's input; 0 decodes all in full (docs/performance.md has the AP).
     cpu_jpeg_share: with gpu_jpeg_decoding, the share of the JPEGs that scaled_jpeg_decoding applies to which
         the CPU decodes while the GPU decodes the others.
     jpeg_quality: of drawn images, 1..95.
@@ -96,7 +96,7 @@ class ServingConfig:
     cuda_sync: str = "auto"
     device_turns: int = 2
     gpu_jpeg_decoding: bool = True
-    scaled_jpeg_decoding: float = 0.0
+    scaled_jpeg_decoding: float = 1.0
     cpu_jpeg_share: float = 0.0
     jpeg_quality: int = 90
 
