@@ -96,7 +96,7 @@ class ServingConfig:
     cuda_sync: str = "auto"
     device_turns: int = 2
     gpu_jpeg_decoding: bool = True
-    scaled_jpeg_decoding: float = 1.0
+    scaled_jpeg_decoding: float = 0.0
     cpu_jpeg_share: float = 0.0
     jpeg_quality: int = 90
 

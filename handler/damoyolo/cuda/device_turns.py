@@ -8,6 +8,7 @@ worker has seen that its turn has come, so two at a time are best (docs/performa
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import IO
 
 import torch
+
+from damoyolo.cuda.startup_lock import open_own_file
+
+logger = logging.getLogger(__name__)
 
 
 def device_turns(device: torch.device, count: int) -> DeviceTurns:
@@ -27,14 +32,22 @@ class DeviceTurns:
 
     name: of what they are about. count: how many may be taken at the same time; 0 lets everyone go on.
 
-    A turn is a locked file, which the system releases when its process dies. Not for several threads.
+    A turn is a locked file, which the system releases when its process dies. Where the files cannot be used,
+    which another user of a shared folder can bring about, it warns and lets everyone go on. Not for several
+    threads.
     """
 
     def __init__(self, name: str, count: int) -> None:
         stem = f"damoyolo-{os.getuid()}-{name}-turn"
         folder = Path(tempfile.gettempdir())
-        self._files: list[IO[str]] = [(folder / f"{stem}{index}.lock").open("a") for index in range(count)]
+        self._files: list[IO[str]] = []
         self._next = os.getpid()
+        try:
+            for index in range(count):
+                self._files.append(open_own_file(folder / f"{stem}{index}.lock"))
+        except OSError as error:
+            logger.warning("the workers of a device do not take turns: %s", error)
+            self.close()
 
     def take(self) -> Callable[[], None]:
         """Wait for a turn; the result gives it back."""
@@ -54,8 +67,8 @@ class DeviceTurns:
 
     def close(self) -> None:
         """Give up the files."""
-        for file in self._files:
-            file.close()
+        while self._files:
+            self._files.pop().close()
 
 
 def _nothing() -> None:

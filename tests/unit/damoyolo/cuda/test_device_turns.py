@@ -104,3 +104,12 @@ def test_without_turns_nobody_waits_and_no_file_is_made(temporary_dir):
     turns = DeviceTurns(GPU, 0)
     turns.take()()
     assert list(temporary_dir.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(temporary_dir, caplog):
+    elsewhere = temporary_dir / "elsewhere"
+    (temporary_dir / f"damoyolo-{os.getuid()}-{GPU}-turn1.lock").symlink_to(elsewhere)
+    turns = DeviceTurns(GPU, 2)
+    turns.take()()
+    assert not elsewhere.exists()
+    assert "do not take turns" in caplog.text
