@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -41,6 +42,7 @@ class DeviceTurns:
         stem = f"damoyolo-{os.getuid()}-{name}-turn"
         folder = Path(tempfile.gettempdir())
         self._files: list[IO[str]] = []
+        weakref.finalize(self, _close_all, self._files)
         self._next = os.getpid()
         try:
             for index in range(count):
@@ -67,8 +69,12 @@ class DeviceTurns:
 
     def close(self) -> None:
         """Give up the files."""
-        while self._files:
-            self._files.pop().close()
+        _close_all(self._files)
+
+
+def _close_all(files: list[IO[str]]) -> None:
+    while files:
+        files.pop().close()
 
 
 def _nothing() -> None:
