@@ -32,6 +32,7 @@ from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
 from damoyolo.stage_timing import StageClock
 from damoyolo.worker_log import protect_log
+from damoyolo.worker_protocol import read_messages_in_large_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         self.counters = CounterTotals(self._send_counter, METRICS_INTERVAL_S)
         # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        read_messages_in_large_pieces()
         protect_log()
         self.initialized = True
 

@@ -299,7 +299,7 @@ PLACES = [
     ("service", "answer", [500, 500]),
     ("service.detector", "detect", [500, 500]),
     ("service.detector.preprocessor", "prepare", [500, 500]),
-    ("service.detector.pipeline", "detect", [500, 415]),
+    ("service.detector.pipeline", "start", [500, 415]),
     ("service", "_respond_to_all", [500, 500]),
     ("clock", "_mark", [500, 500]),
     ("clock", "read_seconds", [200, 415]),
