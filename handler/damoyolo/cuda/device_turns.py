@@ -7,10 +7,13 @@ worker has seen that its turn has come, so two at a time are best (docs/performa
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import logging
 import os
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,9 @@ import torch
 from damoyolo.cuda.startup_lock import open_own_file
 
 logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 1.0  # a worker's turn takes some milliseconds
+POLL_INTERVAL_S = 0.0002  # the other of two turns keeps the device busy meanwhile
 
 
 def device_turns(device: torch.device, count: int) -> DeviceTurns:
@@ -43,7 +49,7 @@ class DeviceTurns:
         folder = Path(tempfile.gettempdir())
         self._files: list[IO[str]] = []
         weakref.finalize(self, _close_all, self._files)
-        self._next = os.getpid()
+        self._warned = False
         try:
             for index in range(count):
                 self._files.append(open_own_file(folder / f"{stem}{index}.lock"))
@@ -52,20 +58,27 @@ class DeviceTurns:
             self.close()
 
     def take(self) -> Callable[[], None]:
-        """Wait for a turn; the result gives it back."""
-        if not self._files:
-            return _nothing
-        for file in self._files:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            return lambda: fcntl.flock(file, fcntl.LOCK_UN)
-        # Waiting for one of several is not possible; another one each time, so that all are waited for.
-        self._next += 1
-        file = self._files[self._next % len(self._files)]
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return lambda: fcntl.flock(file, fcntl.LOCK_UN)
+        """Wait for a turn, but not for long, as its holder may hang; the result gives it back."""
+        deadline_s = time.monotonic() + LONGEST_WAIT_S
+        while self._files:
+            # No call waits for one of several files, nor with a time limit.
+            for file in self._files:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
+            if time.monotonic() > deadline_s:
+                self._warn_once()
+                break
+            time.sleep(POLL_INTERVAL_S)
+        return _nothing
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "no turn on the device within %g s; going on without, now and whenever this happens again",
+                LONGEST_WAIT_S,
+            )
 
     def close(self) -> None:
         """Give up the files."""

@@ -3,6 +3,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ GPU = "GPU-1"
 # Prints "in" when it has a turn, and gives it back at the end of its input.
 OTHER = """
 import sys
-from damoyolo.cuda.device_turns import DeviceTurns
-turns = DeviceTurns(sys.argv[1], int(sys.argv[2]))
+from damoyolo.cuda import device_turns
+device_turns.LONGEST_WAIT_S = 60
+turns = device_turns.DeviceTurns(sys.argv[1], int(sys.argv[2]))
 print("waiting", flush=True)
 end = turns.take()
 print("in", flush=True)
@@ -113,3 +115,14 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(temporary_dir, caplog):
     turns.take()()
     assert not elsewhere.exists()
     assert "do not take turns" in caplog.text
+
+
+def test_a_worker_that_keeps_its_turn_delays_another_only_so_long(start_other, monkeypatch, caplog):
+    monkeypatch.setattr("damoyolo.cuda.device_turns.LONGEST_WAIT_S", 0.2)
+    assert has_its_turn(start_other(), 60)
+    turns = DeviceTurns(GPU, 1)
+    for _ in range(2):
+        started_s = time.monotonic()
+        turns.take()()
+        assert 0.2 <= time.monotonic() - started_s < 10
+    assert caplog.text.count("going on without") == 1
