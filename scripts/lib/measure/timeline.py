@@ -13,6 +13,7 @@ from damoyolo.stage_timing import NETWORK, PARSE, POSTPROCESS, PREPROCESS, RESPO
 
 HOST_STAGES = (PARSE, PREPROCESS, NETWORK, POSTPROCESS, RESPOND)
 COPY_TO_DEVICE, COPY_FROM_DEVICE = "copy to the device", "copy to the host"
+DECODER_KINDS = {PREPROCESS, COPY_TO_DEVICE}
 # Parts of the names of this project's kernels; what else runs on the GPU is of the decoder or the network.
 KERNELS = {
     PREPROCESS: ("resize", "jpeg", "ycc", "yuv", "upsample", "nv12"),
@@ -41,9 +42,10 @@ Rows = dict[str, list[Span]]  # name of a row -> its spans
 
 
 def read_trace(path: Path) -> Rows:
-    """The rows of one process, from a trace of `traces.write_trace`: "host", then a row for each stream.
+    """The rows of a process, from a trace of `traces.write_trace`: "host", one for each stream, "decoder".
 
-    Times are on the clock that all processes of the machine share.
+    "decoder" has the streams of nvJPEG, of which there are many. Times are on the clock that all processes of
+    the machine share.
     """
     trace = json.loads(path.read_text())
     base_us = trace.get("baseTimeNanoseconds", 0) / 1e3
@@ -58,7 +60,9 @@ def read_trace(path: Path) -> Rows:
         elif event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             stream = f"stream {event['args'].get('stream', event.get('tid'))}"
             streams.setdefault(stream, []).append(Span(device_kind(event["name"]), *times_ms))
-    return {"host": host, **dict(sorted(streams.items()))}
+    decoder = [name for name, row in streams.items() if {span.kind for span in row} <= DECODER_KINDS]
+    decoding = [span for name in decoder for span in streams.pop(name)]
+    return {"host": host, **dict(sorted(streams.items())), **({"decoder": decoding} if decoding else {})}
 
 
 def device_kind(name: str) -> str:
@@ -101,8 +105,7 @@ def _draw_rows(
     for kind, colour in COLOURS.items():
         axes.plot([], [], "s", color=colour, label=kind)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, length_ms), xlabel="ms", title=title)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, length_ms), xlabel="ms", title=title)
     axes.grid(alpha=0.3, axis="x")
     figure.legend(fontsize=8, ncols=len(COLOURS), loc="outside lower center")
     figure.savefig(path, dpi=120)

@@ -15,6 +15,7 @@ def write_trace(path, base_ns=10_000_000):
         event("network", "user_annotation", 2000, 100),
         event("network", "gpu_user_annotation", 2000, 5000, stream=7),
         event("Memcpy HtoD (Pinned -> Device)", "gpu_memcpy", 500, 200, stream=13),
+        event("nvjpeg::rgba2rgb", "kernel", 800, 100, stream=14),
         event("sm90_xmma_fprop", "kernel", 2500, 4000, stream=7),
         event("_resolve_and_write", "kernel", 6500, 100, stream=7),
         event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 6600, 50, stream=7),
@@ -28,12 +29,12 @@ def test_stages_and_streams_become_rows_on_the_clock_of_the_machine(tmp_path):
     rows = read_trace(write_trace(tmp_path / "trace.json"))
     assert rows == {
         "host": [Span("preprocess", 10.0, 2.0), Span("network", 12.0, 0.1)],
-        "stream 13": [Span("copy to the device", 10.5, 0.2)],
         "stream 7": [
             Span("network", 12.5, 4.0),
             Span("postprocess", 16.5, 0.1),
             Span("copy to the host", 16.6, 0.05),
         ],
+        "decoder": [Span("copy to the device", 10.5, 0.2), Span("preprocess", 10.8, 0.1)],
     }
 
 
