@@ -63,8 +63,11 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
 
     hidden = stem(stem_weight, stem_bias, activation)
     magnitudes = stem(stem_weight.abs(), stem_bias.abs(), "none")
-    # A patch is read as 6 rows of 20 bytes, of which 2 are weighted by zero.
-    bound = rounding_bound(6 * 20, magnitudes, hidden, dtype)
+    if dtype == torch.float16:
+        # A byte enters as 1024 + byte, and the bias is lowered by 1024 times the sum of the weights.
+        magnitudes = magnitudes + 2 * 1024 * stem_weight.abs().sum(dim=(1, 2, 3))[:, None, None]
+    # A patch is read as 6 rows of 20 bytes, of which 2 are weighted by zero; as many weights are summed.
+    bound = rounding_bound(2 * 6 * 20, magnitudes, hidden, dtype)
     if point_weight is None or point_bias is None:
         return hidden, bound
     kernel = point_weight[:, :, None, None]
