@@ -32,6 +32,7 @@ from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
 from damoyolo.stage_timing import StageClock
 from damoyolo.worker_log import protect_log
+from damoyolo.worker_protocol import read_messages_in_large_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         config = ServingConfig.from_mapping(settings)
         # A larger answer would end the worker. A server without this project's settings takes less.
         settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
-        workers = max(1, int(context.model_yaml_config.get("minWorkers") or 1))
-        _share_machine(device, config, workers)
+        _share_machine(device, config, _most_workers(context.model_yaml_config))
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
             use_compiled_kernels(model_dir)
@@ -92,6 +92,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         self.counters = CounterTotals(self._send_counter, METRICS_INTERVAL_S)
         # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
+        read_messages_in_large_pieces()
         protect_log()
         self.initialized = True
 
@@ -154,6 +155,15 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
                 name, unit, ["ModelName", "Level", *own_dimensions], MetricTypes.COUNTER
             )
         metric.add_or_update(value, [self.model_name, "Model", *dimensions])
+
+
+def _most_workers(settings: Mapping[str, Any]) -> int:
+    """The number of workers among which the machine is divided.
+
+    As in the settings: how many run now would be wrong in a moment, when others start or end, and a backend
+    keeps the number of threads for which it has compiled the network.
+    """
+    return max(1, *(int(settings.get(key) or 1) for key in ("minWorkers", "maxWorkers")))
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:

@@ -181,7 +181,12 @@ def _served(
 
 
 def _report(row: Row) -> None:
-    print(f"  {row['load']}: {row['requests_per_s']:.1f}/s, {row['errors']} errors", flush=True)
+    latencies = ", ".join(
+        f"{name} {row[f'{name}_ms']:.1f}" for name in ("p50", "p99") if row[f"{name}_ms"] is not None
+    )
+    print(
+        f"  {row['load']}: {row['requests_per_s']:.1f}/s, {row['errors']} errors, {latencies} ms", flush=True
+    )
 
 
 def _facts(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:

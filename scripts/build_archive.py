@@ -34,6 +34,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "maxBatchDelay": arguments.max_batch_delay,
         "minWorkers": arguments.workers,
         "maxWorkers": arguments.workers,
+        "responseTimeout": arguments.response_timeout,
     }
     serving = {
         "input_size_hw": arguments.input_size,
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-batch-delay", type=positive_int, metavar="MS", help="wait for a batch to fill, in ms"
     )
     parser.add_argument("--workers", type=positive_int)
+    parser.add_argument(
+        "--response-timeout",
+        type=positive_int,
+        metavar="S",
+        help="longest time of a batch (default: 30 s)",
+    )
     parser.add_argument("--model-name", default="damoyolo")
     parser.add_argument("--version", default="1.0")
     parser.add_argument("--output-dir", type=Path, default=MODEL_STORE)

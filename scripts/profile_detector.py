@@ -2,10 +2,11 @@
 
     python scripts/profile_detector.py --batch-sizes 1 32 --plot output/stages.png
     python scripts/profile_detector.py --batch-sizes 32 --trace output/trace.json
+    python scripts/profile_detector.py --batch-sizes 64 --timeline output/timeline.png --workers 4 --mps
 
 The calls are those of the server's worker. Device times are from CUDA events, host times from the host's
 clock: where the host's are larger, the device waits. Copies (H2D, D2H) and kernels come from torch.profiler
-in a separate pass.
+in a separate pass. --timeline draws the traces of one or several processes that work at the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import ScriptError, command_parser, positive_int, run_command
+from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
 from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 NVTX_BATCHES = 20
 TRACE_BATCHES = 5
+TIMELINE_BATCHES = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +45,15 @@ def _run(arguments: argparse.Namespace) -> None:
     device = open_device(arguments.device)
     if device.type != "cuda" and (arguments.nvtx or arguments.memory_snapshot):
         raise ScriptError(f"the device is {device}; --nvtx and --memory-snapshot need a CUDA device")
+    if arguments.mps and device.type != "cuda":
+        raise ScriptError(f"the device is {device}; --mps needs a CUDA device")
     images = read_images(arguments.images)
     serving = BatchingSetting(max(arguments.batch_sizes), 1, 1).serving_settings()
     if arguments.precision:
         serving["precision"] = arguments.precision
+    if arguments.timeline:
+        _draw_timeline(arguments, str(device), serving, images)
+        return
     service = DetectionService(load_detector(arguments.archive, device, **serving))
     try:
         if arguments.nvtx:
@@ -56,6 +63,26 @@ def _run(arguments: argparse.Namespace) -> None:
             _record(arguments, service, images)
     finally:
         service.close()
+
+
+def _draw_timeline(
+    arguments: argparse.Namespace, device: str, serving: Mapping[str, Any], images: Sequence[bytes]
+) -> None:
+    from lib.measure.timeline import draw_timeline, read_trace
+    from lib.measure.traces import WorkerRecording, write_traces_of_workers
+    from lib.server.mps import cuda_mps
+
+    batch_size = max(arguments.batch_sizes)
+    serving = {**serving, "graph_batch_sizes": [batch_size], "device_turns": arguments.device_turns}
+    recording = WorkerRecording(arguments.archive, images, device, serving, batch_size, TIMELINE_BATCHES)
+    arguments.timeline.parent.mkdir(parents=True, exist_ok=True)
+    paths = [arguments.timeline.with_suffix(f".{index}.json") for index in range(1, arguments.workers + 1)]
+    with cuda_mps(arguments.mps) as variables:
+        write_traces_of_workers(recording, paths, variables)
+    turns = f", {arguments.device_turns} at a time" if arguments.device_turns else ""
+    title = f"{arguments.workers} worker(s), batch {batch_size}{turns}"
+    draw_timeline(arguments.timeline, list(map(read_trace, paths)), title, arguments.timeline_ms)
+    print(f"written: {arguments.timeline}, from {', '.join(map(str, paths))}")
 
 
 def _run_for_nsys(arguments: argparse.Namespace, service: DetectionService, images: Sequence[bytes]) -> None:
@@ -135,6 +162,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="chrome trace of 5 batches of the largest size"
     )
+    add = parser.add_argument_group("timeline (replaces the tables)").add_argument
+    add(
+        "--timeline",
+        type=Path,
+        metavar="PNG",
+        help="draw host and GPU; the traces stay beside it",
+    )
+    add("--workers", type=positive_int, default=1, metavar="N", help="processes at the same time")
+    add("--mps", action="store_true", help="they share the GPU by NVIDIA MPS")
+    add(
+        "--device-turns",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="their device_turns (%(default)s)",
+    )
+    add("--timeline-ms", type=positive_seconds, default=60.0, metavar="MS", help="length (%(default)s)")
     parser.add_argument(
         "--memory-snapshot",
         type=Path,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from lib.cli import command_parser, positive_seconds, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR
 
 if TYPE_CHECKING:
+    from lib.server.dropping_output import DroppingOutput
     from lib.server.process import TorchServeProcess
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -28,8 +29,15 @@ class _StopSignal(Exception):  # noqa: N818 (a request, not an error)
     """The command has to end."""
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
+def _raise_stop(number: int, _frame: FrameType | None) -> None:
     raise _StopSignal(signal.Signals(number).name)
+
+
+def _on_stop_signals(action: Callable[[int, FrameType | None], None]) -> None:
+    for number in STOP_SIGNALS:
+        # `nohup` has it ignored, so that the end of the terminal is not that of the server.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,62 +46,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from lib.server.dropping_output import DroppingOutput
+
+    # Neither a closed nor a blocked output may hold the server.
+    out, err = DroppingOutput(sys.stdout), DroppingOutput(sys.stderr)
+    _on_stop_signals(_raise_stop)
+    try:
+        return _run_server(arguments, out, err)
+    except _StopSignal as stopped:  # before the server started
+        err.print(f"serve: {stopped}")
+        return 0
+    finally:
+        for each in (out, err):
+            each.flush()
+
+
+def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: DroppingOutput) -> int:
     from lib.server.mps import cuda_mps
     from lib.server.process import TorchServeProcess, busy_ports, read_properties
 
     busy = busy_ports(read_properties(arguments.ts_config)) if arguments.any_port else []
     if busy:
-        print(f"port {', '.join(map(str, busy))} is taken; using free ports instead", flush=True)
-    for number in STOP_SIGNALS:
-        signal.signal(number, _stop)
-    try:
-        with cuda_mps(arguments.mps) as environment:
-            server = TorchServeProcess(
-                arguments.ts_config.resolve(),
-                arguments.model_store.resolve(),
-                overrides={"load_models": arguments.models} if arguments.models else {},
-                use_free_ports=bool(busy),
-                log_dir=PROJECT_DIR / "logs",
-                echo=sys.stdout,
-                arguments=["--enable-model-api"] if arguments.enable_model_api else [],
-                environment=environment,
-            )
-            try:
-                return _serve(server, arguments.timeout, arguments.ready_file)
-            except _StopSignal as stopped:
-                print(f"serve: {stopped}, ending the server", file=sys.stderr)
+        out.print(f"port {', '.join(map(str, busy))} is taken; using free ports instead")
+    with cuda_mps(arguments.mps) as environment:
+        server = TorchServeProcess(
+            arguments.ts_config.resolve(),
+            arguments.model_store.resolve(),
+            overrides={"load_models": arguments.models} if arguments.models else {},
+            use_free_ports=bool(busy),
+            log_dir=PROJECT_DIR / "logs",
+            echo=out,
+            arguments=["--enable-model-api"] if arguments.enable_model_api else [],
+            environment=environment,
+        )
+        try:
+            return _serve(server, arguments, out, err)
+        except _StopSignal as stopped:
+            _on_stop_signals(lambda *_: server.kill())
+            err.print(f"serve: {stopped}, answering what was accepted; a second signal ends all at once")
+            if server.stop():
                 return 0
-            finally:
-                # A second signal while ending must not leave processes behind.
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-                server.stop()
-    except _StopSignal as stopped:  # while MPS started
-        print(f"serve: {stopped}", file=sys.stderr)
-        return 0
+            err.print("serve: the server was killed; requests under way are lost")
+            return 1
+        finally:
+            # A further signal must not leave processes behind.
+            _on_stop_signals(lambda *_: server.kill())
+            server.stop()
 
 
-def _serve(server: TorchServeProcess, timeout_s: float, ready_file: Path | None) -> int:
-    """Run `server` until it ends.
-
-    ready_file: gets the inference address once every worker has loaded its model.
-    """
+def _serve(
+    server: TorchServeProcess, arguments: argparse.Namespace, out: DroppingOutput, err: DroppingOutput
+) -> int:
+    """Run `server` until it ends, which is an error."""
     from lib.server.process import describe_model
 
     server.start()
-    server.wait_until_ready(timeout_s)
+    server.wait_until_ready(arguments.timeout)
     for name in server.model_names():
         workers = describe_model(server.management_url, name)["workers"]
-        print(f"ready: {name}, {len(workers)} worker(s). Try:")
-        print(f"  curl --max-time 60 -X POST {server.inference_url}/predictions/{name} -T {SAMPLE_IMAGE}")
-    print(
-        f"management {server.management_url}   metrics {server.metrics_url}/metrics   Ctrl-C ends it",
-        flush=True,
+        out.print(f"ready: {name}, {len(workers)} worker(s). Try:")
+        out.print(f"  curl --max-time 60 -X POST {server.inference_url}/predictions/{name} -T {SAMPLE_IMAGE}")
+    out.print(
+        f"management {server.management_url}   metrics {server.metrics_url}/metrics   Ctrl-C ends the server"
     )
-    if ready_file is not None:
-        ready_file.write_text(f"{server.inference_url}\n")
+    if arguments.ready_file is not None:
+        out.flush()
+        arguments.ready_file.write_text(f"{server.inference_url}\n")
     server.wait()
-    print("serve: the server ended by itself; its last lines are above", file=sys.stderr)
+    err.print("serve: the server ended by itself; its last lines are above")
     return 1
 
 

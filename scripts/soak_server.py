@@ -1,9 +1,11 @@
 """Load a running server for a long time with mixed requests, and check every answer and the memory.
 
 Sizes, formats, options and 2 % of damaged images are mixed. Every answer must equal the one that the same
-archive gives in this process. The server must run on this machine.
+archive gives in this process, and the p99 of the last minute must be at most 1.3 times that of the second.
+The server must run on this machine.
 
-python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 30 --json output/soak.json
+python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 30 --plot output/soak.png
+python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 8 --clients 32 --rate-share 0.8
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from lib.cli import add_local_server, command_parser, fraction, positive_int, po
 from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
+MAX_P99_GROWTH = 1.3
+RATE_MEASURED_S = 30.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Send the load; 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent."""
@@ -26,14 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from lib.load.mixed_requests import mixed_requests
     from lib.load.soak import soak
+    from lib.measure.plots import plot_soak
     from lib.server.served_archive import ServedModel
 
     images = sorted((PROJECT_DIR / "tests" / "data" / "smears").glob("*.jpg"))
     mixture = mixed_requests(arguments.archive, images, arguments.requests, arguments.bad_share)
     served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
-    record = soak(served, mixture, arguments.clients, arguments.minutes * 60)
+    rate_per_s = None
+    if arguments.rate_share is not None:
+        measured = soak(served, mixture, arguments.clients, RATE_MEASURED_S)
+        rate_per_s = arguments.rate_share * max(1, len(measured.answers)) / RATE_MEASURED_S
+        print(
+            f"{rate_per_s:.1f} requests/s, {arguments.rate_share:.0%} of what the server answers", flush=True
+        )
+    record = soak(served, mixture, arguments.clients, arguments.minutes * 60, rate_per_s)
+    growth = record.p99_growth()
+    if growth is not None and growth > MAX_P99_GROWTH:
+        record.problems["p99 grew"] += 1
     if arguments.json is not None:
         write_json(arguments.json, record.to_json())
+    if arguments.plot is not None:
+        plot_soak(arguments.plot, record.latencies_by_minute(), record.memory_mb, "Soak with mixed requests")
     for minute, latency in enumerate(record.latencies_by_minute()):
         if latency is None:
             print(f"minute {minute:3}: no answer")
@@ -42,6 +60,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for kind, slope in record.late_slopes_mb_per_h().items():
         first, last = record.memory_mb[0][1], record.memory_mb[-1][1]
         print(f"{kind}: {first[kind]:.0f} to {last[kind]:.0f} MB; second half {slope:+.1f} MB/h")
+    if growth is not None:
+        print(f"p99 of the last minute over that of the second: {growth:.2f} (at most {MAX_P99_GROWTH})")
     for problem, count in record.problems.most_common():
         print(f"{count} times: {problem}")
     print(f"{len(record.answers)} answers, {record.problems.total() or 'no'} problems")
@@ -60,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bad-share", type=fraction, default=0.02, help="damaged images; default: %(default)s"
     )
+    parser.add_argument(
+        "--rate-share",
+        type=fraction,
+        help="send at this share of the rate that the server answers, measured first (default: no pause)",
+    )
+    parser.add_argument("--plot", type=Path, help="plot latency and memory over time to this file")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     return parser
 

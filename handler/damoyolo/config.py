@@ -49,7 +49,7 @@ class ServingConfig:
         server ends the worker.
     image_formats: accepted image formats, named as Pillow names them.
     decode_threads: images decoded at the same time in a worker; 0 takes one per core.
-    compute_threads: threads of the network on a CPU; 0 shares the cores among the workers.
+    compute_threads: threads of the network on a CPU; 0 takes the cores divided by maxWorkers.
     warmup_batch_sizes: batch sizes run once before a worker reports ready.
     cuda_graphs: on CUDA in fp16 or bf16, run the fused network and postprocessing of fixed shapes as CUDA
         graphs (docs/performance.md has the gain); off is plain PyTorch.
@@ -57,7 +57,13 @@ class ServingConfig:
     cuda_sync: how a worker waits for a CUDA device: "blocking" sleeps and leaves its core to others, "spin"
         keeps the core busy and resumes about 0.2 ms earlier; "auto" spins if the workers need at most half
         of the cores.
+    device_turns: how many workers of a CUDA device may run their captured network at the same time, whose
+        kernels compete; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
+    scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
+        at least this share of the network's input; 0 decodes all in full (docs/performance.md has the AP).
+    cpu_jpeg_share: with gpu_jpeg_decoding, the share of the JPEGs that scaled_jpeg_decoding applies to which
+        the CPU decodes while the GPU decodes the others.
     jpeg_quality: of drawn images, 1..95.
     """
 
@@ -88,7 +94,10 @@ class ServingConfig:
     cuda_graphs: bool = True
     graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 20, 24, 32)
     cuda_sync: str = "auto"
+    device_turns: int = 2
     gpu_jpeg_decoding: bool = True
+    scaled_jpeg_decoding: float = 0.0
+    cpu_jpeg_share: float = 0.0
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
@@ -97,7 +106,7 @@ class ServingConfig:
         _require_choice("cuda_sync", self.cuda_sync, CUDA_SYNCS)
         for name in self.image_formats:
             _require_choice("image_formats", name, IMAGE_FORMATS)
-        for name in ("score_threshold", "iou_threshold"):
+        for name in ("score_threshold", "iou_threshold", "cpu_jpeg_share"):
             _require_range(name, getattr(self, name), 0.0, 1.0)
         for name in (
             "max_detections_limit",
@@ -117,8 +126,9 @@ class ServingConfig:
         _require_range("max_image_side", self.max_image_side, 1, 500_000)
         _require_range("max_detections", self.max_detections, 1, self.max_detections_limit)
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
-        for name in ("decode_threads", "compute_threads"):
+        for name in ("decode_threads", "compute_threads", "device_turns"):
             _require_range(name, getattr(self, name), 0, 1024)
+        _require_range("scaled_jpeg_decoding", self.scaled_jpeg_decoding, 0.0, 8.0)
         if not self.graph_batch_sizes:
             raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")
         for name in ("warmup_batch_sizes", "graph_batch_sizes"):

@@ -48,10 +48,16 @@ def decode_image(encoded: EncodedImage, config: ServingConfig) -> NDArray[np.uin
     return decode_reduced(reduce_image(encoded, config), config)
 
 
-def decode_reduced(image: EssentialImage, config: ServingConfig) -> NDArray[np.uint8]:
-    """Decode what `reduce_image` made of an image; see `decode_image`."""
+def decode_reduced(
+    image: EssentialImage, config: ServingConfig, least_hw: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
+    """Decode what `reduce_image` made of an image; see `decode_image`.
+
+    least_hw: height and width that are enough: the result may be the image at 1/2, 1/4 or 1/8 of its size.
+    """
     try:
-        return _to_array(_read_pixels(image, config))
+        divisor = jpeg_divisor(image.shown_size_hw, least_hw) if image.image_format == "JPEG" else 1
+        return _to_array(_read_pixels(image, config, divisor))
     except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -62,6 +68,24 @@ def decode_reduced(image: EssentialImage, config: ServingConfig) -> NDArray[np.u
     # struct.error, zlib.error, EOFError, IndexError, KeyError, TypeError, OverflowError ...
     except Exception as error:
         raise CorruptImageError(f"the image cannot be decoded: {_reason(error)}") from error
+
+
+def jpeg_divisor(size_hw: tuple[int, int], least_hw: tuple[float, float] | None) -> int:
+    """1, 2, 4 or 8: by how much a JPEG's sides can be divided while it is decoded, and still be long enough.
+
+    Only sides that are multiples are divided, so that pixel (y, x) of the result always covers the pixels
+    from (divisor * y, divisor * x) on, whatever the orientation; libjpeg would pad an incomplete last one.
+
+    size_hw: of the image, as a viewer shows it. least_hw: the lengths that are enough; None for its own.
+    """
+    if least_hw is None:
+        return 1
+    sides = list(zip(size_hw, least_hw, strict=True))
+    return next(
+        divisor
+        for divisor in (8, 4, 2, 1)
+        if divisor == 1 or all(side % divisor == 0 and side // divisor >= least for side, least in sides)
+    )
 
 
 def prepare_decoders() -> None:
@@ -87,14 +111,16 @@ def _mapped_files(name: str) -> set[str]:
         return set()
 
 
-def _read_pixels(image: EssentialImage, config: ServingConfig) -> Image.Image:
-    """The decoded image, upright."""
+def _read_pixels(image: EssentialImage, config: ServingConfig, divisor: int) -> Image.Image:
+    """The decoded image, upright, with the sides of a JPEG divided."""
     with _open(image, config) as opened:
         if opened.size != image.size_wh:
             raise CorruptImageError(
                 f"the image says in one place that it has {image.size_wh[0]} x {image.size_wh[1]} pixels and "
                 f"in another {opened.size[0]} x {opened.size[1]}"
             )
+        if divisor > 1:
+            opened.draft(None, (image.size_wh[0] // divisor, image.size_wh[1] // divisor))
         opened.load()
         pixels = _to_rgb(opened)
         transposition = pillow_transposition(image.orientation)

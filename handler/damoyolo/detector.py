@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from damoyolo.checksums import check_sums
 from damoyolo.config import SETTINGS_FILE, ServingConfig
 from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.errors import ConfigError, RequestError
@@ -19,7 +20,7 @@ from damoyolo.formats import EncodedImage
 from damoyolo.model.checkpoint import load_packaged
 from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.pipeline import open_pipeline
-from damoyolo.preprocess import ImagePreprocessor
+from damoyolo.preprocess import ImagePreprocessor, PreparedBatch
 from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
@@ -74,12 +75,14 @@ class Detector:
     def from_settings(cls, settings: dict[str, Any], weights: Path, device: torch.device) -> Detector:
         """The detector of a `handler:` section and packaged weights.
 
-        weights: in their folder the backends look for their own files of the network.
+        weights: in their folder the backends look for their own files of the network, and all of them are
+            compared with the archive's SHA-256 sums.
 
         Raises:
             ConfigError, CheckpointError: settings, weights and device do not fit together.
         """
         config = ServingConfig.from_mapping(settings)
+        check_sums(weights.parent, weights.name)
         model = load_packaged(weights)
         if model.variant.name != config.variant or model.num_classes != len(config.class_names):
             raise ConfigError(
@@ -102,23 +105,32 @@ class Detector:
         """
         size = self.pipeline.max_batch_size or max(1, len(images))
         outcomes: list[Detections | RequestError] = []
+        finish = _nothing
         for first in range(0, len(images), size):
-            outcomes += self._detect_batch(
-                images[first : first + size], options[first : first + size], time_stage
-            )
-        return outcomes
+            part = slice(first, first + size)
+            try:
+                with time_stage(PREPROCESS):
+                    batch = self.preprocessor.prepare(images[part], self.pipeline.pixels)
+            finally:
+                # The device computed this part while the host prepared the next.
+                outcomes += finish()
+            finish = self._start_batch(batch, options[part], time_stage)
+        return outcomes + finish()
 
-    def _detect_batch(
-        self, images: Sequence[EncodedImage], options: Sequence[DetectionOptions], time_stage: StageTimer
-    ) -> list[Detections | RequestError]:
-        with time_stage(PREPROCESS):
-            batch = self.preprocessor.prepare(images, self.pipeline.pixels)
+    def _start_batch(
+        self, batch: PreparedBatch, options: Sequence[DetectionOptions], time_stage: StageTimer
+    ) -> Callable[[], list[Detections | RequestError]]:
         outcomes: dict[int, Detections | RequestError] = dict(batch.errors)
-        if batch.slots:
-            slot_options = [options[slot] for slot in batch.slots]
-            detections = self.pipeline.detect(batch.pixels, slot_options, batch.image_sizes_hw, time_stage)
-            outcomes.update(zip(batch.slots, detections, strict=True))
-        return [outcomes[index] for index in range(len(images))]
+        if not batch.slots:
+            return lambda: list(outcomes.values())
+        slot_options = [options[slot] for slot in batch.slots]
+        finish_pipeline = self.pipeline.start(batch.pixels, slot_options, batch.image_sizes_hw, time_stage)
+
+        def finish() -> list[Detections | RequestError]:
+            outcomes.update(zip(batch.slots, finish_pipeline(), strict=True))
+            return [outcomes[index] for index in sorted(outcomes)]
+
+        return finish
 
     @torch.inference_mode()
     def raw_predictions(self, pixels: Tensor) -> RawPredictions:
@@ -142,3 +154,7 @@ class Detector:
     def close(self) -> None:
         """End the decoding threads."""
         self.preprocessor.close()
+
+
+def _nothing() -> list[Detections | RequestError]:
+    return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def describe_model(detector: Detector, weights: Path, archive_version: str) -> d
         "limits": _limits(config),
         "options": _options(config),
         "versions": _versions(archive_version, detector.pipeline.name),
+        # Of the worker that answers: scripts/deploy.py tells by it which workers are idle.
+        "worker_pid": os.getpid(),
     }
 
 

@@ -76,6 +76,11 @@ def _exif_orientation(exif: bytes) -> int | None:
     return None
 
 
+def exchanges_sides(orientation: int) -> bool:
+    """Whether a viewer shows the stored rows of an image of orientation 1..8 as columns."""
+    return _VIEWS[orientation].transposed
+
+
 def pillow_transposition(orientation: int) -> Transpose | None:
     """What `Image.transpose` takes for an orientation 1..8; None for an upright image."""
     return _VIEWS[orientation].pillow
@@ -95,7 +100,7 @@ class OrientedImage(NamedTuple):
     def oriented_size_hw(self) -> tuple[int, int]:
         """Height and width as a viewer shows it."""
         height, width, _ = self.pixels.shape
-        return (width, height) if _VIEWS[self.orientation].transposed else (height, width)
+        return (width, height) if exchanges_sides(self.orientation) else (height, width)
 
 
 class PixelTable(NamedTuple):

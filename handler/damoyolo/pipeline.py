@@ -44,14 +44,17 @@ class Pipeline(Protocol):
     @property
     def pixels(self) -> Tensor | None: ...
 
-    def detect(
+    def start(
         self,
         pixels: Tensor,
         options: Sequence[DetectionOptions],
         image_sizes_hw: Sequence[tuple[int, int]],
         time_stage: StageTimer = no_timing,
-    ) -> list[Detections]:
-        """The detections of each image.
+    ) -> Callable[[], list[Detections]]:
+        """Begin a batch; the result waits for its end and gives the detections of each image.
+
+        Call the result before the next `start`. Pixels may be written for the next batch before that, by work
+        on the current stream.
 
         pixels: (B, 3, H, W) uint8 on the device, B at least 1 and at most `max_batch_size`.
         options, image_sizes_hw: one per image; original height and width in pixels.
@@ -85,18 +88,21 @@ class EagerPipeline:
         """The backend's precision."""
         return self.backend.precision
 
-    def detect(
+    def start(
         self,
         pixels: Tensor,
         options: Sequence[DetectionOptions],
         image_sizes_hw: Sequence[tuple[int, int]],
         time_stage: StageTimer = no_timing,
-    ) -> list[Detections]:
-        """See `Pipeline.detect`."""
+    ) -> Callable[[], list[Detections]]:
+        """See `Pipeline.start`; the batch ends here already."""
         with time_stage(NETWORK):
             predictions = self.backend(pixels)
         with time_stage(POSTPROCESS):
-            return postprocess(predictions, options, image_sizes_hw, self.input_size_hw, self.max_candidates)
+            detections = postprocess(
+                predictions, options, image_sizes_hw, self.input_size_hw, self.max_candidates
+            )
+        return lambda: detections
 
     def network_call(self, pixels: Tensor) -> Callable[[], RawPredictions]:
         """See `Pipeline.network_call`."""

@@ -62,6 +62,8 @@ class ImagePreprocessor:
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         self._budget = MemoryBudget(config.max_decode_bytes)
+        share = config.scaled_jpeg_decoding
+        self._least_hw = (share * input_size_hw[0], share * input_size_hw[1]) if share else None
         prepare_decoders()  # now, not during a request
 
     def prepare(self, encoded_images: Sequence[EncodedImage], out: Tensor | None = None) -> PreparedBatch:
@@ -87,9 +89,8 @@ class ImagePreprocessor:
         def fill(encoded: EncodedImage, target: Tensor) -> tuple[int, int]:
             reduced = reduce_image(encoded, self.config)
             with self._budget.reserve(self._bytes_needed(reduced)):
-                image = decode_reduced(reduced, self.config)
-                _resize_into(image, target)
-            return image.shape[0], image.shape[1]
+                _resize_into(decode_reduced(reduced, self.config, self._least_hw), target)
+            return reduced.shown_size_hw
 
         outcomes = self._pool.map(outcome_of(fill), encoded_images, canvas)
         sizes_hw, errors = split_outcomes(enumerate(outcomes))
@@ -103,7 +104,9 @@ class ImagePreprocessor:
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
             outcomes = self._pool.map(self._decode, [reduced[slot] for slot in slots])
             decoded, errors = split_outcomes(zip(slots, outcomes, strict=True))
-            return resize_in_order(upload(decoded, self.device), rows, resize_reference), errors
+            images = upload(decoded, self.device)
+            resize_in_order(images, rows, resize_reference)
+            return {slot: reduced[slot].shown_size_hw for slot in sorted(images)}, errors
 
         reduced, errors = self._reduce_all(dict(enumerate(encoded_images)))
         needed = {slot: self._bytes_needed(image) for slot, image in reduced.items()}
@@ -144,7 +147,7 @@ class ImagePreprocessor:
 
     def _decode(self, image: EssentialImage) -> NDArray[np.uint8] | RequestError:
         with self._budget.reserve(image.decoding_bytes):
-            return outcome_of(decode_reduced)(image, self.config)
+            return outcome_of(decode_reduced)(image, self.config, self._least_hw)
 
     def _bytes_needed(self, image: EssentialImage) -> int:
         """To decode and resize it: resizing first makes an image of its height and the network's width."""
@@ -220,11 +223,9 @@ def resize_in_order(
     images: Mapping[int, OrientedImage],
     rows: Tensor,
     resize: Callable[[Sequence[OrientedImage], Tensor], None],
-) -> dict[int, tuple[int, int]]:
-    """Resize images on the device, in the order of their slots, into the first rows; sizes by slot."""
-    in_order = {slot: images[slot] for slot in sorted(images)}
-    resize(list(in_order.values()), rows[: len(in_order)])
-    return {slot: image.oriented_size_hw for slot, image in in_order.items()}
+) -> None:
+    """Resize images on the device, in the order of their slots, into the first rows."""
+    resize([images[slot] for slot in sorted(images)], rows[: len(images)])
 
 
 def resize_reference(images: Sequence[OrientedImage], out: Tensor) -> None:

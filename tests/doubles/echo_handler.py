@@ -6,17 +6,25 @@
 import base64
 import json
 import logging
+import os
+import time
 import zipfile
 
 
 class EchoHandler:
-    """Answers a request's fields, in base64, and its headers; `status`, `error` and `lines` ask for more."""
+    """Answers a request's fields, in base64, and its headers.
+
+    The fields `status`, `error`, `lines`, `sleep` (seconds) and `exit` ask for more.
+    """
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
 
     def handle(self, data, context):
-        """One answer for each row."""
+        """One answer for each row, after the longest time that a row asks for."""
+        if any("exit" in row for row in data):
+            os._exit(1)
+        time.sleep(max(float(bytes(row.get("sleep", b"0"))) for row in data))
         return [self.answer(row, context, index) for index, row in enumerate(data)]
 
     def answer(self, row, context, index):
@@ -26,7 +34,7 @@ class EchoHandler:
             for name, value in row.items()
         }
         for number in range(int(bytes(row.get("lines", b"0")))):
-            logging.warning("line %d", number)
+            logging.warning("line %d %s", number, "." * 300)
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:
@@ -38,18 +46,19 @@ class EchoHandler:
         return json.dumps({"fields": fields, "headers": headers}).encode()
 
 
-MODEL_CONFIG = """\
-batchSize: 4
-maxBatchDelay: 5
-minWorkers: 1
-maxWorkers: 1
-responseTimeout: 60
-startupTimeout: 120
-"""
+MODEL_CONFIG = {
+    "batchSize": 4,
+    "maxBatchDelay": 5,
+    "minWorkers": 1,
+    "maxWorkers": 1,
+    "responseTimeout": 60,
+    "startupTimeout": 120,
+}
 
 
-def write_echo_archive(path, name):
-    """Write an archive with this handler."""
+def write_echo_archive(path, name, **model_config):
+    """Write an archive with this handler, and other settings of the model where they are given."""
+    settings = {**MODEL_CONFIG, **model_config}
     manifest = {
         "createdOn": "01/01/2026 00:00:00",
         "runtime": "python",
@@ -59,5 +68,10 @@ def write_echo_archive(path, name):
     manifest["model"]["configFile"] = "model-config.yaml"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
-        archive.writestr("model-config.yaml", MODEL_CONFIG)
+        archive.writestr("model-config.yaml", "".join(f"{key}: {value}\n" for key, value in settings.items()))
         archive.write(__file__, "echo_handler.py")
+
+
+def echoed_field(answer, name):
+    """The content of a field that reached the handler."""
+    return base64.b64decode(json.loads(answer)["fields"][name])

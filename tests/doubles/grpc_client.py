@@ -24,6 +24,15 @@ def predictions_request(model_name, fields):
     return _field(1, model_name.encode()) + b"".join(entries)
 
 
+def register_model(port, **fields):
+    """Call RegisterModel of the management service with these text fields; the answer is not decoded."""
+    numbers = {"handler": 2, "model_name": 5, "url": 9}
+    request = b"".join(_field(numbers[name], value.encode()) for name, value in fields.items())
+    method = "/org.pytorch.serve.grpc.management.ManagementAPIsService/RegisterModel"
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        return channel.unary_unary(method)(request, 60.0)
+
+
 def prediction_of(response):
     """The content of a PredictionResponse: bytes prediction = 1, its only field here."""
     if not response:

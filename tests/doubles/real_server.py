@@ -1,9 +1,22 @@
 """Settings of a real TorchServe for tests, and waiting for it."""
 
+import contextlib
 import re
 import time
 
-from lib.server.process import ADDRESS_KEYS, GRPC_PORT_KEYS, WORKER_PORT_KEY, free_ports, is_listening
+import psutil
+import requests
+
+from lib.server.process import (
+    ADDRESS_KEYS,
+    GRPC_PORT_KEYS,
+    WORKER_PORT_KEY,
+    TorchServeProcess,
+    free_ports,
+    is_listening,
+)
+
+from doubles.echo_handler import write_echo_archive
 
 
 def wait_until(condition, what, timeout_s=240.0):
@@ -29,3 +42,35 @@ def config_with_free_ports(project_dir, folder):
 
 def ports_in_use(addresses):
     return [address for address in addresses if is_listening(int(address.rsplit(":", 1)[1]))]
+
+
+@contextlib.contextmanager
+def echo_server(project_dir, folder, model_config=None, arguments=(), **overrides):
+    """A server of its own with the echo handler; further settings of the model and of config.properties."""
+    store, log_dir = folder / "store", folder / "logs"
+    store.mkdir()
+    write_echo_archive(store / "echo.mar", "echo", **(model_config or {}))
+    server = TorchServeProcess(
+        project_dir / "config.properties",
+        store,
+        overrides={"load_models": "echo.mar", **{key: str(value) for key, value in overrides.items()}},
+        use_free_ports=True,
+        log_dir=log_dir,
+        arguments=arguments,
+    )
+    server.echo_url = f"{server.inference_url}/predictions/echo"
+    with server.running(120.0):
+        server.java = next(process for process in psutil.process_iter() if _logs_to(process, log_dir))
+        yield server
+
+
+def _logs_to(process, log_dir):
+    with contextlib.suppress(psutil.Error):
+        return process.name() == "java" and process.environ().get("LOG_LOCATION") == str(log_dir)
+    return False
+
+
+def worker_pids(server):
+    """The process ids of the workers of the echo model; that of a worker that starts may be an old one."""
+    description = requests.get(f"{server.management_url}/models/echo", timeout=60.0).json()[0]
+    return [worker["pid"] for worker in description["workers"]]

@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply.body)
 
-    do_GET = do_PUT = do_POST  # noqa: N815 (names of the base class)
+    do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815 (names of the base class)
 
     def log_message(self, format, *args):
         """Keep quiet."""

@@ -18,7 +18,7 @@ import requests
 from lib.server.process import TorchServeProcess
 
 from doubles.echo_handler import write_echo_archive
-from doubles.grpc_client import call, predictions_request
+from doubles.grpc_client import call, predictions_request, register_model
 
 TIMEOUT_S = 60.0
 PICTURE = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00 " + bytes(range(256)) * 8
@@ -308,6 +308,47 @@ def test_grpc_refuses_streams_of_requests_without_harm(echo):
     with pytest.raises(grpc.RpcError) as raised:
         call(grpc_port(echo), "StreamPredictions2", predictions_request("echo", {"data": PICTURE}))
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+REGISTRATIONS = [
+    {"url": "/etc"},
+    {"url": "../echo.mar"},
+    {"url": "https://example.com/echo.mar"},
+    {"url": "file:///dev/null"},
+    {"model_name": "other"},
+    {"url": "echo.mar", "handler": "os:system"},
+    {"url": "echo.mar", "model_name": "../echo"},
+    {"url": "echo.mar\n"},
+]
+
+
+@pytest.mark.parametrize("parameters", REGISTRATIONS)
+def test_only_archives_of_the_model_store_can_be_registered(echo, parameters):
+    address = f"{echo.management_url}/models"
+    for sent in ({"params": parameters}, {"json": parameters}):
+        answer = requests.post(address, timeout=TIMEOUT_S, **sent)
+        assert (answer.status_code, answer.json()["type"]) == (400, "BadRequestException")
+        assert "example.com" not in answer.text
+    with pytest.raises(grpc.RpcError) as raised:
+        register_model(int(echo.properties["grpc_management_port"]), **parameters)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_registering_an_archive_of_the_model_store_is_left_to_torchserve(echo):
+    address = f"{echo.management_url}/models"
+    for sent in ({"params": {"url": "echo.mar"}}, {"json": {"url": "echo.mar"}}):
+        # The server of this module has no model API.
+        assert requests.post(address, timeout=TIMEOUT_S, **sent).status_code == 405
+    with pytest.raises(grpc.RpcError) as raised:
+        register_model(int(echo.properties["grpc_management_port"]), url="echo.mar")
+    assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("body", ["null", "{", "[]", '"url"'])
+def test_a_registration_that_is_no_json_object_gets_400(echo, body):
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{echo.management_url}/models", data=body, headers=headers, timeout=TIMEOUT_S)
+    assert answer.status_code == 400
 
 
 def test_the_worker_outlives_streams_beside_http_requests(echo, url):

@@ -8,54 +8,37 @@ import sys
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 
 from lib.packaging.builder import ArchiveRequest, build_archive
 
 from damoyolo.model.damoyolo import build_model
 from damoyolo.model.variants import VARIANTS
-from doubles.real_server import config_with_free_ports, ports_in_use, wait_until
+from doubles.real_server import wait_until
+from doubles.served_command import ServedCommand
+from doubles.steady_load import SteadyLoad
 
 IMAGES = 300
 
 
-class Serving:
-    """scripts/serve.py with a small model, always at the same ports."""
+# Of a batch, in seconds; this network needs milliseconds for it.
+RESPONSE_TIMEOUT_S = 5
+BATCH_SIZE = 4
+CLIENTS = 8
 
-    def __init__(self, project_dir, folder):
-        self.project_dir = project_dir
-        self.folder = folder
-        self.config, self.addresses = config_with_free_ports(project_dir, folder)
-        self.url = f"{self.addresses[0]}/predictions/damoyolo"
-        self.ready_file = folder / "ready"
 
-    def start(self):
-        self.ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "scripts/serve.py", "--ts-config", str(self.config)]
-        command += ["--model-store", str(self.folder), "--ready-file", str(self.ready_file)]
-        with (self.folder / "output.txt").open("a") as output:
-            self.process = subprocess.Popen(
-                command, cwd=self.project_dir, stdout=output, stderr=subprocess.STDOUT
-            )
-        wait_until(self.is_ready, "the server being ready")
+def kill_worker(serving):
+    os.kill(serving.worker_pid(), signal.SIGKILL)
 
-    def is_ready(self):
-        assert self.process.poll() is None, (self.folder / "output.txt").read_text()
-        return self.ready_file.exists() and bool(self.ready_file.read_text())
 
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(120)
+def stop_worker(serving):
+    """As a worker that hangs, say in a driver: nothing but SIGKILL ends it."""
+    os.kill(serving.worker_pid(), signal.SIGSTOP)
 
-    def kill_worker(self):
-        model = requests.get(f"{self.addresses[1]}/models/damoyolo", timeout=60).json()[0]
-        os.kill(model["workers"][0]["pid"], signal.SIGKILL)
 
-    def restart(self):
-        self.stop()
-        assert not ports_in_use(self.addresses)
-        self.start()
+def restart(serving):
+    assert serving.stop() == 0
+    serving.start()
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +51,16 @@ def serving(project_dir, tmp_path_factory):
             weights=str(folder / "weights.pth"),
             class_names=("a", "b"),
             output_dir=folder,
-            model_settings={"batchSize": 4},
+            model_settings={"batchSize": BATCH_SIZE, "responseTimeout": RESPONSE_TIMEOUT_S},
             serving={"backend": "pytorch", "input_size_hw": [192, 192]},
         )
     )
-    serving = Serving(project_dir, folder)
+    serving = ServedCommand(project_dir, folder)
     serving.start()
     try:
         yield serving
     finally:
         serving.stop()
-        assert not ports_in_use(serving.addresses)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +76,7 @@ def lines_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [Serving.kill_worker, Serving.restart])
+@pytest.mark.parametrize("disturb", [kill_worker, stop_worker, restart])
 def test_every_image_is_answered_once_whatever_happens_to_the_server(
     serving, images, project_dir, tmp_path, disturb
 ):
@@ -112,3 +94,19 @@ def test_every_image_is_answered_once_whatever_happens_to_the_server(
     assert [Path(row["image"]).name for row in rows] == [f"{number:03}.jpg" for number in range(IMAGES)]
     assert all("detections" in row for row in rows)
     assert "requests were sent again" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("disturb", "limit_s"), [(kill_worker, 0), (stop_worker, RESPONSE_TIMEOUT_S)])
+def test_a_client_without_retries_loses_at_most_what_the_worker_had(serving, smear, disturb, limit_s):
+    with SteadyLoad(serving.url, smear, CLIENTS) as load:
+        wait_until(lambda: load.answered() > 40, "the first answers")
+        load.mark()
+        disturb(serving)
+        # TorchServe waits twice as long before each further attempt to start a worker.
+        wait_until(load.is_served_again, "answers of the next worker", limit_s + 60.0)
+    lost = load.lost()
+    print(f"{disturb.__name__}: {load.figures()}")
+    # The batch in computation, and jobs that a worker had taken for the next one.
+    assert len(lost) <= 2 * BATCH_SIZE
+    assert set(lost) <= {500, 503, 507}

@@ -2,7 +2,7 @@
 
 The first tests need no GPU: `nvidia-smi` is a stand-in that shows two, and the handler does nothing. The
 others need two. With DAMOYOLO_TEST_ARCHIVE they serve that archive, whose kernels may be compiled, and with
-DAMOYOLO_TEST_RESULTS they append what they saw to that file, a line of JSON each.
+DAMOYOLO_TEST_RESULTS they append what they saw to that file.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ import itertools
 import json
 import os
 import signal
-import threading
 import time
-import zipfile
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,20 +20,14 @@ import torch
 import urllib3
 import yaml
 
-from lib.archive.members import (
-    MANIFEST,
-    BatchingSetting,
-    archive_with_setting,
-    copy_archive,
-    empty_archive,
-    read_settings,
-)
+from lib.archive.members import BatchingSetting, copy_archive, empty_archive, read_settings
 from lib.server.gpus import gpu_environment
 from lib.server.served_archive import serve_archive, serve_with_setting
 
 import benchmark_server
 from damoyolo.config import SETTINGS_FILE
 from doubles.real_server import wait_until
+from doubles.worker_load import CLIENTS, clients, devices_of, record, send, signed_archive, statuses
 
 TWO_GPUS = """#!/bin/sh
 case "$*" in
@@ -45,35 +35,7 @@ case "$*" in
   *memory.used*) printf 'gpu [%%], memory [%%], memory.used [MiB]\\n0 %%, 0 %%, 0 MiB\\n' ;;
 esac
 """
-# Adds a header with the worker's process and device to each answer.
-MARKED_HANDLER = """
-import os
-
-from damoyolo_handler import DamoYoloHandler as PlainHandler
-
-
-class MarkedHandler(PlainHandler):
-    def handle(self, data, context):
-        bodies = super().handle(data, context)
-        worker = f"{os.getpid()} {self.service.detector.device}"
-        for index in range(len(bodies)):
-            context.set_response_header(index, "X-Worker", worker)
-        return bodies
-"""
 WORKERS_PER_GPU = 2
-CLIENTS = 32
-# A client without an answer for this long counts it as lost.
-TIMEOUT_S = 30.0
-
-
-def record(**values):
-    """Append what was seen to the file of results, if one is wanted."""
-    print(json.dumps(values))
-    if path := os.environ.get("DAMOYOLO_TEST_RESULTS"):
-        with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
 # ---- without a GPU -----------------------------------------------------------------------------------------
 
 
@@ -142,78 +104,12 @@ needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs
 
 
 @pytest.fixture(scope="module")
-def marked_archive(request, tmp_path_factory):
+def signing_archive(request, tmp_path_factory):
     """The demo weights in fp16, with two workers per GPU that sign their answers."""
-    folder = tmp_path_factory.mktemp("marked")
     given = os.environ.get("DAMOYOLO_TEST_ARCHIVE")
     source = Path(given) if given else request.getfixturevalue("archive").path
     workers = WORKERS_PER_GPU * torch.cuda.device_count()
-    batched = archive_with_setting(source, folder, BatchingSetting(64, 1, workers))
-    settings = read_settings(batched)
-    settings["handler"] |= {"precision": "fp16", "backend": "auto"}
-    with zipfile.ZipFile(batched) as opened:
-        manifest = json.loads(opened.read(MANIFEST))
-    manifest["model"]["handler"] = "marked_handler.py"
-    (folder / "store").mkdir()
-    replaced = {
-        MANIFEST: json.dumps(manifest).encode(),
-        SETTINGS_FILE: yaml.safe_dump(settings).encode(),
-        "marked_handler.py": MARKED_HANDLER.encode(),
-    }
-    return copy_archive(batched, folder / "store" / source.name, replaced)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One request: when it was sent and answered, its status or error, and the worker that answered."""
-
-    sent_s: float
-    answered_s: float
-    status: object
-    pid: int | None
-    device: str | None
-    body: bytes
-
-
-def send(pool, url, image):
-    sent_s = time.monotonic()
-    try:
-        answer = pool.request("POST", url, body=image, timeout=TIMEOUT_S, retries=False)
-    except urllib3.exceptions.HTTPError as error:
-        return Outcome(sent_s, time.monotonic(), type(error).__name__, None, None, b"")
-    pid, _, device = answer.headers.get("X-Worker", "").partition(" ")
-    return Outcome(
-        sent_s, time.monotonic(), answer.status, int(pid) if pid else None, device or None, answer.data
-    )
-
-
-@contextmanager
-def clients(url, images):
-    """CLIENTS threads that send one request after another; yields the growing list of outcomes."""
-    outcomes, stopped = [], threading.Event()
-    pool = urllib3.PoolManager(maxsize=CLIENTS, block=False)
-
-    def run(number):
-        while not stopped.is_set():
-            outcomes.append(send(pool, url, images[number % len(images)]))
-            if outcomes[-1].status != 200:
-                time.sleep(0.02)  # a server that refuses at once is not called in a tight loop
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield outcomes
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join(2 * TIMEOUT_S)
-        pool.clear()
-
-
-def devices_of(outcomes):
-    """Process -> device, of the workers that signed an answer."""
-    return {outcome.pid: outcome.device for outcome in list(outcomes) if outcome.pid is not None}
+    return signed_archive(source, tmp_path_factory.mktemp("signed"), BatchingSetting(64, 1, workers))
 
 
 def assert_similar(body, expected):
@@ -235,10 +131,12 @@ def assert_similar(body, expected):
 @pytest.mark.slow
 @needs_two_gpus
 @pytest.mark.parametrize("mps", [False, True], ids=["time_slices", "mps"])
-def test_every_worker_answers_alike_and_one_gpu_s_can_die_while_the_others_serve(mps, marked_archive, smears):
+def test_every_worker_answers_alike_and_one_gpu_s_can_die_while_the_others_serve(
+    mps, signing_archive, smears
+):
     images = [encoded for encoded, _ in smears.values()]
     gpus = torch.cuda.device_count()
-    with gpu_environment(None, mps) as environment, serve_archive(marked_archive, environment) as served:
+    with gpu_environment(None, mps) as environment, serve_archive(signing_archive, environment) as served:
         assert served.batching()["workers_per_gpu"] in (
             {},
             {str(gpu): WORKERS_PER_GPU for gpu in range(gpus)},
@@ -313,9 +211,6 @@ def summarise(outcomes, killed_s, recovered_s, lost_gpu, devices):
         (each.answered_s for each in during if each.device == lost_gpu and each.pid not in devices),
         recovered_s,
     )
-
-    def statuses(chosen):
-        return {str(status): count for status, count in Counter(each.status for each in chosen).items()}
 
     after = [each for each in ordered if each.sent_s > recovered_s]
     before = [each for each in ordered if each.answered_s <= killed_s]

@@ -126,18 +126,18 @@ def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(service
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     settings = service.context.model_yaml_config
     try:
-        for workers, compute_threads in ((1, 0), (4, 0), (100, 0), (4, 5)):
+        for workers, most, compute_threads in ((1, 1, 0), (4, 4, 0), (1, 4, 0), (100, 100, 0), (4, 4, 5)):
             handler = {**settings["handler"], "compute_threads": compute_threads}
             monkeypatch.setattr(
                 service.context,
                 "model_yaml_config",
-                {**settings, "minWorkers": workers, "handler": handler},
+                {**settings, "minWorkers": workers, "maxWorkers": most, "handler": handler},
             )
             with pytest.raises(StopHereError):
                 DamoYoloHandler().initialize(service.context)
     finally:
         torch.set_num_threads(threads)
-    assert seen == [12, 3, 1, 5]
+    assert seen == [12, 3, 3, 1, 5]
 
 
 def wire_request(name, body, headers=None):
@@ -299,7 +299,7 @@ PLACES = [
     ("service", "answer", [500, 500]),
     ("service.detector", "detect", [500, 500]),
     ("service.detector.preprocessor", "prepare", [500, 500]),
-    ("service.detector.pipeline", "detect", [500, 415]),
+    ("service.detector.pipeline", "start", [500, 415]),
     ("service", "_respond_to_all", [500, 500]),
     ("clock", "_mark", [500, 500]),
     ("clock", "read_seconds", [200, 415]),

@@ -17,6 +17,7 @@ from torch import Tensor
 from damoyolo.backends.precision import WEIGHT_DTYPE
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
+from damoyolo.cuda.device_turns import device_turns
 from damoyolo.cuda.fuse import fuse
 from damoyolo.cuda.graphs import capture, capture_stream
 from damoyolo.cuda.postprocess import DevicePostprocess
@@ -57,8 +58,10 @@ class GraphPipeline:
         batch_sizes: Sequence[int],
         max_candidates: int,
         max_kept: int,
+        turns: int = 0,
     ) -> None:
         self._network = network  # kept alive for the graphs
+        self.turns = device_turns(device, turns)
         self.device = device
         self.precision = precision
         self.input_size_hw = input_size_hw
@@ -103,6 +106,7 @@ class GraphPipeline:
             config.graph_batch_sizes,
             config.max_candidates,
             max_kept=config.max_detections,
+            turns=config.device_turns,
         )
 
     @torch.inference_mode()
@@ -137,22 +141,36 @@ class GraphPipeline:
         return replay
 
     @torch.inference_mode()
-    def detect(
+    def start(
         self,
         pixels: Tensor,
         options: Sequence[DetectionOptions],
         image_sizes_hw: Sequence[tuple[int, int]],
         time_stage: StageTimer = no_timing,
-    ) -> list[Detections]:
-        """See `Pipeline.detect`; pixels that are the first rows of `self.pixels` are not copied."""
-        with time_stage(NETWORK):
-            captured = self._load(pixels)
-            captured.postprocess.set_options(options, image_sizes_hw, self.input_size_hw)
-            captured.network.replay()
-        with time_stage(POSTPROCESS):
-            captured.postprocessing.replay()
-            # The stream, not an event: only waiting for a stream obeys `cuda.blocking_sync`.
-            torch.cuda.current_stream(self.device).synchronize()
-            return captured.postprocess.collect(
-                captured.predictions, options, image_sizes_hw, self.input_size_hw
-            )
+    ) -> Callable[[], list[Detections]]:
+        """See `Pipeline.start`; pixels that are the first rows of `self.pixels` are not copied."""
+        captured = self._load(pixels)
+        captured.postprocess.set_options(options, image_sizes_hw, self.input_size_hw)
+        end_turn = self.turns.take()
+        try:
+            with time_stage(NETWORK):
+                captured.network.replay()
+            with time_stage(POSTPROCESS):
+                captured.postprocessing.replay()
+        except BaseException:
+            end_turn()
+            raise
+
+        @torch.inference_mode()
+        def finish() -> list[Detections]:
+            with time_stage(POSTPROCESS):
+                try:
+                    # The stream, not an event: only waiting for a stream obeys `cuda.blocking_sync`.
+                    torch.cuda.current_stream(self.device).synchronize()
+                finally:
+                    end_turn()
+                return captured.postprocess.collect(
+                    captured.predictions, options, image_sizes_hw, self.input_size_hw
+                )
+
+        return finish

@@ -25,6 +25,7 @@ from torch import Tensor
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
+from damoyolo.decode import jpeg_divisor
 from damoyolo.errors import RequestError
 from damoyolo.failures import Failure, classify
 from damoyolo.formats import EncodedImage
@@ -77,6 +78,7 @@ class DevicePreprocessor(ImagePreprocessor):
             for slot, encoded in enumerate(encoded_images)
             if (header := self._header_for_device(encoded)) is not None
         }
+        self._share_with_pool(headers)
 
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
             return self._load(encoded_images, slots, headers, reduced, rows)
@@ -110,13 +112,29 @@ class DevicePreprocessor(ImagePreprocessor):
             wait(in_pool.values())
         try:
             images = on_device | upload(on_host, self.device)
-            return resize_in_order(images, rows, resize_images), errors
+            resize_in_order(images, rows, resize_images)
         finally:
             self._keep_until_read(list(on_device.values()))
+        sizes_hw = {slot: (reduced.get(slot) or headers[slot]).shown_size_hw for slot in sorted(images)}
+        return sizes_hw, errors
 
     def _reduce_and_decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
         image = self._reduce(encoded)
         return image if isinstance(image, RequestError) else self._decode(image)
+
+    def _share_with_pool(self, headers: dict[int, JpegHeader]) -> None:
+        """Leave some of the large images to the threads, which decode them in part.
+
+        The GPU's decoder has a rate of its own, which is less than the network's for large images.
+        """
+        share = self.config.cpu_jpeg_share
+        if not share:
+            return
+        large = [
+            slot for slot, head in headers.items() if jpeg_divisor(head.shown_size_hw, self._least_hw) > 1
+        ]
+        for slot in large[: round(share * len(large))]:
+            del headers[slot]
 
     def _header_for_device(self, encoded: EncodedImage) -> JpegHeader | None:
         """None if the image is for the threads, which also report the limits that it exceeds."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError
+from damoyolo.orientation import exchanges_sides
 
 # Pillow stores 4 bytes per pixel and as many for the converted image; an array and the copy that is resized
 # take 3 each.
@@ -32,6 +33,12 @@ class EssentialImage(NamedTuple):
     @property
     def pixels(self) -> int:
         return self.size_wh[0] * self.size_wh[1]
+
+    @property
+    def shown_size_hw(self) -> tuple[int, int]:
+        """Height and width as a viewer shows it."""
+        width, height = self.size_wh
+        return (width, height) if exchanges_sides(self.orientation) else (height, width)
 
     @property
     def decoding_bytes(self) -> int:

@@ -64,8 +64,8 @@ def opened_archive(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as opened:
             yield opened
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else str(error) or "it ends too early"
         raise ScriptError(
             f"cannot read the archive {archive}: {reason}; scripts/build_archive.py builds one"
         ) from error
@@ -111,10 +111,28 @@ def read_manifest(archive: Path) -> dict[str, Any]:
         content = opened.read(MANIFEST)
     try:
         manifest: dict[str, Any] = json.loads(content)
-        manifest["model"]["modelName"], manifest["model"]["handler"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        manifest["model"]["modelName"].strip(), manifest["model"]["handler"].strip()
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ScriptError(f"{MANIFEST} of {archive} names no model and handler: {error!r}") from error
     return manifest
+
+
+def check_archive(archive: Path) -> None:
+    """Read all of an archive, and look for the files that its manifest names.
+
+    Raises:
+        ScriptError: it is damaged or incomplete.
+    """
+    model = read_manifest(archive)["model"]
+    with opened_archive(archive) as opened:
+        damaged = opened.testzip()
+        named = [model.get("serializedFile"), model.get("configFile")]
+        if ".py" in model["handler"]:  # else one of TorchServe's own
+            named.append(model["handler"].partition(":")[0])
+        missing = {str(name) for name in named if name} - set(opened.namelist())
+    if damaged or missing:
+        what = f"its file {damaged} is damaged" if damaged else f"it lacks {', '.join(sorted(missing))}"
+        raise ScriptError(f"cannot read the archive {archive}: {what}; scripts/build_archive.py builds one")
 
 
 def batching_of(settings: Mapping[str, Any]) -> BatchingSetting:

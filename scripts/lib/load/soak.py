@@ -68,19 +68,40 @@ class SoakRecord:
         """Growth of each kind of memory over the second half of the time."""
         return self.memory_slopes_mb_per_h(self.memory_mb[-1][0] / 2) if self.memory_mb else {}
 
+    def p99_growth(self) -> float | None:
+        """p99 of the last full minute over that of the second; None without answers in both.
+
+        The first minute is left out: it has the first use of everything.
+        """
+        minutes = self.latencies_by_minute()
+        if len(minutes) < 3:
+            return None
+        second, last = minutes[1], minutes[-1]
+        return last["p99"] / second["p99"] if second and last else None
+
     def to_json(self) -> dict[str, Any]:
         """The record and its figures."""
         return {
             "answers": len(self.answers),
             "problems": dict(self.problems),
             "by_minute_ms": self.latencies_by_minute(),
+            "p99_growth": self.p99_growth(),
             "slopes_of_the_second_half_mb_per_h": self.late_slopes_mb_per_h(),
             "memory_mb": self.memory_mb,
         }
 
 
-def soak(served: ServedModel, mixture: Sequence[MixedRequest], clients: int, duration_s: float) -> SoakRecord:
+def soak(
+    served: ServedModel,
+    mixture: Sequence[MixedRequest],
+    clients: int,
+    duration_s: float,
+    rate_per_s: float | None = None,
+) -> SoakRecord:
     """Send the requests again and again from several clients, each one after another.
+
+    rate_per_s: requests of all clients together; a client that is behind does not catch up. None: as many as
+    the server answers.
 
     Raises:
         ScriptError: the first request gets no answer. Later failures are in the record.
@@ -91,8 +112,11 @@ def soak(served: ServedModel, mixture: Sequence[MixedRequest], clients: int, dur
 
     def send_all(client: int) -> None:
         random = np.random.default_rng(client)
+        interval_s = 0.0 if rate_per_s is None else clients / rate_per_s
+        due = start + interval_s * client / clients
         with direct_session() as session:
-            while not stop.is_set() and time.monotonic() < start + duration_s:
+            while not stop.wait(due - time.monotonic()) and time.monotonic() < start + duration_s:
+                due = max(due + interval_s, time.monotonic())
                 request = mixture[int(random.integers(0, len(mixture)))]
                 sent = time.monotonic()
                 try:

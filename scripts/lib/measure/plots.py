@@ -30,7 +30,7 @@ def plot_latency_against_throughput(
     chosen: gets a ring. budget_ms: the bound on p99. limits_per_s: vertical lines, by name.
     connected: lines between the points of a series, p50 too; else points of p99 alone.
     """
-    figure, axes = _figure((8, 5))
+    figure, axes = new_figure((8, 5))
     for index, (name, points) in enumerate(series.items()):
         rates = [point.requests_per_s for point in points]
         colour = f"C{index % 10}"
@@ -79,7 +79,7 @@ def plot_shares(path: Path, bars: Mapping[str, Mapping[str, float]], title: str)
 
     bars: label of a bar -> part -> milliseconds.
     """
-    figure, axes = _figure((8, 1.6 + 0.7 * len(bars)))
+    figure, axes = new_figure((8, 1.6 + 0.7 * len(bars)))
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     for index, part in enumerate(parts):
         for row, bar in enumerate(bars.values()):
@@ -108,7 +108,7 @@ class BlockBar(NamedTuple):
 
 def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
     """Plot one bar per block, in the order given, coloured by its precision."""
-    figure, axes = _figure((8, 1.2 + 0.2 * len(bars)))
+    figure, axes = new_figure((8, 1.2 + 0.2 * len(bars)))
     for kept, colour, label in ((True, "C3", "stays float32"), (False, "C0", "INT8")):
         rows = [(row, bar.drift) for row, bar in enumerate(bars) if bar.kept is kept]
         if rows:
@@ -121,10 +121,37 @@ def plot_sensitivity(path: Path, bars: Sequence[BlockBar], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(size_inch: tuple[float, float]) -> tuple[Any, Any]:
+def plot_soak(
+    path: Path,
+    minutes: Sequence[Mapping[str, float] | None],
+    memory_mb: Sequence[tuple[float, Mapping[str, float]]],
+    title: str,
+) -> None:
+    """Plot p50 and p99 of each minute above the memory of each kind of process.
+
+    minutes: percentiles in ms, None without answers. memory_mb: (seconds, 10^6 bytes by kind).
+    """
+    figure, latency = new_figure((8, 6), rows=2)
+    memory = figure.add_subplot(2, 1, 2)
+    for name in ("p50", "p99"):
+        points = [(index + 0.5, minute[name]) for index, minute in enumerate(minutes) if minute]
+        latency.plot(*zip(*points, strict=True) if points else ([], []), "o-", markersize=3, label=name)
+    for kind in memory_mb[0][1] if memory_mb else ():
+        memory.plot([at / 60 for at, _ in memory_mb], [sizes[kind] for _, sizes in memory_mb], label=kind)
+    latency.set(ylabel="latency in ms", title=title, ylim=(0, None))
+    memory.set(xlabel="minutes", ylabel="memory in MB", ylim=(0, None))
+    for axes in (latency, memory):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def new_figure(size_inch: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
+    """A figure to be saved as a file, and the first of its axes, which are below each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_inch, layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: no display needed
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(rows, 1, 1)

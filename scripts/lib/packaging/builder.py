@@ -25,6 +25,7 @@ from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
 
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends.onnx_metadata import check_compatible
+from damoyolo.checksums import SUMS_FILE, sums_of
 from damoyolo.config import SETTINGS_FILE, ServingConfig, graph_batch_sizes_up_to
 from damoyolo.detector import WEIGHTS_FILE
 from damoyolo.model.checkpoint import Checkpoint, load_packaged, save_packaged
@@ -102,6 +103,8 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
         (private / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if request.onnx is not None or config.backend == "onnxruntime":
             _add_onnx(request.onnx, private, config)
+        data_files = [private / WEIGHTS_FILE, *private.glob(ONNX_FILE), *request.backend_files]
+        (private / SUMS_FILE).write_text(sums_of(data_files))
         built = _run_archiver(request, private)
         digest = content_digest(built)
         names = verify_archive(built, checkpoint, class_names)
@@ -152,12 +155,13 @@ def _run_archiver(request: ArchiveRequest, private: Path) -> Path:
     export_dir, scratch_dir = private / "export", private / "scratch"
     export_dir.mkdir()
     scratch_dir.mkdir()
+    extra_files = (HANDLER_DIR, private / SUMS_FILE, *private.glob(ONNX_FILE), *request.backend_files)
     config = ModelArchiverConfig(
         model_name=request.model_name,
         version=request.version,
         handler=str(HANDLER_DIR / "damoyolo_handler.py"),
         serialized_file=str(private / WEIGHTS_FILE),
-        extra_files=",".join(map(str, (HANDLER_DIR, *private.glob(ONNX_FILE), *request.backend_files))),
+        extra_files=",".join(map(str, extra_files)),
         config_file=str(private / SETTINGS_FILE),
         export_path=str(export_dir),
         # Weights hardly compress, and the server would unpack them at each start.

@@ -20,6 +20,7 @@ from lib.archive.reader import archive_environment
 from lib.cli import ScriptError
 from lib.paths import HANDLER_DIR
 
+from damoyolo.checksums import SUMS_FILE
 from damoyolo.config import SETTINGS_FILE
 from damoyolo.detector import WEIGHTS_FILE
 from damoyolo.model.checkpoint import Checkpoint, load_packaged
@@ -53,7 +54,7 @@ def verify_archive(archive: Path, checkpoint: Checkpoint, class_names: Sequence[
     with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory(prefix="verify-") as name:
         names = opened.namelist()
         modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
-        missing = sorted((modules | {WEIGHTS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
+        missing = sorted((modules | {WEIGHTS_FILE, SUMS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
         if missing:
             raise ScriptError(f"{archive} lacks {', '.join(missing)}")
         unpacked, scratch = Path(name) / "unpacked", Path(name) / "scratch"

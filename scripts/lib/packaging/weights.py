@@ -79,10 +79,11 @@ def _url_of(source: str) -> str:
 
 def _download(url: str, target: Path) -> None:
     try:
-        with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as answer:
+        with (
+            _https_session() as session,
+            session.get(url, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as answer,
+        ):
             answer.raise_for_status()
-            if urlsplit(answer.url).scheme != "https":
-                raise ScriptError(f"{url} redirects to {answer.url}; only https is downloaded")
             length = int(answer.headers.get("Content-Length", 0)) or None
             with (
                 target.open("wb") as file,
@@ -92,10 +93,19 @@ def _download(url: str, target: Path) -> None:
                     file.write(chunk)
                     bar.update(len(chunk))
                 received = file.tell()
+    except requests.exceptions.InvalidSchema as error:  # names the address without an adapter
+        raise ScriptError(f"{url} redirects to another scheme; only https is downloaded ({error})") from error
     except (requests.RequestException, OSError) as error:
         raise ScriptError(f"{url} could not be downloaded: {error}") from error
     if length is not None and received != length:
         raise ScriptError(f"{url} sent {received} of {length} bytes; try again")
+
+
+def _https_session() -> requests.Session:
+    """A session that connects by https only, at every step of a chain of redirects."""
+    session = requests.Session()
+    del session.adapters["http://"]
+    return session
 
 
 def _check_sum(path: Path, expected: str | None, remedy: str) -> None:

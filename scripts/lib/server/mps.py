@@ -20,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lib.cli import ScriptError
+from lib.server.watcher import Watcher
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 # Where container runtimes mount the driver's programs without putting them on the path.
 FURTHER_FOLDERS = ("/usr/local/nvidia/bin", "/usr/bin")
 CONTROL_TIMEOUT_S = 30.0
+QUIT = "quit -t 10\n"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -51,6 +53,8 @@ def find_control_program() -> str:
 def cuda_mps(wanted: bool = True, visible: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
     """A private service inside the context; yields the environment variables by which processes find it.
 
+    If this process is killed, a watcher ends the service and removes its folder.
+
     wanted: false starts nothing and yields no variables.
     visible: `CUDA_VISIBLE_DEVICES` of the service where it is not that of this process.
 
@@ -72,6 +76,7 @@ def cuda_mps(wanted: bool = True, visible: Mapping[str, str] | None = None) -> I
     environment = {**os.environ, **(visible or {}), **variables}
     devices = visible_devices(environment)
     of_clients = {} if devices is None else {VISIBLE_DEVICES: ",".join(map(str, range(len(devices))))}
+    watcher = Watcher(folder, [program], QUIT, environment)
     try:
         started = _control([program, "-d"], environment)
         if started.returncode != 0:
@@ -79,9 +84,10 @@ def cuda_mps(wanted: bool = True, visible: Mapping[str, str] | None = None) -> I
         try:
             yield variables | of_clients
         finally:
-            _control([program], environment, "quit -t 10\n")
+            _control([program], environment, QUIT)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        watcher.dismiss()
 
 
 def _control(

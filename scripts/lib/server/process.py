@@ -15,15 +15,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import requests
 
+from lib.archive.members import check_archive
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
+from lib.server.dropping_output import DroppingOutput
 from lib.server.gpus import require_device_indices
 from lib.server.java import find_java_home
 from lib.server.local_http import direct_session
+from lib.server.watcher import Watcher
 
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 DEFAULT_ADDRESSES = dict(
@@ -42,6 +45,15 @@ FAILURE_MARKS = (
 # Describing a model on a GPU host runs nvidia-smi once per worker, which takes seconds on some machines.
 HTTP_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.5
+# A server that was killed a moment ago may still be giving its ports back.
+PORTS_PATIENCE_S = 3.0
+# Written by TorchServe's launcher into the temporary folder: the process id of Java.
+PID_FILE = ".model_server.pid"
+LONGEST_LINE = 65536
+# Settings of the front end (docs/front-end.md), and how long it drains by default, in seconds.
+DRAIN_TIMES = {"front_end_drain_delay_s": 0.0, "front_end_drain_grace_s": 30.0}
+# Java halts at the latest this long after the drain.
+JAVA_END_S = 25.0
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -114,7 +126,7 @@ class TorchServeProcess:
     overrides: settings in place of those in the file.
     use_free_ports: take ports that are free in place of those in the settings.
     log_dir: where the server writes its logs.
-    echo: gets a copy of what the server prints.
+    echo: gets a copy of what the server prints, as far as its stream takes it.
     arguments: further arguments of the `torchserve` command line.
     environment: variables for the server and its workers, in addition to those of this process.
     """
@@ -127,7 +139,7 @@ class TorchServeProcess:
         overrides: Mapping[str, str] | None = None,
         use_free_ports: bool = False,
         log_dir: Path | None = None,
-        echo: TextIO | None = None,
+        echo: DroppingOutput | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -150,6 +162,8 @@ class TorchServeProcess:
         self._process: subprocess.Popen[str] | None = None
         self._private_dir: Path | None = None
         self._reader: threading.Thread | None = None
+        self._watcher: Watcher | None = None
+        self._killed = False
 
     @contextlib.contextmanager
     def running(self, timeout_s: float = 300.0) -> Iterator[TorchServeProcess]:
@@ -168,14 +182,17 @@ class TorchServeProcess:
     def start(self) -> None:
         """Start the server; returns at once.
 
+        If this process is killed, a watcher ends the server and removes its temporary folder.
+
         Raises:
-            ScriptError: an archive is missing or a port is taken.
+            ScriptError: an archive is missing or damaged, or a port is taken.
             FileNotFoundError: there is no Java runtime.
         """
         self._check_startable()
         # The server keeps its process id, sockets and unpacked archives in the temporary folder: with a
         # private one it does not collide with other servers.
         self._private_dir = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        self._watcher = Watcher(self._private_dir)
         self.properties.setdefault(WORKER_PORT_KEY, str(free_ports(1)[0]))
         config_file = self._private_dir / "config.properties"
         config_file.write_text("".join(f"{key}={value}\n" for key, value in self.properties.items()))
@@ -193,6 +210,7 @@ class TorchServeProcess:
             # A process group: the wrapper dies of a signal without ending Java, so `stop` signals all of it.
             start_new_session=True,
         )
+        self._watcher.kill_group_too(self._process.pid)
         self._reader = threading.Thread(target=self._read_output, name="torchserve-output", daemon=True)
         self._reader.start()
 
@@ -203,7 +221,11 @@ class TorchServeProcess:
                 raise ScriptError(
                     f"{self.model_store / archive} does not exist; scripts/build_archive.py makes it"
                 )
-        busy = busy_ports(self.properties)
+        for path in self._archive_files():
+            check_archive(path)
+        deadline = time.monotonic() + PORTS_PATIENCE_S
+        while (busy := busy_ports(self.properties)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         if busy:
             raise ScriptError(
                 f"another program listens on port {', '.join(map(str, busy))} of 127.0.0.1; stop it, or take "
@@ -230,6 +252,13 @@ class TorchServeProcess:
         if names.lower() in ("", "none", "all"):
             return []
         return [name.strip().rsplit("=", 1)[-1] for name in names.split(",")]
+
+    def _archive_files(self) -> list[Path]:
+        """The .mar files that are loaded at start."""
+        if self.properties.get("load_models", "").lower() == "all":
+            return sorted(self.model_store.glob("*.mar"))
+        paths = (self.model_store / name for name in self.startup_archives())
+        return [path for path in paths if path.suffix == ".mar" and path.is_file()]
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return once every worker of every model that is loaded at start has loaded it.
@@ -272,22 +301,60 @@ class TorchServeProcess:
         if self._process is not None:
             self._process.wait()
 
-    def stop(self, grace_s: float = 20.0) -> None:
-        """End the server and all its workers; requests under way are lost."""
+    def stop(self) -> bool:
+        """Let the server answer what it has accepted, end it and all its workers; whether that worked.
+
+        If it takes longer than the front end's settings allow, it is killed, and requests under way are lost.
+        """
         if self._process is not None:
-            for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+            java = self._java_pid()
+            with contextlib.suppress(ProcessLookupError):
+                # To Java alone: its workers are still needed.
+                os.kill(java, signal.SIGTERM) if java else os.killpg(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._drain_s() + JAVA_END_S)
+            drained = self._process.poll() is not None and not self._killed
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, number)
-                if self._wait_for_group(patience_s):
+                if self._wait_for_group(5.0):
                     break
             if self._reader is not None:
                 self._reader.join(timeout=5.0)
             if self._process.stdout is not None:
                 self._process.stdout.close()
             self._process = None
+        else:
+            drained = True
         if self._private_dir is not None:
             shutil.rmtree(self._private_dir, ignore_errors=True)
             self._private_dir = None
+        if self._watcher is not None:
+            self._watcher.dismiss()
+            self._watcher = None
+        return drained
+
+    def kill(self) -> None:
+        """End the server and all its workers at once; only sends the signal, so `stop` has to follow."""
+        self._killed = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _drain_s(self) -> float:
+        """How long the front end may go on after the signal to end, in seconds."""
+        try:
+            return sum(float(self.properties.get(key, default)) for key, default in DRAIN_TIMES.items())
+        except ValueError:  # the front end has refused it, too
+            return sum(DRAIN_TIMES.values())
+
+    def _java_pid(self) -> int:
+        """Process id of Java; 0 before it has started."""
+        assert self._private_dir is not None
+        try:
+            return int((self._private_dir / PID_FILE).read_text())
+        except (OSError, ValueError):
+            return 0
 
     def _wait_for_group(self, patience_s: float) -> bool:
         """Whether every process of the server's group has ended within the time."""
@@ -303,24 +370,17 @@ class TorchServeProcess:
         return False
 
     def _read_output(self) -> None:
+        """Read all that the server prints: Java blocks, with all requests, if its output is not read on."""
         assert self._process is not None
         assert self._process.stdout is not None
         with contextlib.suppress(ValueError):  # closed while reading: the server was stopped
-            for line in self._process.stdout:
-                self._printed.append(line.rstrip("\n"))
+            while line := self._process.stdout.readline(LONGEST_LINE):
+                line = line.rstrip("\n")
+                self._printed.append(line)
                 if any(mark in line for mark in FAILURE_MARKS):
                     self._failed.set()
-                self._copy(line)
-
-    def _copy(self, line: str) -> None:
-        """Echo a line; after a failure none any more, as Java blocks if its output is not read on."""
-        if self._echo is None:
-            return
-        try:
-            self._echo.write(line)
-            self._echo.flush()
-        except (OSError, ValueError):  # nobody reads it, it is closed, or its encoding lacks a character
-            self._echo = None
+                if self._echo is not None:
+                    self._echo.print(line)
 
     def last_output(self) -> str:
         """The last lines that the server and its workers printed."""

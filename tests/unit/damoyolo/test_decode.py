@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageCms
 
 from damoyolo.config import ServingConfig
-from damoyolo.decode import decode_image
+from damoyolo.decode import decode_image, decode_reduced, jpeg_divisor
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, RequestError, UnsupportedImageError
+from damoyolo.formats import reduce_image
 from damoyolo.orientation import OrientedImage, shown_pixels
 from doubles.images import encode, make_pixels, png_of_header_only
 
@@ -127,6 +128,47 @@ def test_the_first_of_several_frames_is_taken(image_format):
 
 
 # ----------------------------------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "least_hw", "divisor"),
+    [
+        ((1080, 1920), None, 1),
+        ((1080, 1920), (640, 640), 1),
+        ((1080, 1920), (512, 512), 2),
+        ((1280, 1280), (640, 640), 2),
+        ((2160, 3840), (512, 512), 4),
+        ((8000, 8000), (640, 640), 8),
+        ((1279, 1280), (320, 320), 1),  # a side that is no multiple
+        ((1282, 1284), (320, 320), 2),
+        ((100, 100), (640, 640), 1),
+    ],
+)
+def test_sides_are_divided_as_far_as_they_are_multiples_and_long_enough(size_hw, least_hw, divisor):
+    assert jpeg_divisor(size_hw, least_hw) == divisor
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_decoded_in_part_is_the_image_at_half_its_size(orientation, options):
+    stored = make_pixels(64, 96)
+    encoded = encode(stored, "JPEG", quality=95, exif=exif_of(orientation), **options)
+    shown = shown_pixels(OrientedImage(torch.from_numpy(stored), orientation)).numpy().astype(float)
+    half = shown.reshape(shown.shape[0] // 2, 2, shown.shape[1] // 2, 2, 3).mean((1, 3))
+    decoded = decode_reduced(reduce_image(encoded, CONFIG), CONFIG, (32, 32))
+    assert decoded.shape == half.shape
+    assert np.abs(decoded - half).max() <= 8
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_in_part_too(mode):
+    encoded = encode(Image.fromarray(make_pixels(64, 96)).convert(mode), "JPEG")
+    assert decode_reduced(reduce_image(encoded, CONFIG), CONFIG, (32, 32)).shape == (32, 48, 3)
+
+
+def test_other_formats_are_decoded_in_full():
+    encoded = encode(make_pixels(64, 96), "PNG")
+    assert decode_reduced(reduce_image(encoded, CONFIG), CONFIG, (32, 32)).shape == (64, 96, 3)
 
 
 def exif_of(orientation):

@@ -1,6 +1,7 @@
 """The detector of the demo weights: stages in order, an error per image, batch equals single."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
 from damoyolo.pipeline import EagerPipeline
+from damoyolo.preprocess import PreparedBatch
 from damoyolo.structures import Detections, RawPredictions
 
 
@@ -141,3 +143,57 @@ def test_a_cuda_device_that_is_not_there_is_refused_with_the_number_of_those_tha
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="device is cuda:1; CUDA devices found: 1"):
         Detector.from_archive_dir(demo_archive_dir, "cuda:1")
+
+
+class RecordedParts:
+    """A preprocessor and a pipeline of two images at a time, which note what is done when."""
+
+    max_batch_size = 2
+    pixels = None
+
+    def __init__(self):
+        self.done = []
+
+    def prepare(self, images, out):
+        self.done.append(f"prepare {images}")
+        if "fails" in images:
+            raise RuntimeError("out of memory")
+        bad = {slot: "error" for slot, image in enumerate(images) if image == "bad"}
+        slots = [slot for slot in range(len(images)) if slot not in bad]
+        return PreparedBatch([images[slot] for slot in slots], [(1, 1)] * len(slots), slots, bad)
+
+    def start(self, pixels, options, sizes, time_stage):
+        self.done.append(f"start {pixels}")
+
+        def finish():
+            self.done.append(f"finish {pixels}")
+            return [f"{image} {option}" for image, option in zip(pixels, options, strict=True)]
+
+        return finish
+
+
+def detect_in_parts(parts, images):
+    detector = SimpleNamespace(pipeline=parts, preprocessor=parts)
+    detector._start_batch = functools.partial(Detector._start_batch, detector)
+    return Detector.detect(detector, images, list(range(len(images))))
+
+
+def test_the_next_part_is_prepared_while_one_is_computed():
+    parts = RecordedParts()
+    assert detect_in_parts(parts, ["a", "b", "bad", "c", "bad"]) == ["a 0", "b 1", "error", "c 3", "error"]
+    assert parts.done == [
+        "prepare ['a', 'b']",
+        "start ['a', 'b']",
+        "prepare ['bad', 'c']",
+        "finish ['a', 'b']",
+        "start ['c']",
+        "prepare ['bad']",
+        "finish ['c']",
+    ]
+
+
+def test_a_part_is_finished_although_the_next_cannot_be_prepared():
+    parts = RecordedParts()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        detect_in_parts(parts, ["a", "b", "fails"])
+    assert parts.done[-1] == "finish ['a', 'b']"

@@ -10,7 +10,7 @@ from PIL import Image
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
 from damoyolo.preprocess import ImagePreprocessor, scale_factors_xyxy
-from doubles.images import encode, make_pixels, png_of_header_only
+from doubles.images import encode, exif, make_pixels, png_of_header_only
 
 CONFIG = ServingConfig()
 CPU = torch.device("cpu")
@@ -96,6 +96,22 @@ def test_an_image_of_the_networks_size_is_copied_exactly(preprocessor):
     pixels = np.random.default_rng(0).integers(0, 256, (*INPUT_SIZE_HW, 3), dtype=np.uint8)
     expected = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(preprocessor.prepare([encode(pixels)]).pixels[0], expected)
+
+
+@pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("stored_hw", [(192, 256), (384, 512), (194, 258), (193, 257), (768, 1024)])
+def test_an_image_decoded_in_part_keeps_its_size_and_every_place(kind, orientation, stored_hw):
+    encoded = encode(make_pixels(*stored_hw), "JPEG", quality=95, subsampling=0, exif=exif(orientation))
+    in_full, in_part = (
+        kind(ServingConfig(scaled_jpeg_decoding=share), INPUT_SIZE_HW, CPU) for share in (0.0, 0.7)
+    )
+    expected, found = in_full.prepare([encoded]), in_part.prepare([encoded])
+    in_full.close()
+    in_part.close()
+    assert found.image_sizes_hw == expected.image_sizes_hw
+    # The colours are linear in the place: one column of the network's input is 2 of 255 wide.
+    assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 5
 
 
 def test_both_ways_of_resizing_agree_within_one(on_cpu):
@@ -189,7 +205,7 @@ def test_images_are_decoded_at_the_same_time_only_as_far_as_the_budget_goes(monk
     running = []
     most = []
 
-    def decode_slowly(image, config):
+    def decode_slowly(*_):
         running.append(1)
         most.append(len(running))
         time.sleep(0.01)

@@ -129,3 +129,18 @@ def test_a_detector_without_gpu_jpeg_decoding_finds_the_same(open_detector, plai
         assert isinstance(expected, Detections)
         assert abs(len(found) - len(expected)) <= 1
     detector.close()
+
+
+def test_detectors_that_take_turns_find_the_same_and_an_error_gives_the_turn_back(
+    open_detector, captured, smears
+):
+    in_turn, other = open_detector(device_turns=1), open_detector(device_turns=1)
+    options = [captured.config.default_options()] * 5
+    batch = [smears[index % 3] for index in range(5)]  # more than is captured: two parts
+    for found, expected in zip(in_turn.detect(batch, options), captured.detect(batch, options), strict=True):
+        assert_close(found, expected, 0.25)
+    with pytest.raises(TypeError):
+        in_turn.detect([*batch[:4], None], options)  # the second part fails while the first is computed
+    assert all(isinstance(found, Detections) for found in other.detect(batch, options))
+    in_turn.close()
+    other.close()

@@ -80,3 +80,32 @@ def test_the_lock_is_released_by_the_end_of_its_process(temporary_dir):
 def test_there_is_no_lock_on_a_cpu(temporary_dir):
     with exclusive_device_lock(torch.device("cpu")):
         assert list(temporary_dir.iterdir()) == []
+
+
+def foreign_link(path, victim):
+    path.symlink_to(victim)
+
+
+def foreign_file(path, _victim):
+    path.write_text("")
+    try:
+        os.chown(path, os.getuid() + 1, -1)
+    except PermissionError:
+        pytest.skip("only root can give files away")
+
+
+def fifo(path, _victim):
+    os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize("prepare", [foreign_link, foreign_file, fifo])
+def test_a_file_that_another_user_may_have_put_there_is_not_used(temporary_dir, tmp_path, caplog, prepare):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    prepare(temporary_dir / f"damoyolo-{os.getuid()}-cuda1.lock", victim)
+    entered = False
+    with exclusive_device_lock(CUDA):
+        entered = True
+    assert entered
+    assert victim.read_text() == "precious"
+    assert "no lock while the network is prepared" in caplog.text

@@ -1,14 +1,11 @@
 package damoyolo.frontend;
 
-import io.netty.buffer.ByteBufUtil;
 import io.netty.channel.ChannelHandler;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelOutboundHandlerAdapter;
 import io.netty.channel.ChannelPromise;
-import io.netty.handler.codec.http.DefaultFullHttpResponse;
 import io.netty.handler.codec.http.FullHttpResponse;
 import io.netty.handler.codec.http.HttpHeaderNames;
-import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpResponse;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import org.pytorch.serve.util.ConfigManager;
@@ -17,6 +14,10 @@ import org.pytorch.serve.util.ConfigManager;
 @ChannelHandler.Sharable
 final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
     static final AnswerFinisher INSTANCE = new AnswerFinisher();
+    /** Of a busy server: a batch later the queue has room. */
+    private static final int RETRY_AFTER_S = 1;
+    /** Of a server that ends: about the time until another one listens. */
+    private static final int RETRY_AFTER_END_S = 5;
 
     @Override
     public void write(ChannelHandlerContext context, Object message, ChannelPromise promise) {
@@ -26,6 +27,10 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
             // Without one TorchServe writes "HTTP/1.1 200 ", which load generators count as a failure.
             if (response.status().reasonPhrase().isEmpty()) {
                 response.setStatus(HttpResponseStatus.valueOf(response.status().code()));
+            }
+            if (response.status().code() == HttpResponseStatus.SERVICE_UNAVAILABLE.code()
+                    && !response.headers().contains(HttpHeaderNames.RETRY_AFTER)) {
+                response.headers().setInt(HttpHeaderNames.RETRY_AFTER, Drain.isDraining() ? RETRY_AFTER_END_S : RETRY_AFTER_S);
             }
             if (response.status().code() == HttpResponseStatus.REQUEST_ENTITY_TOO_LARGE.code()
                     && response instanceof FullHttpResponse && !((FullHttpResponse) response).content().isReadable()) {
@@ -37,12 +42,9 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
 
     /** Netty's answer to a body over the limit, which is empty, with a body like all other errors. */
     private static FullHttpResponse tooLarge(FullHttpResponse empty) {
-        String body = "{\"code\": 413, \"type\": \"PayloadTooLargeException\", \"message\": \"The request body has more than "
-                + ConfigManager.getInstance().getMaxRequestSize() + " bytes (max_request_size in config.properties).\"}\n";
-        FullHttpResponse answer = new DefaultFullHttpResponse(empty.protocolVersion(), empty.status());
-        answer.headers().set(empty.headers());
-        answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
-        ByteBufUtil.writeAscii(answer.content(), body);
+        FullHttpResponse answer = ErrorAnswer.closing(empty.status(), "PayloadTooLargeException", "The request body has more than "
+                + ConfigManager.getInstance().getMaxRequestSize() + " bytes (max_request_size in config.properties).");
+        answer.headers().setAll(empty.headers());
         answer.headers().setInt(HttpHeaderNames.CONTENT_LENGTH, answer.content().readableBytes());
         empty.release();
         return answer;

@@ -10,29 +10,30 @@ import java.lang.invoke.MethodHandles;
 import java.lang.invoke.MethodType;
 import java.lang.reflect.Constructor;
 import java.util.HashSet;
+import java.util.Map;
 import java.util.Set;
 
 /**
- * A class of TorchServe that creates an object of another class than it was compiled for.
+ * A class of TorchServe that creates objects of other classes than it was compiled for.
  *
  * <p>Class files name other classes in their constant pool (Java Virtual Machine Specification, 4.4), so
- * replacing one text there is enough; no code is rewritten.
+ * replacing a text there is enough; no code is rewritten.
  */
 final class ClassPatch {
     private final byte[] patched;
 
     /**
-     * Reads `owner` and replaces the class `from` that it creates by `to`.
+     * Reads `owner` and replaces the classes that it creates: names of TorchServe's by classes of this package.
      *
-     * @throws IllegalStateException `owner` does not create `from`, uses more of it than its constructor, or
-     *     uses a constructor that `to` does not have
+     * @throws IllegalStateException `owner` does not create one of them, uses more of it than its constructor, or
+     *     uses a constructor that the replacement does not have
      */
-    ClassPatch(String owner, String from, Class<?> to) throws ReflectiveOperationException {
+    ClassPatch(String owner, Map<String, Class<?>> replacements) throws ReflectiveOperationException {
         try (InputStream file = getClass().getClassLoader().getResourceAsStream(owner + ".class")) {
             if (file == null) {
                 throw new ClassNotFoundException(owner);
             }
-            patched = rename(owner, file.readAllBytes(), from, to);
+            patched = rename(owner, file.readAllBytes(), replacements);
         } catch (IOException error) {
             throw new ClassNotFoundException(owner, error);
         }
@@ -43,7 +44,7 @@ final class ClassPatch {
         MethodHandles.privateLookupIn(neighbour, MethodHandles.lookup()).defineClass(patched);
     }
 
-    private static byte[] rename(String owner, byte[] original, String from, Class<?> to) throws IOException {
+    private static byte[] rename(String owner, byte[] original, Map<String, Class<?>> replacements) throws IOException {
         DataInputStream in = new DataInputStream(new ByteArrayInputStream(original));
         ByteArrayOutputStream bytes = new ByteArrayOutputStream(original.length + 64);
         DataOutputStream out = new DataOutputStream(bytes);
@@ -59,7 +60,8 @@ final class ClassPatch {
             switch (tag) {
                 case 1: // Utf8
                     texts[index] = in.readUTF();
-                    out.writeUTF(texts[index].equals(from) ? to.getName().replace('.', '/') : texts[index]);
+                    Class<?> to = replacements.get(texts[index]);
+                    out.writeUTF(to == null ? texts[index] : to.getName().replace('.', '/'));
                     break;
                 case 7: case 8: case 16: case 19: case 20: // Class, String, MethodType, Module, Package
                     pairs[index] = new int[] {in.readUnsignedShort(), 0};
@@ -85,7 +87,7 @@ final class ClassPatch {
                     throw new IllegalStateException(owner + " has constants of an unknown kind, " + tag);
             }
         }
-        requireOnlyConstructors(owner, from, to, tags, texts, pairs);
+        replacements.forEach((from, to) -> requireOnlyConstructors(owner, from, to, tags, texts, pairs));
         in.transferTo(out);
         return bytes.toByteArray();
     }

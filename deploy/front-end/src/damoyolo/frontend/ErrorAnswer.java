@@ -1,7 +1,13 @@
 package damoyolo.frontend;
 
+import io.netty.buffer.ByteBufUtil;
 import io.netty.channel.ChannelHandlerContext;
+import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.FullHttpResponse;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpResponseStatus;
+import io.netty.handler.codec.http.HttpVersion;
 import java.util.Arrays;
 import java.util.stream.Collectors;
 import org.pytorch.serve.archive.DownloadArchiveException;
@@ -40,6 +46,17 @@ final class ErrorAnswer {
             NettyUtils.sendError(context, HttpResponseStatus.INTERNAL_SERVER_ERROR, new InternalServerException(
                     "The server failed before the model was called (" + error.getClass().getSimpleName() + ")."));
         }
+    }
+
+    /** An answer like TorchServe's own errors, after which the connection is to be closed; no quotes in `message`. */
+    static FullHttpResponse closing(HttpResponseStatus status, String type, String message) {
+        FullHttpResponse answer = new DefaultFullHttpResponse(HttpVersion.HTTP_1_1, status);
+        ByteBufUtil.writeAscii(answer.content(),
+                "{\"code\": " + status.code() + ", \"type\": \"" + type + "\", \"message\": \"" + message + "\"}\n");
+        answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
+        answer.headers().setInt(HttpHeaderNames.CONTENT_LENGTH, answer.content().readableBytes());
+        answer.headers().set(HttpHeaderNames.CONNECTION, HttpHeaderValues.CLOSE);
+        return answer;
     }
 
     /** The class of an error and where it arose, in one line without its message. */

@@ -15,36 +15,51 @@ import org.pytorch.serve.util.messages.WorkerCommands;
 
 /**
  * In place of TorchServe's GRPCJob for predictions: passes the metadata of the call to the handler as request
- * headers, and an answer of the handler with an error status to the client as an error.
+ * headers, and an answer of the handler with an error status to the client as an error. Answered once, by a worker
+ * or by PendingJob.
  */
 public final class GrpcJob extends GRPCJob {
     private static final String OPTION_PREFIX = "x-detect-";
 
     private final ServerCallStreamObserver<PredictionResponse> client;
+    private final PendingJob pending;
 
     public GrpcJob(StreamObserver<PredictionResponse> client, String modelName, String modelVersion,
             WorkerCommands command, RequestInput input) {
         super(client, modelName, modelVersion, command, input);
         this.client = (ServerCallStreamObserver<PredictionResponse>) client;
-        Metadata metadata = GrpcService.METADATA.get();
+        GrpcCall call = GrpcCall.KEY.get();
+        Metadata metadata = call.metadata();
         for (String name : metadata.keys()) {
             if (name.startsWith(OPTION_PREFIX) && !name.endsWith(Metadata.BINARY_HEADER_SUFFIX)) {
                 input.updateHeaders(name, metadata.get(Metadata.Key.of(name, Metadata.ASCII_STRING_MARSHALLER)));
             }
         }
+        pending = PendingJob.add(this);
+        call.waitFor(pending);
     }
 
     @Override
     public void response(byte[] body, CharSequence contentType, int code, String reason, Map<String, String> headers) {
+        if (!pending.claim()) {
+            return;
+        }
+        pending.answered(code);
         if (code < 400) {
             super.response(body, contentType, code, reason, headers);
         } else {
-            sendError(code, messageOf(body, reason));
+            fail(code, messageOf(body, reason));
         }
     }
 
     @Override
     public void sendError(int code, String message) {
+        if (pending.claim()) {
+            fail(code, message);
+        }
+    }
+
+    private void fail(int code, String message) {
         if (!client.isCancelled()) {
             client.onError(statusOf(code).withDescription(message).asRuntimeException());
         }

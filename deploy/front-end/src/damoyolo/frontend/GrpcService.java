@@ -4,6 +4,7 @@ import io.grpc.BindableService;
 import io.grpc.Context;
 import io.grpc.Contexts;
 import io.grpc.ForwardingServerCall.SimpleForwardingServerCall;
+import io.grpc.ForwardingServerCallListener.SimpleForwardingServerCallListener;
 import io.grpc.Metadata;
 import io.grpc.ServerCall;
 import io.grpc.ServerCallHandler;
@@ -22,9 +23,6 @@ import org.pytorch.serve.http.InternalServerException;
 
 /** In place of TorchServe's InferenceImpl as the gRPC service for inference, which it extends. */
 public final class GrpcService implements BindableService {
-    /** The metadata of the present call. */
-    static final Context.Key<Metadata> METADATA = Context.key("metadata");
-
     @Override
     public ServerServiceDefinition bindService() {
         return ServerInterceptors.intercept(new Inference(), new CallInterceptor());
@@ -61,21 +59,36 @@ public final class GrpcService implements BindableService {
         public void onCompleted() {}
     }
 
-    /** Keeps the metadata for GrpcJob, and gives errors of TorchServe itself, all INTERNAL, their own status. */
+    /** Refuses calls while the server drains, and gives errors of TorchServe itself, all INTERNAL, their own status. */
     private static final class CallInterceptor implements ServerInterceptor {
         @Override
         public <Q, A> ServerCall.Listener<Q> interceptCall(
                 ServerCall<Q, A> call, Metadata metadata, ServerCallHandler<Q, A> next) {
+            if (Drain.isRefusing()) {
+                Drain.refused();
+                call.close(Status.UNAVAILABLE.withDescription("The server is about to end."), new Metadata());
+                return new ServerCall.Listener<Q>() {};
+            }
+            GrpcCall state = new GrpcCall(metadata);
             ServerCall<Q, A> checked = new SimpleForwardingServerCall<Q, A>(call) {
                 @Override
                 public void close(Status status, Metadata trailers) {
-                    super.close(statusOf(status), trailers);
+                    super.close(statusOf(status, state), trailers);
+                    state.end();
                 }
             };
-            return Contexts.interceptCall(Context.current().withValue(METADATA, metadata), checked, metadata, next);
+            ServerCall.Listener<Q> listener =
+                    Contexts.interceptCall(Context.current().withValue(GrpcCall.KEY, state), checked, metadata, next);
+            return new SimpleForwardingServerCallListener<Q>(listener) {
+                @Override
+                public void onCancel() {
+                    state.end();
+                    super.onCancel();
+                }
+            };
         }
 
-        private static Status statusOf(Status status) {
+        private static Status statusOf(Status status, GrpcCall state) {
             Throwable cause = status.getCause();
             if (cause instanceof ModelNotFoundException || cause instanceof ModelVersionNotFoundException) {
                 return Status.NOT_FOUND.withDescription(cause.getMessage());
@@ -85,7 +98,7 @@ public final class GrpcService implements BindableService {
             }
             // The only use of this exception in the service: the queue is full, or no worker is left.
             return cause instanceof InternalServerException
-                    ? Status.RESOURCE_EXHAUSTED.withDescription(cause.getMessage())
+                    ? Status.RESOURCE_EXHAUSTED.withDescription(state.whyNotQueued(cause.getMessage()))
                     : status;
         }
     }

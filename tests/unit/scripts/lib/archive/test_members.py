@@ -1,11 +1,21 @@
 """Copies of archives with members replaced."""
 
+import random
 import zipfile
 
 import pytest
 
-from lib.archive.members import MANIFEST, batching_of, copy_archive, read_manifest, read_settings
+from lib.archive.members import (
+    MANIFEST,
+    batching_of,
+    check_archive,
+    copy_archive,
+    read_manifest,
+    read_settings,
+)
 from lib.cli import ScriptError
+
+from doubles.echo_handler import write_echo_archive
 
 
 def test_members_are_replaced_added_and_left_out_and_the_others_copied(tmp_path):
@@ -71,3 +81,21 @@ def test_a_missing_member_is_named(tmp_path):
 def test_batching_settings_that_are_no_numbers_are_named(value):
     with pytest.raises(ScriptError, match=r"maxBatchDelay of model-config\.yaml is"):
         batching_of({"batchSize": 8, "maxBatchDelay": value, "minWorkers": 1})
+
+
+def test_any_changed_or_missing_byte_is_accepted_or_refused_with_the_name_of_the_archive(tmp_path):
+    write_echo_archive(tmp_path / "whole.mar", "echo")
+    whole = (tmp_path / "whole.mar").read_bytes()
+    check_archive(tmp_path / "whole.mar")
+    rng, damaged, messages = random.Random(0), tmp_path / "damaged.mar", []
+    for number in range(400):
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(content[: rng.randrange(len(content)) if number % 4 == 0 else None])
+        try:
+            check_archive(damaged)
+        except ScriptError as error:
+            messages.append(str(error))
+    # What changes only a time stamp, say, is no damage.
+    assert len(messages) > 350
+    assert all(str(damaged) in message for message in messages)

@@ -40,12 +40,20 @@ def test_a_minute_without_answers_has_no_latencies():
     assert second is None
 
 
+def test_the_growth_of_p99_is_that_from_the_second_minute_to_the_last():
+    latencies = {0: 90.0, 1: 10.0, 2: 50.0, 3: 15.0}
+    record = SoakRecord(answers=[(s, latencies.get(s // 60, 15.0)) for s in range(241)])
+    assert record.p99_growth() == 1.5
+    assert SoakRecord(answers=record.answers[:150]).p99_growth() is None
+
+
 def test_a_record_of_nothing_is_json():
     record = SoakRecord().to_json()
     assert json.loads(json.dumps(record, allow_nan=False)) == {
         "answers": 0,
         "problems": {},
         "by_minute_ms": [],
+        "p99_growth": None,
         "slopes_of_the_second_half_mb_per_h": {},
         "memory_mb": [],
     }
@@ -123,6 +131,13 @@ def test_right_answers_and_memory_are_recorded(serve):
     assert set(record.memory_mb[0][1]) == {"worker", "java"}
     assert min(record.memory_mb[0][1].values()) > 1
     json.dumps(record.to_json(), allow_nan=False)
+
+
+def test_requests_are_sent_at_the_rate_that_is_given(serve):
+    with serve() as served:
+        record = soak(served, [SUCCESS], clients=4, duration_s=1.0, rate_per_s=20)
+    assert record.problems == {}
+    assert len(record.answers) <= 20 + 4
 
 
 @pytest.mark.parametrize(
@@ -211,12 +226,12 @@ def command(serve, monkeypatch, tmp_path):
     """Exit code and record of the command against a stand-in."""
     monkeypatch.setattr("lib.load.mixed_requests.mixed_requests", lambda *_: [SUCCESS])
 
-    def run(**server):
+    def run(*further, **server):
         with serve(**server) as served:
             urls = ["--inference-url", served.inference_url, "--management-url", served.management_url]
             file = tmp_path / "new" / "soak.json"
             options = ["--archive", "a.mar", "--minutes", "0.005", "--clients", "1", "--json", str(file)]
-            code = soak_server.main([*urls, *options])
+            code = soak_server.main([*urls, *options, *further])
         return code, json.loads(file.read_text()) if file.exists() else None
 
     return run
@@ -227,6 +242,21 @@ def test_the_command_reports_what_it_saw(command, capsys):
     assert code == 0
     assert record["answers"] > 0
     assert "no problems" in capsys.readouterr().out
+
+
+def test_the_command_sends_a_share_of_the_rate_and_draws_the_plot(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(soak_server, "RATE_MEASURED_S", 0.3)
+    code, _ = command("--rate-share", "0.5", "--plot", str(tmp_path / "soak.png"))
+    assert code == 0
+    assert "50% of what the server answers" in capsys.readouterr().out
+    assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_the_command_fails_if_p99_grew(command, capsys, monkeypatch):
+    monkeypatch.setattr(SoakRecord, "p99_growth", lambda _self: 1.31)
+    code, record = command()
+    assert code == 1
+    assert record["problems"] == {"p99 grew": 1}
 
 
 def test_the_command_writes_the_record_of_a_soak_without_memory(command, capsys):

@@ -1,5 +1,6 @@
 """Archives: equal from equal inputs, verified before they take their place, refused with a reason."""
 
+import hashlib
 import json
 import sys
 import zipfile
@@ -29,6 +30,8 @@ def report(tmp_path_factory):
 def test_the_archive_holds_every_module_the_settings_and_the_weights(report, project_dir):
     with zipfile.ZipFile(report.path) as opened:
         names = set(opened.namelist())
+        sums = opened.read("SHA256SUMS").decode()
+        weights = opened.read("damoyolo.pth")
         settings = yaml.safe_load(opened.read("model-config.yaml"))
         manifest = json.loads(opened.read(MANIFEST))
     handler = project_dir / "handler"
@@ -40,6 +43,7 @@ def test_the_archive_holds_every_module_the_settings_and_the_weights(report, pro
     assert settings["handler"]["score_threshold"] == 0.4
     assert settings["handler"]["class_names"] == list(DEMO_CLASS_NAMES)
     assert manifest["model"]["handler"] == "damoyolo_handler.py"
+    assert sums == f"{hashlib.sha256(weights).hexdigest()}  damoyolo.pth\n"
     assert report.files == len(names)
     assert (report.variant, report.num_classes) == ("S", 3)
 

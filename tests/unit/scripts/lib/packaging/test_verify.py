@@ -1,6 +1,7 @@
 """The self-check of archives: what differs from the weights as trained is found, wherever it went wrong."""
 
 import dataclasses
+import hashlib
 import io
 
 import pytest
@@ -108,7 +109,9 @@ def test_wrong_folding_is_found_although_the_weights_are_packed_as_folded(
     checkpoint, archive, tmp_path, monkeypatch, fault
 ):
     fault(monkeypatch)
-    broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo.pth": packaged(checkpoint, lambda _: None)})
+    weights = packaged(checkpoint, lambda _: None)
+    sums = f"{hashlib.sha256(weights).hexdigest()}  damoyolo.pth\n".encode()
+    broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo.pth": weights, "SHA256SUMS": sums})
     with pytest.raises(ScriptError, match="does not compute what the weights as trained do"):
         verify_archive(broken, checkpoint, NAMES)
 
@@ -137,6 +140,12 @@ def test_weights_that_predict_the_same_everywhere_are_refused(checkpoint):
 def test_an_archive_that_lacks_a_module_is_refused(checkpoint, archive, tmp_path):
     broken = copy_archive(archive, tmp_path / "x.mar", {"damoyolo/boxes.py": None})
     with pytest.raises(ScriptError, match=r"lacks damoyolo/boxes\.py"):
+        verify_archive(broken, checkpoint, NAMES)
+
+
+def test_weights_that_are_not_those_of_the_sums_are_refused_by_the_worker(checkpoint, archive, tmp_path):
+    broken = copy_archive(archive, tmp_path / "x.mar", {"SHA256SUMS": b"0" * 64 + b"  damoyolo.pth\n"})
+    with pytest.raises(ScriptError, match=r"(?s)Traceback.*SHA256SUMS says 000.*damaged or was exchanged"):
         verify_archive(broken, checkpoint, NAMES)
 
 

@@ -1,6 +1,12 @@
 """Weights from a file, an address or a name, and the checks on the way."""
 
+import contextlib
 import hashlib
+import http.server
+import ssl
+import subprocess
+import threading
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 import requests
@@ -43,14 +49,14 @@ class FakeResponse:
 @pytest.fixture
 def web(monkeypatch):
     """The next response of the web, and the addresses requested so far."""
-    state = {"content": CONTENT, "length": len(CONTENT), "leads_to": None, "requested": []}
+    state = {"content": CONTENT, "length": len(CONTENT), "requested": []}
 
-    def get(url, **options):
+    def get(_session, url, **options):
         assert options["timeout"]
         state["requested"].append(url)
-        return FakeResponse(state["leads_to"] or url, state["content"], state["length"])
+        return FakeResponse(url, state["content"], state["length"])
 
-    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(requests.Session, "get", get)
     return state
 
 
@@ -86,7 +92,6 @@ def test_an_official_name_becomes_its_address(web, tmp_path):
     [
         ({"content": CONTENT[:-1]}, "7999 of 8000 bytes"),
         ({"content": b"x" * 8000}, "SHA-256"),
-        ({"leads_to": "http://example.org/model.pth"}, "only https"),
     ],
 )
 def test_a_download_that_went_wrong_leaves_nothing_behind(web, tmp_path, change, message):
@@ -94,6 +99,77 @@ def test_a_download_that_went_wrong_leaves_nothing_behind(web, tmp_path, change,
     with pytest.raises(ScriptError, match=message):
         fetch_weights("https://example.org/model.pth", SHA256, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def sites(project_dir, tmp_path, monkeypatch):
+    """A site of https and one of http on this machine, which send CONTENT, or redirect to ?to=ADDRESS."""
+    script = project_dir / "deploy/production/test_certificate.sh"
+    subprocess.run([script, tmp_path / "certificate"], check=True, capture_output=True)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "certificate/ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate/server.pem")
+    with serving(context) as secure, serving(None) as plain:
+        yield secure, plain
+
+
+@contextlib.contextmanager
+def serving(context):
+    """A site, with the paths that were asked for as its `asked`."""
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            target = parse_qs(urlsplit(self.path).query).get("to")
+            self.send_response(302 if target else 200)
+            if target:
+                self.send_header("Location", target[0])
+            self.send_header("Content-Length", str(0 if target else len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(b"" if target else CONTENT)
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.asked = []
+    server.url = f"http{'s' if context else ''}://127.0.0.1:{server.server_port}/model.pth"
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def redirecting(site, target):
+    return f"{site.url}?{urlencode({'to': target})}"
+
+
+def test_a_redirect_to_https_is_followed(sites, tmp_path):
+    secure, _ = sites
+    path = fetch_weights(redirecting(secure, secure.url), SHA256, tmp_path / "cache")
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_redirect_to_plain_http_is_refused_before_anything_is_asked_there(sites, tmp_path):
+    secure, plain = sites
+    there_and_back = redirecting(secure, redirecting(plain, secure.url))
+    for source in (redirecting(secure, plain.url), there_and_back, redirecting(secure, "file:///etc/passwd")):
+        with pytest.raises(ScriptError, match=r"redirects to another scheme; only https .*(http:|file:)"):
+            fetch_weights(source, None, tmp_path / "cache")
+    assert plain.asked == []
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(sites, tmp_path, monkeypatch):
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    with pytest.raises(ScriptError, match="certificate verify failed"):
+        fetch_weights(sites[0].url, None, tmp_path / "cache")
 
 
 def test_a_cached_file_of_another_sum_is_refused_with_what_to_do(web, tmp_path):

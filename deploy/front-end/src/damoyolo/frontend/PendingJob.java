@@ -1,0 +1,127 @@
+package damoyolo.frontend;
+
+import java.util.HashMap;
+import java.util.Map;
+import java.util.Objects;
+import java.util.Optional;
+import java.util.Set;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.atomic.AtomicBoolean;
+import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
+import org.pytorch.serve.job.Job;
+import org.pytorch.serve.wlm.Model;
+import org.pytorch.serve.wlm.ModelManager;
+import org.pytorch.serve.wlm.WorkerThread;
+
+/**
+ * A job that waits for its answer. Whoever claims it first answers it, so that an answer of a worker that comes
+ * after the time limit does no harm. TorchServe forgets the jobs of a model that is unregistered, and those of a
+ * model without workers wait for good; here both are answered.
+ */
+final class PendingJob {
+    private static final long SECOND_NS = 1_000_000_000L;
+    /** For the queue before the batch, and a worker's restart. */
+    private static final int QUEUE_S = 60;
+    private static final Set<PendingJob> ALL = ConcurrentHashMap.newKeySet();
+
+    private final Job job;
+    private final Model model; // null where it does not exist; TorchServe then refuses the job
+    private final long limitNs;
+    private final AtomicBoolean claimed = new AtomicBoolean();
+
+    private PendingJob(Job job) {
+        this.job = job;
+        model = registered(job.getModelName(), job.getModelVersion());
+        int seconds = Setting.ANSWER_TIMEOUT_S.seconds();
+        limitNs = seconds > 0 || model == null ? seconds * SECOND_NS : (model.getResponseTimeout() + (long) QUEUE_S) * SECOND_NS;
+    }
+
+    static PendingJob add(Job job) {
+        PendingJob pending = new PendingJob(job);
+        ALL.add(pending);
+        return pending;
+    }
+
+    /** Whether the caller is the one that answers. */
+    boolean claim() {
+        return claimed.compareAndSet(false, true) && ALL.remove(this);
+    }
+
+    /** Nobody waits for the answer. */
+    void abandon() {
+        if (claim()) {
+            dequeue();
+        }
+    }
+
+    /** Called with the status of an answer of a worker. */
+    void answered(int status) {
+        if (model != null && status >= 200 && status < 300) {
+            ModelHealth.of(model).succeeded();
+        }
+    }
+
+    /** Why the queue did not take the job, for the client; null if that is not known. */
+    String whyNotQueued() {
+        if (model == null) {
+            return null;
+        }
+        String reason = whyHopeless(model);
+        return reason != null ? reason : "The queue of model \"" + model.getModelName() + "\" is full: "
+                + (model.getPendingRequestsInJobQueue() + model.getJobQueueRemainingCapacity())
+                + " requests wait (jobQueueSize in its model-config.yaml). Send the request again later.";
+    }
+
+    static void refuseAll(String reason) {
+        ALL.forEach(pending -> pending.refuse(503, reason));
+    }
+
+    /** Answers the jobs whose time is over, and those that nobody will answer. */
+    static void sweep() {
+        long now = System.nanoTime();
+        Map<Model, Optional<String>> hopeless = new HashMap<>();
+        for (PendingJob pending : ALL) {
+            if (pending.model == null) {
+                continue;
+            }
+            Optional<String> reason =
+                    hopeless.computeIfAbsent(pending.model, model -> Optional.ofNullable(whyHopeless(model)));
+            if (reason.isPresent()) {
+                pending.refuse(503, reason.get());
+            } else if (now - pending.job.getBegin() > pending.limitNs) {
+                pending.refuse(504, "No answer within " + pending.limitNs / SECOND_NS + " s (" + Setting.ANSWER_TIMEOUT_S.key()
+                        + " in config.properties; by default the model's responseTimeout and " + QUEUE_S + " s).");
+            }
+        }
+    }
+
+    private void refuse(int status, String message) {
+        job.sendError(status, message); // claims it
+        dequeue();
+    }
+
+    private void dequeue() {
+        if (model != null) {
+            ModelQueue.remove(model, job);
+        }
+    }
+
+    /** Why no job of the model will be answered, or null. */
+    private static String whyHopeless(Model model) {
+        if (registered(model.getModelName(), model.getVersion()) != model) {
+            return "Version " + model.getVersion() + " of model \"" + model.getModelName() + "\" was unregistered.";
+        }
+        boolean served = ModelManager.getInstance().getWorkers(model.getModelVersionName()).stream()
+                .anyMatch(WorkerThread::isHealthy);
+        return served ? null : "Model \"" + model.getModelName() + "\" has no worker: it is scaled to 0, or its workers "
+                + "failed for longer than maxRetryTimeoutInSec in its model-config.yaml.";
+    }
+
+    private static Model registered(String name, String version) {
+        try {
+            return Objects.requireNonNull(ModelManager.getInstance()).getModel(name, version);
+        } catch (ModelVersionNotFoundException error) {
+            return null;
+        }
+    }
+}
