@@ -18,8 +18,11 @@ from torch import Tensor
 from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
-BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
-NUM_WARPS, NUM_STAGES = 4, 3
+NUM_WARPS = 4
+# Rows of the output per program, which loads the weights once, and Triton's stages; SMALL where LARGE would
+# leave fewer programs than MANY_PROGRAMS.
+LARGE, SMALL = (32, 1), (8, 3)
+MANY_PROGRAMS = 528  # four for each multiprocessor of an H100
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 OUTSIDE = tl.constexpr(-(2**30))
 
@@ -205,7 +208,10 @@ def focus_stem(
     output = torch.empty(
         (B, C2 or C1, H // 2, W // 2), dtype=dtype, device=pixels.device, memory_format=torch.channels_last
     )
-    grid = (2 * triton.cdiv(W // 4, BLOCK_X), triton.cdiv(H // 2, BLOCK_ROWS), B)
+    columns = 2 * triton.cdiv(W // 4, BLOCK_X)
+    many = columns * triton.cdiv(H // 2, LARGE[0]) * B >= MANY_PROGRAMS
+    block_rows, num_stages = LARGE if many else SMALL
+    grid = (columns, triton.cdiv(H // 2, block_rows), B)
     launch(
         focus_stem_kernel,
         grid,
@@ -217,10 +223,10 @@ def focus_stem(
         output,
         *(H, W, H // 2, W // 2, C1, C2),
         activation,
-        *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
+        *(BLOCK_X, BLOCK_Y, block_rows),
         *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
         dtype == torch.float16,
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=num_stages,
     )
     return output

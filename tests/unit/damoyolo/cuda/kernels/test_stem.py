@@ -79,6 +79,7 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
     return exact, own + inherited * (1 + torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("many_programs", [1, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "activation", "size_hw"),
@@ -90,10 +91,11 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
     ],
 )
 def test_the_kernel_agrees_with_the_plain_form(
-    channels, activation, size_hw, dtype, kernel_device, rounding_bound
+    channels, activation, size_hw, dtype, many_programs, kernel_device, rounding_bound, monkeypatch
 ):
     from damoyolo.cuda.kernels import stem_triton
 
+    monkeypatch.setattr(stem_triton, "MANY_PROGRAMS", many_programs)
     if kernel_device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter does not multiply bfloat16")
     images = pixels(2, *size_hw)
