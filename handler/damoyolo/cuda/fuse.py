@@ -23,7 +23,6 @@ from damoyolo.cuda.fused_conv import (
     FusedConv,
     FusedRepBlock,
     FusedResidualBlock,
-    RepBlockBranch,
     bias_of,
     frozen,
 )
@@ -56,7 +55,6 @@ class FuseOptions:
         three in one pass after it.
     channel_padding: the tensors inside a block get as many channels as cuDNN serves well; the added ones are
         zero.
-    last_sum: the sum of the last block of a fusion stage becomes part of the convolution that reads it.
     """
 
     stem: bool = True
@@ -65,7 +63,6 @@ class FuseOptions:
     merged_head: bool = True
     cudnn_epilogue: bool = True
     channel_padding: bool = True
-    last_sum: bool = True
 
 
 class FusedDamoYolo(DamoYolo):
@@ -99,8 +96,6 @@ def fuse(model: DamoYolo, options: FuseOptions | None = None) -> FusedDamoYolo:
     fuse_stem(fused.backbone, fuse_pointwise=options.stem)
     if options.pooling:
         replace_modules(fused, fused_pooling)
-    if options.last_sum:
-        fold_last_sums(fused)
     if options.pointwise:
         fuse_upsampling(cast(RepGfpn, fused.neck))
         replace_modules(fused, concat_free)
@@ -297,24 +292,6 @@ class ConcatFreeFusionStage(nn.Module):
         return self.conv3(*kept)  # -> B,out,h,w
 
 
-def fold_last_sums(model: nn.Module) -> None:
-    """Leave out the sum of the last block of each fusion stage, in place.
-
-    Exact: nothing but the last convolution reads the sum y = x + branch(x), and it also reads x, the output
-    of the block before. So W_x x + W_y y = (W_x + W_y) x + W_y branch(x).
-    """
-    for stage in model.modules():
-        if not isinstance(stage, FusionStage) or len(stage.convs) < 2:
-            continue
-        last, conv = stage.convs[-1], stage.conv3.conv
-        if isinstance(last, RepBlock):
-            channels = stage.conv2.conv.out_channels
-            weight = conv.weight.detach().clone()  # O,bypass + blocks * C,1,1
-            weight[:, -2 * channels : -channels] += weight[:, -channels:]
-            conv.weight = nn.Parameter(weight, requires_grad=False)
-            stage.convs[-1] = RepBlockBranch(last)
-
-
 class ConcatFreeCspStage(nn.Module):
     """`CspStage` without the concatenation and with its two projections as one."""
 
@@ -398,7 +375,7 @@ def fused_epilogue(module: nn.Module) -> nn.Module | None:
     """The fusion `cudnn_epilogue` of one module; None for others, such as depthwise convolutions."""
     if isinstance(module, ResidualBlock):
         return FusedResidualBlock(module)
-    if isinstance(module, RepBlock | RepBlockBranch):
+    if isinstance(module, RepBlock):
         return FusedRepBlock(module)
     if isinstance(module, ConvNormAct):
         return FusedConv(module.conv, ACTIVATION_NAMES[type(module.act)])

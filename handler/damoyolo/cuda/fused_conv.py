@@ -70,28 +70,13 @@ class FusedResidualBlock(nn.Module):
         return self.conv2(self.conv1(x), x if self.has_shortcut else None)
 
 
-class RepBlockBranch(nn.Module):
-    """The branch of a `RepBlock`, without the sum with its input."""
+class FusedRepBlock(nn.Module):
+    """`RepBlock` of fused convolutions; the sum follows an activation and stays a separate operation."""
 
     def __init__(self, block: RepBlock) -> None:
         super().__init__()
-        self.conv1 = block.conv1
-        self.conv2 = block.conv2
-        self.act = block.act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv1(self.act(self.conv2(x)))
-
-
-class FusedRepBlock(nn.Module):
-    """`RepBlock` of fused convolutions, or its branch; the sum follows an activation and stays separate."""
-
-    def __init__(self, block: RepBlock | RepBlockBranch) -> None:
-        super().__init__()
-        self.sums = isinstance(block, RepBlock)
         self.conv1 = FusedConv(block.conv1.conv, ACTIVATION_NAMES[type(block.conv1.act)])
         self.conv2 = FusedConv(cast(nn.Conv2d, block.conv2), ACTIVATION_NAMES[type(block.act)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.conv2(x))
-        return y.add_(x) if self.sums else y
+        return self.conv1(self.conv2(x)).add_(x)

@@ -38,7 +38,6 @@ FUSIONS_IN_ORDER = (
     "pooling",
     "stem",
     "channel_padding",
-    "last_sum",
 )
 NO_FUSIONS = FuseOptions(**dict.fromkeys(FUSIONS_IN_ORDER, False))
 # The step that the others are compared with: plain 16-bit PyTorch without launch gaps.

@@ -127,7 +127,7 @@ def distinct_layers(model: nn.Module, pixels_shape: tuple[int, int, int, int]) -
         counts[work] = counts.get(work, 0) + 1
 
     model = copy.deepcopy(model).to("meta")
-    adding = {block.conv1 for block in model.modules() if isinstance(block, FusedRepBlock) and block.sums}
+    adding = {block.conv1 for block in model.modules() if isinstance(block, FusedRepBlock)}
     for module in model.modules():
         if isinstance(module, FusedConv):
             module.register_forward_pre_hook(functools.partial(_record_conv, add, module in adding))

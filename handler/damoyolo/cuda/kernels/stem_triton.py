@@ -18,7 +18,12 @@ from torch import Tensor
 from damoyolo.cuda.kernels import Activation, launch
 
 BLOCK_X, BLOCK_Y = 32, 2  # of one matrix product: pixels of one kind, and rows
-BLOCK_ROWS = 8  # rows of the output per program, which loads the weights once
+NUM_WARPS = 4
+# Rows of the output per program, which loads the weights once, and Triton's stages; SMALL where LARGE would
+# leave fewer programs than MANY_PROGRAMS.
+LARGE, SMALL = (32, 1), (8, 3)
+MANY_PROGRAMS = 528  # four for each multiprocessor of an H100
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 OUTSIDE = tl.constexpr(-(2**30))
 
 
@@ -36,6 +41,40 @@ def byte_as_float(words, INDEX: tl.constexpr, DTYPE: tl.constexpr):
     # A byte or-ed into the mantissa of 1024.0 is exactly 1024 + byte; cheaper than a conversion.
     bits = ((words >> (8 * INDEX)) & 0xFF) | 0x6400
     return (bits.to(tl.int16).to(tl.float16, bitcast=True) - 1024.0).to(DTYPE)
+
+
+@triton.jit
+def bytes_plus_1024(words):
+    """The four bytes of each word, each plus 1024, in float16: exact, and one instruction for each byte."""
+    if INTERPRETED:
+        return (
+            byte_as_float(words, 0, tl.float16) + 1024.0,
+            byte_as_float(words, 1, tl.float16) + 1024.0,
+            byte_as_float(words, 2, tl.float16) + 1024.0,
+            byte_as_float(words, 3, tl.float16) + 1024.0,
+        )
+    else:
+        # A byte or-ed into the mantissa of 1024.0. Two words at a time: the same byte of both, then the rest.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t0, t1, t2, t3;
+            prmt.b32 t0, $4, $5, 0x4400;
+            prmt.b32 t1, $4, $5, 0x5511;
+            prmt.b32 t2, $4, $5, 0x6622;
+            prmt.b32 t3, $4, $5, 0x7733;
+            lop3.b32 $0, t0, 0x00FF00FF, 0x64006400, 0xEA;
+            lop3.b32 $1, t1, 0x00FF00FF, 0x64006400, 0xEA;
+            lop3.b32 $2, t2, 0x00FF00FF, 0x64006400, 0xEA;
+            lop3.b32 $3, t3, 0x00FF00FF, 0x64006400, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
@@ -69,6 +108,7 @@ def focus_stem_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C1: tl.constexpr,
     BLOCK_C2: tl.constexpr,
+    SHIFTED: tl.constexpr,  # bytes are multiplied as 1024 + byte, for which the bias makes up
 ):
     dtype: tl.constexpr = output.dtype.element_ty
     odd = tl.program_id(0) % 2
@@ -94,6 +134,10 @@ def focus_stem_kernel(
     weight_3 = load_weight(stem_weight, odd, 3, C1, BLOCK_C1)
     c1 = tl.arange(0, BLOCK_C1)
     bias_1 = tl.load(stem_bias + c1, mask=c1 < C1, other=0.0).to(tl.float32)
+    if SHIFTED:
+        total = tl.sum(weight_0.to(tl.float32), axis=0) + tl.sum(weight_1.to(tl.float32), axis=0)
+        total += tl.sum(weight_2.to(tl.float32), axis=0) + tl.sum(weight_3.to(tl.float32), axis=0)
+        bias_1 -= 1024 * total
     if C2 > 0:
         c2 = tl.arange(0, BLOCK_C2)
         has_point = (c1 < C1)[:, None] & (c2 < C2)[None, :]
@@ -106,10 +150,17 @@ def focus_stem_kernel(
         index = first_index + 2 * (first_y + step) * words_of_row
         inside = index.to(tl.uint32, bitcast=True) < words_of_image  # and not negative
         patch = tl.load(words + index, mask=inside, other=0)
-        sums = tl.dot(byte_as_float(patch, 0, dtype), weight_0)
-        sums = tl.dot(byte_as_float(patch, 1, dtype), weight_1, sums)
-        sums = tl.dot(byte_as_float(patch, 2, dtype), weight_2, sums)
-        sums = tl.dot(byte_as_float(patch, 3, dtype), weight_3, sums)
+        if SHIFTED:
+            b0, b1, b2, b3 = bytes_plus_1024(patch)
+            sums = tl.dot(b0, weight_0)
+            sums = tl.dot(b1, weight_1, sums)
+            sums = tl.dot(b2, weight_2, sums)
+            sums = tl.dot(b3, weight_3, sums)
+        else:
+            sums = tl.dot(byte_as_float(patch, 0, dtype), weight_0)
+            sums = tl.dot(byte_as_float(patch, 1, dtype), weight_1, sums)
+            sums = tl.dot(byte_as_float(patch, 2, dtype), weight_2, sums)
+            sums = tl.dot(byte_as_float(patch, 3, dtype), weight_3, sums)
         # Rounded between the two convolutions, as if it were stored in between.
         result = activated(sums + bias_1[None, :], ACTIVATION).to(dtype)
         exists = ((x < out_width) & (y < out_height))[:, None]
@@ -157,7 +208,10 @@ def focus_stem(
     output = torch.empty(
         (B, C2 or C1, H // 2, W // 2), dtype=dtype, device=pixels.device, memory_format=torch.channels_last
     )
-    grid = (2 * triton.cdiv(W // 4, BLOCK_X), triton.cdiv(H // 2, BLOCK_ROWS), B)
+    columns = 2 * triton.cdiv(W // 4, BLOCK_X)
+    many = columns * triton.cdiv(H // 2, LARGE[0]) * B >= MANY_PROGRAMS
+    block_rows, num_stages = LARGE if many else SMALL
+    grid = (columns, triton.cdiv(H // 2, block_rows), B)
     launch(
         focus_stem_kernel,
         grid,
@@ -169,8 +223,10 @@ def focus_stem(
         output,
         *(H, W, H // 2, W // 2, C1, C2),
         activation,
-        *(BLOCK_X, BLOCK_Y, BLOCK_ROWS),
+        *(BLOCK_X, BLOCK_Y, block_rows),
         *(max(16, triton.next_power_of_2(channels)) for channels in (C1, C2)),
-        num_warps=4,
+        dtype == torch.float16,
+        num_warps=NUM_WARPS,
+        num_stages=num_stages,
     )
     return output

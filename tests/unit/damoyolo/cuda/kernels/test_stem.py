@@ -63,8 +63,11 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
 
     hidden = stem(stem_weight, stem_bias, activation)
     magnitudes = stem(stem_weight.abs(), stem_bias.abs(), "none")
-    # A patch is read as 6 rows of 20 bytes, of which 2 are weighted by zero.
-    bound = rounding_bound(6 * 20, magnitudes, hidden, dtype)
+    if dtype == torch.float16:
+        # A byte enters as 1024 + byte, and the bias is lowered by 1024 times the sum of the weights.
+        magnitudes = magnitudes + 2 * 1024 * stem_weight.abs().sum(dim=(1, 2, 3))[:, None, None]
+    # A patch is read as 6 rows of 20 bytes, of which 2 are weighted by zero; as many weights are summed.
+    bound = rounding_bound(2 * 6 * 20, magnitudes, hidden, dtype)
     if point_weight is None or point_bias is None:
         return hidden, bound
     kernel = point_weight[:, :, None, None]
@@ -76,6 +79,7 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
     return exact, own + inherited * (1 + torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("many_programs", [1, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "activation", "size_hw"),
@@ -87,10 +91,11 @@ def exact_values_and_bound(images, parameters, activation, dtype, rounding_bound
     ],
 )
 def test_the_kernel_agrees_with_the_plain_form(
-    channels, activation, size_hw, dtype, kernel_device, rounding_bound
+    channels, activation, size_hw, dtype, many_programs, kernel_device, rounding_bound, monkeypatch
 ):
     from damoyolo.cuda.kernels import stem_triton
 
+    monkeypatch.setattr(stem_triton, "MANY_PROGRAMS", many_programs)
     if kernel_device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter does not multiply bfloat16")
     images = pixels(2, *size_hw)

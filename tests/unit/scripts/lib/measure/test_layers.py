@@ -15,9 +15,7 @@ from damoyolo.model.variants import VARIANTS
 
 @pytest.fixture(scope="module")
 def layers():
-    fused = fuse(
-        build_model(VARIANTS["S"], 3, folded=True), FuseOptions(channel_padding=False, last_sum=False)
-    )
+    fused = fuse(build_model(VARIANTS["S"], 3, folded=True), FuseOptions(channel_padding=False))
     return distinct_layers(fused, (2, 3, 640, 640))
 
 
