@@ -72,7 +72,7 @@ class Pipeline(Protocol):
 
 
 class EagerPipeline:
-    """A backend, then `postprocess`, with nothing captured or padded. On a GPU it takes batches of any size."""
+    """A backend, then `postprocess`, nothing captured or padded. On a GPU it takes batches of any size."""
 
     pixels = None
 

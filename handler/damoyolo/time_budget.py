@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from damoyolo.errors import BatchTimeError
 
-# Of the server's time for a batch. What has been begun is finished in the rest of that time: images of as many
-# pixels as fit max_decode_bytes, and one call of the network. docs/limits.md has measured times; the margin is
-# for slower machines and other work beside it.
+# Of the server's time for a batch. What has been begun is finished in the rest of that time: images of as
+# many pixels as fit max_decode_bytes, and one call of the network. docs/limits.md has measured times; the
+# margin is for slower machines and other work beside it.
 SHARE_OF_RESPONSE_TIMEOUT = 1 / 3
 
 
