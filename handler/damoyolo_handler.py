@@ -31,6 +31,7 @@ from damoyolo.model_card import describe_model
 from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
 from damoyolo.stage_timing import StageClock
+from damoyolo.time_budget import SHARE_OF_RESPONSE_TIMEOUT
 from damoyolo.worker_log import protect_log
 from damoyolo.worker_protocol import read_messages_in_large_pieces
 
@@ -71,6 +72,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         config = ServingConfig.from_mapping(settings)
         # A larger answer would end the worker. A server without this project's settings takes less.
         settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
+        # Before the server ends a worker whose batch takes too long, which costs all requests of the batch.
+        settings.setdefault("max_batch_seconds", _batch_seconds(context.model_yaml_config))
         _share_machine(device, config, _most_workers(context.model_yaml_config))
         model_dir = Path(properties["model_dir"])
         if device.type == "cuda":
@@ -164,6 +167,11 @@ def _most_workers(settings: Mapping[str, Any]) -> int:
     keeps the number of threads for which it has compiled the network.
     """
     return max(1, *(int(settings.get(key) or 1) for key in ("minWorkers", "maxWorkers")))
+
+
+def _batch_seconds(settings: Mapping[str, Any]) -> float:
+    """The time in which a batch may begin work; 0, no limit, if the archive has no responseTimeout."""
+    return SHARE_OF_RESPONSE_TIMEOUT * float(settings.get("responseTimeout") or 0)
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:

@@ -47,6 +47,9 @@ class ServingConfig:
         is room, and one that needs more is processed alone.
     max_response_bytes: largest answer; keep it below the server's max_response_size, beyond which the
         server ends the worker.
+    max_batch_seconds: after this time since a batch began, no further image is decoded, drawn or given to the
+        network, and its request gets 503; 0 is no limit. A worker takes a third of the model's
+        responseTimeout, at which the server ends it, unless the archive sets this.
     image_formats: accepted image formats, named as Pillow names them.
     decode_threads: images decoded at the same time in a worker; 0 takes one per core.
     compute_threads: threads of the network on a CPU; 0 takes the cores divided by maxWorkers.
@@ -87,6 +90,7 @@ class ServingConfig:
     max_instances_pixels: int = 64_000_000
     max_decode_bytes: int = 2 * 1024**3
     max_response_bytes: int = 32 * 1024 * 1024
+    max_batch_seconds: float = 0.0
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     decode_threads: int = 0
     compute_threads: int = 0
@@ -128,6 +132,7 @@ class ServingConfig:
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads", "device_turns"):
             _require_range(name, getattr(self, name), 0, 1024)
+        _require_range("max_batch_seconds", self.max_batch_seconds, 0.0, 86_400.0)
         _require_range("scaled_jpeg_decoding", self.scaled_jpeg_decoding, 0.0, 8.0)
         if not self.graph_batch_sizes:
             raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")

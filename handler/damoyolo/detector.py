@@ -23,6 +23,7 @@ from damoyolo.pipeline import open_pipeline
 from damoyolo.preprocess import ImagePreprocessor, PreparedBatch
 from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
+from damoyolo.time_budget import TimeBudget
 
 WEIGHTS_FILE = "damoyolo.pth"
 
@@ -31,6 +32,7 @@ class Detector:
     """DAMO-YOLO on one device.
 
     pipeline: the network and its postprocessing. preprocessor: decodes and resizes the images of a batch.
+    time_budget: of max_batch_seconds; it counts where the caller has entered its `batch`.
 
     Not thread-safe: one batch at a time.
     """
@@ -47,7 +49,8 @@ class Detector:
         preprocessor = (
             DevicePreprocessor if device.type == "cuda" and config.gpu_jpeg_decoding else ImagePreprocessor
         )
-        self.preprocessor = preprocessor(config, self.input_size_hw, device)
+        self.time_budget = TimeBudget(config.max_batch_seconds)
+        self.preprocessor = preprocessor(config, self.input_size_hw, device, self.time_budget)
 
     @classmethod
     def from_archive_dir(
@@ -114,6 +117,8 @@ class Detector:
             finally:
                 # The device computed this part while the host prepared the next.
                 outcomes += finish()
+            if first and self.time_budget.is_spent():
+                batch = _refuse_all(batch, self.time_budget.refusal())
             finish = self._start_batch(batch, options[part], time_stage)
         return outcomes + finish()
 
@@ -122,7 +127,7 @@ class Detector:
     ) -> Callable[[], list[Detections | RequestError]]:
         outcomes: dict[int, Detections | RequestError] = dict(batch.errors)
         if not batch.slots:
-            return lambda: list(outcomes.values())
+            return lambda: [outcomes[index] for index in sorted(outcomes)]
         slot_options = [options[slot] for slot in batch.slots]
         finish_pipeline = self.pipeline.start(batch.pixels, slot_options, batch.image_sizes_hw, time_stage)
 
@@ -154,6 +159,11 @@ class Detector:
     def close(self) -> None:
         """End the decoding threads."""
         self.preprocessor.close()
+
+
+def _refuse_all(batch: PreparedBatch, error: RequestError) -> PreparedBatch:
+    """The batch without images; those that could be decoded get the error."""
+    return PreparedBatch(batch.pixels[:0], [], [], batch.errors | dict.fromkeys(batch.slots, error))
 
 
 def _nothing() -> list[Detections | RequestError]:

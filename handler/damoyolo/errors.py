@@ -74,6 +74,14 @@ class InternalError(RequestError):
     kind = "InternalError"
 
 
+class BatchTimeError(RequestError):
+    """The batch has taken so long that this request was not begun; it may succeed when it is sent again."""
+
+    status = 503
+    reason = "Service Unavailable"
+    kind = "BatchTime"
+
+
 class DeviceMemoryError(RequestError):
     """The device has too little free memory even for this one request."""
 

@@ -22,6 +22,10 @@ from damoyolo.postprocess import postprocess
 from damoyolo.stage_timing import NETWORK, POSTPROCESS, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections, RawPredictions
 
+# Images of one call on a CPU. Larger calls are no faster there, and could not be ended when a batch takes too
+# long: 8 JSON requests of 16 images are 128 images.
+CPU_BATCH_SIZE = 16
+
 
 class Pipeline(Protocol):
     """The network and its postprocessing on one device. Not thread-safe.
@@ -68,13 +72,13 @@ class Pipeline(Protocol):
 
 
 class EagerPipeline:
-    """A backend, then `postprocess`, with nothing captured or padded. Takes batches of any size."""
+    """A backend, then `postprocess`, nothing captured or padded. On a GPU it takes batches of any size."""
 
-    max_batch_size = None
     pixels = None
 
     def __init__(self, backend: Backend, input_size_hw: tuple[int, int], max_candidates: int) -> None:
         self.backend = backend
+        self.max_batch_size = CPU_BATCH_SIZE if backend.device.type == "cpu" else None
         self.input_size_hw = input_size_hw
         self.max_candidates = max_candidates
 

@@ -27,6 +27,7 @@ from damoyolo.formats import EncodedImage, reduce_image
 from damoyolo.formats.essential import EssentialImage
 from damoyolo.memory_budget import MemoryBudget
 from damoyolo.orientation import OrientedImage, shown_pixels
+from damoyolo.time_budget import TimeBudget
 
 T = TypeVar("T")
 # Sizes (height, width) and errors, by slot.
@@ -53,15 +54,23 @@ class ImagePreprocessor:
     """Decodes and resizes batches of images for one network on one device. Thread-safe.
 
     input_size_hw: height and width of the network input in pixels.
+    time_budget: once it is spent, images are refused in place of decoded. None for no limit.
     """
 
-    def __init__(self, config: ServingConfig, input_size_hw: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ServingConfig,
+        input_size_hw: tuple[int, int],
+        device: torch.device,
+        time_budget: TimeBudget | None = None,
+    ) -> None:
         self.config = config
         self.input_size_hw = input_size_hw
         self.device = device
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         self._budget = MemoryBudget(config.max_decode_bytes)
+        self._time_budget = time_budget or TimeBudget()
         share = config.scaled_jpeg_decoding
         self._least_hw = (share * input_size_hw[0], share * input_size_hw[1]) if share else None
         prepare_decoders()  # now, not during a request
@@ -89,7 +98,7 @@ class ImagePreprocessor:
         def fill(encoded: EncodedImage, target: Tensor) -> tuple[int, int]:
             reduced = reduce_image(encoded, self.config)
             with self._budget.reserve(self._bytes_needed(reduced)):
-                _resize_into(decode_reduced(reduced, self.config, self._least_hw), target)
+                _resize_into(self._decode_in_time(reduced), target)
             return reduced.shown_size_hw
 
         outcomes = self._pool.map(outcome_of(fill), encoded_images, canvas)
@@ -147,7 +156,12 @@ class ImagePreprocessor:
 
     def _decode(self, image: EssentialImage) -> NDArray[np.uint8] | RequestError:
         with self._budget.reserve(image.decoding_bytes):
-            return outcome_of(decode_reduced)(image, self.config, self._least_hw)
+            return outcome_of(self._decode_in_time)(image)
+
+    def _decode_in_time(self, image: EssentialImage) -> NDArray[np.uint8]:
+        """Call with the memory reserved, because waiting for it takes time too."""
+        self._time_budget.check()
+        return decode_reduced(image, self.config, self._least_hw)
 
     def _bytes_needed(self, image: EssentialImage) -> int:
         """To decode and resize it: resizing first makes an image of its height and the network's width."""

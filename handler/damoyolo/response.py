@@ -6,8 +6,9 @@ import colorsys
 import functools
 import io
 import json
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,7 @@ def draw_detections(
     class_names: Sequence[str],
     output_format: Literal["jpeg", "png"],
     jpeg_quality: int,
+    max_bytes: int = sys.maxsize,
 ) -> bytes:
     """The image with boxes and labels, encoded; best detection on top, one colour per class.
 
@@ -71,9 +73,10 @@ def draw_detections(
     Args:
         image: (h, w, 3) uint8 R, G, B, the image that `detections` refers to; not changed.
         jpeg_quality: 1..95, for output format "jpeg".
+        max_bytes: encoding ends when the file becomes larger: it takes most of the time.
 
     Raises:
-        ImageTooLargeError: a side is longer than JPEG can hold.
+        ImageTooLargeError: a side is longer than JPEG can hold, or the file has more than `max_bytes`.
     """
     height, width = image.shape[:2]
     if output_format == "jpeg" and max(height, width) > _JPEG_MAX_SIDE:
@@ -100,12 +103,35 @@ def draw_detections(
     for (x1, y1, _, _), class_id, score in drawn:  # after all boxes, so that no line crosses a label
         label = f"{class_names[class_id]} {score:.2f}"
         _draw_label(draw, (x1, y1), label, font, class_colour_rgb(class_id), (width, height))
-    encoded = io.BytesIO()
+    encoded = _BoundedFile(output_format, max_bytes)
     if output_format == "jpeg":
         canvas.save(encoded, "JPEG", quality=jpeg_quality)
     else:
         canvas.save(encoded, "PNG", compress_level=1)  # 1080p: 0.16 s, against 1.1 s at the default level 6
     return encoded.getvalue()
+
+
+def answer_too_large(output_format: OutputFormat, max_bytes: int) -> ImageTooLargeError:
+    """The error of an answer of more than `max_bytes`."""
+    return ImageTooLargeError(
+        f"the answer as {output_format} has more than {max_bytes} bytes, the most that are sent (settings "
+        "max_response_bytes of the archive and max_response_size of the server); format jpeg is smaller than "
+        "png, and json smaller than both"
+    )
+
+
+class _BoundedFile(io.BytesIO):
+    """A file in memory that refuses to grow beyond a limit."""
+
+    def __init__(self, output_format: OutputFormat, max_bytes: int) -> None:
+        super().__init__()
+        self._output_format = output_format
+        self._max_bytes = max_bytes
+
+    def write(self, data: Any, /) -> int:
+        if self.tell() + len(data) > self._max_bytes:
+            raise answer_too_large(self._output_format, self._max_bytes)
+        return super().write(data)
 
 
 def class_colour_rgb(class_id: int) -> tuple[int, int, int]:

@@ -13,7 +13,6 @@ from damoyolo.detector import Detector
 from damoyolo.errors import (
     DeviceLostError,
     DeviceMemoryError,
-    ImageTooLargeError,
     InternalError,
     RequestError,
 )
@@ -24,6 +23,7 @@ from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.response import (
     CONTENT_TYPES,
     DRAWING_BYTES_PER_PIXEL,
+    answer_too_large,
     draw_detections,
     format_error,
     format_json,
@@ -79,6 +79,15 @@ class DetectionService:
         Raises:
             DeviceLostError: this process cannot answer any further batch.
         """
+        with self.detector.time_budget.batch():
+            return self._answer(rows, headers, time_stage)
+
+    def _answer(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        headers: Sequence[Mapping[str, Any]],
+        time_stage: StageTimer,
+    ) -> list[Answer]:
         with time_stage(PARSE):
             requests = [self._parse(row, head) for row, head in zip(rows, headers, strict=True)]
         readable = [request for request in requests if isinstance(request, ImageRequest)]
@@ -196,9 +205,15 @@ class DetectionService:
             with self._drawing_budget.reserve(
                 reduced.decoding_bytes + DRAWING_BYTES_PER_PIXEL * reduced.pixels
             ):
+                self.detector.time_budget.check()  # waiting for the memory takes time too
                 image = decode_reduced(reduced, config)
                 body = draw_detections(
-                    image, detections[0], config.class_names, request.output_format, config.jpeg_quality
+                    image,
+                    detections[0],
+                    config.class_names,
+                    request.output_format,
+                    config.jpeg_quality,
+                    config.max_response_bytes,
                 )
         elif text is not None:
             body = text
@@ -207,12 +222,7 @@ class DetectionService:
         else:
             body = format_json(detections[0], config.class_names)
         if len(body) > config.max_response_bytes:
-            raise ImageTooLargeError(
-                f"the answer as {request.output_format} has {len(body)} bytes; at most "
-                f"{config.max_response_bytes} are sent (settings max_response_bytes of the archive and "
-                "max_response_size of the server); "
-                "format jpeg is smaller than png, and json smaller than both"
-            )
+            raise answer_too_large(request.output_format, config.max_response_bytes)
         return Answer(body, CONTENT_TYPES[request.output_format])
 
     def close(self) -> None:

@@ -140,6 +140,36 @@ def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(service
     assert seen == [12, 3, 3, 1, 5]
 
 
+@pytest.mark.parametrize(
+    ("settings", "handler_settings", "expected"),
+    [
+        ({"responseTimeout": 30}, {}, 10.0),
+        ({}, {}, 0.0),
+        ({"responseTimeout": 30}, {"max_batch_seconds": 25}, 25.0),
+        ({"responseTimeout": 30}, {"max_batch_seconds": 0}, 0.0),
+    ],
+)
+def test_a_batch_may_begin_work_in_a_third_of_the_servers_time_or_as_the_archive_says(
+    service, monkeypatch, settings, handler_settings, expected
+):
+    seen = []
+
+    class StopHereError(Exception):
+        pass
+
+    def from_settings(found, *_):
+        seen.append(ServingConfig.from_mapping(found).max_batch_seconds)
+        raise StopHereError
+
+    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", from_settings)
+    monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
+    handler = {**service.context.model_yaml_config["handler"], **handler_settings}
+    monkeypatch.setattr(service.context, "model_yaml_config", {**settings, "handler": handler})
+    with pytest.raises(StopHereError):
+        DamoYoloHandler().initialize(service.context)
+    assert seen == [pytest.approx(expected)]
+
+
 def wire_request(name, body, headers=None):
     """A request as the worker's protocol hands it over."""
     return {

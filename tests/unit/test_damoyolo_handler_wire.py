@@ -33,6 +33,7 @@ class ScriptedDetector:
     def __init__(self, detector):
         self.config = detector.config
         self.device = detector.device
+        self.time_budget = detector.time_budget
 
     def detect(self, images, options, time_stage):
         if any(image[:1] == b"!" for image in images):

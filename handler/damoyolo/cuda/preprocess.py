@@ -39,6 +39,7 @@ from damoyolo.preprocess import (
     split_outcomes,
     upload,
 )
+from damoyolo.time_budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,17 @@ class DevicePreprocessor(ImagePreprocessor):
     """Decodes and resizes batches of images for one network on one CUDA device. Thread-safe.
 
     input_size_hw: height and width of the network input in pixels.
+    time_budget: once it is spent, images are refused in place of decoded. None for no limit.
     """
 
-    def __init__(self, config: ServingConfig, input_size_hw: tuple[int, int], device: torch.device) -> None:
-        super().__init__(config, input_size_hw, device)
+    def __init__(
+        self,
+        config: ServingConfig,
+        input_size_hw: tuple[int, int],
+        device: torch.device,
+        time_budget: TimeBudget | None = None,
+    ) -> None:
+        super().__init__(config, input_size_hw, device, time_budget)
         self._max_device_pixels = min(config.max_image_pixels, MAX_DEVICE_PIXELS)
         # nvJPEG's hardware writes its results when it is called, whatever is queued on the stream (seen on
         # H100), so it must never be given memory that a queued kernel has yet to read. The allocator keeps
@@ -149,7 +157,7 @@ class DevicePreprocessor(ImagePreprocessor):
         self, encoded_images: Sequence[EncodedImage], headers: dict[int, JpegHeader]
     ) -> dict[int, OrientedImage]:
         """The images that could be decoded, by slot: nvJPEG refuses a whole batch for one bad image."""
-        if not headers:
+        if not headers or self._time_budget.is_spent():  # the threads then refuse the images
             return {}
         self._release_what_has_been_read()
         buffers = [_as_tensor(encoded_images[slot]) for slot in headers]

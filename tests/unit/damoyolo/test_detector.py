@@ -10,9 +10,10 @@ import torch
 
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
-from damoyolo.pipeline import EagerPipeline
+from damoyolo.pipeline import CPU_BATCH_SIZE, EagerPipeline
 from damoyolo.preprocess import PreparedBatch
 from damoyolo.structures import Detections, RawPredictions
+from damoyolo.time_budget import TimeBudget
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +173,8 @@ class RecordedParts:
         return finish
 
 
-def detect_in_parts(parts, images):
-    detector = SimpleNamespace(pipeline=parts, preprocessor=parts)
+def detect_in_parts(parts, images, time_budget=None):
+    detector = SimpleNamespace(pipeline=parts, preprocessor=parts, time_budget=time_budget or TimeBudget())
     detector._start_batch = functools.partial(Detector._start_batch, detector)
     return Detector.detect(detector, images, list(range(len(images))))
 
@@ -197,3 +198,48 @@ def test_a_part_is_finished_although_the_next_cannot_be_prepared():
     with pytest.raises(RuntimeError, match="out of memory"):
         detect_in_parts(parts, ["a", "b", "fails"])
     assert parts.done[-1] == "finish ['a', 'b']"
+
+
+def test_parts_that_the_network_has_not_begun_in_time_get_503_and_those_before_are_finished():
+    seconds = [0.0]
+    budget = TimeBudget(10, lambda: seconds[0])
+
+    class SlowParts(RecordedParts):
+        def prepare(self, images, out):
+            seconds[0] += 6
+            return super().prepare(images, out)
+
+    parts = SlowParts()
+    with budget.batch():
+        outcomes = detect_in_parts(parts, ["a", "b", "c", "bad", "d"], budget)
+    assert outcomes[:2] == ["a 0", "b 1"]
+    assert outcomes[3] == "error"
+    assert [outcomes[slot].status for slot in (2, 4)] == [503, 503]
+    assert [done for done in parts.done if done.startswith("start")] == ["start ['a', 'b']"]
+
+
+def test_the_first_part_goes_to_the_network_however_long_its_images_took():
+    seconds = [0.0]
+    budget = TimeBudget(10, lambda: seconds[0])
+    with budget.batch():
+        seconds[0] = 20
+        assert detect_in_parts(RecordedParts(), ["a", "bad"], budget) == ["a 0", "error"]
+
+
+def test_a_cpu_gets_many_images_in_several_calls(detector, smears, monkeypatch):
+    seen = []
+    backend = detector.pipeline.backend
+    monkeypatch.setattr(
+        detector.pipeline, "backend", lambda pixels: seen.append(len(pixels)) or backend(pixels)
+    )
+    count = CPU_BATCH_SIZE + 1
+    outcomes = detector.detect(
+        [b"bad", *smears[:1] * count], [detector.config.default_options()] * (count + 1)
+    )
+    assert seen == [CPU_BATCH_SIZE - 1, 2]
+    assert isinstance(outcomes[-1], Detections)
+
+
+def test_a_command_has_no_limit_of_time(detector):
+    assert detector.time_budget.limit_s == 0
+    assert detector.pipeline.max_batch_size == CPU_BATCH_SIZE

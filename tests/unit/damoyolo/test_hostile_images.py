@@ -20,6 +20,7 @@ from damoyolo.formats import reduce_image
 from damoyolo.preprocess import ImagePreprocessor
 from damoyolo.service import DetectionService
 from damoyolo.structures import Detections
+from damoyolo.time_budget import TimeBudget
 from doubles import hostile_images as hostile
 from doubles.images import encode, exif, make_pixels
 
@@ -183,6 +184,7 @@ class DecodingDetector:
 
     config = CONFIG
     device = torch.device("cpu")
+    time_budget = TimeBudget()
 
     def __init__(self):
         self.preprocessor = ImagePreprocessor(CONFIG, (64, 64), self.device)

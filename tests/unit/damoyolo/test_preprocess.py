@@ -10,6 +10,7 @@ from PIL import Image
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
 from damoyolo.preprocess import ImagePreprocessor, scale_factors_xyxy
+from damoyolo.time_budget import TimeBudget
 from doubles.images import encode, exif, make_pixels, png_of_header_only
 
 CONFIG = ServingConfig()
@@ -230,3 +231,27 @@ def test_a_lack_of_memory_is_not_blamed_on_an_image(on_cpu, monkeypatch):
     for _ in range(3):  # the bytes of the budget are given back
         with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
             on_cpu.prepare([encode(make_pixels(8, 8))])
+
+
+@pytest.mark.parametrize("kind", [ImagePreprocessor, UploadingPreprocessor])
+@pytest.mark.parametrize("limit_s", [0, 10])
+def test_images_that_are_not_begun_in_time_get_503_and_those_before_succeed(kind, limit_s, monkeypatch):
+    seconds = [0.0]
+
+    def decode(*_):
+        seconds[0] += 6
+        return np.zeros((50, 50, 3), np.uint8)
+
+    monkeypatch.setattr("damoyolo.preprocess.decode_reduced", decode)
+    budget = TimeBudget(limit_s, lambda: seconds[0])
+    preprocessor = kind(ServingConfig(decode_threads=1), INPUT_SIZE_HW, CPU, budget)
+    images = [encode(make_pixels(50, 50), "PNG")] * 4
+    with budget.batch():
+        batch = preprocessor.prepare(images)
+    after = preprocessor.prepare(images)  # in no batch
+    preprocessor.close()
+    assert batch.slots == ([0, 1] if limit_s else [0, 1, 2, 3])
+    assert {slot: error.status for slot, error in batch.errors.items()} == (
+        {2: 503, 3: 503} if limit_s else {}
+    )
+    assert after.slots == [0, 1, 2, 3]

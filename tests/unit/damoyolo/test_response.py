@@ -15,6 +15,7 @@ from damoyolo.response import (
     format_json_predictions,
 )
 from damoyolo.structures import Detections
+from doubles.images import make_pixels
 
 CLASS_NAMES = ("cell", 'a "quoted", name', "Zelle größer 細胞")
 GREY = np.full((120, 200, 3), 128, dtype=np.uint8)
@@ -188,3 +189,13 @@ def test_every_class_keeps_its_own_colour():
     assert len(set(colours)) == 80
     neighbours = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)
     assert neighbours.min() > 100
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg"])
+def test_a_file_that_becomes_too_large_is_not_written_to_its_end(output_format):
+    image = make_pixels(200, 300)
+    arguments = (image, make_detections([]), CLASS_NAMES, output_format, 90)
+    size = len(draw_detections(*arguments))
+    assert len(draw_detections(*arguments, size)) == size
+    with pytest.raises(ImageTooLargeError, match=f"more than {size - 1} bytes"):
+        draw_detections(*arguments, size - 1)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, DeviceLostError
 from damoyolo.service import DetectionService
 from damoyolo.structures import Detections
+from damoyolo.time_budget import TimeBudget
 from doubles.images import encode_jpeg
 
 IMAGE = encode_jpeg(Image.new("RGB", (64, 48), (10, 20, 30)))
@@ -28,6 +30,7 @@ class ScriptedDetector:
         self.device = torch.device("cpu")
         self.failure = failure
         self.batch_sizes = []
+        self.time_budget = TimeBudget()
 
     def detect(self, images, options, time_stage):
         assert len(images) == len(options)
@@ -211,3 +214,29 @@ def test_every_stage_is_timed(services):
 
     services().answer([{"body": bytearray(IMAGE)}], [{}], time_stage)
     assert seen == ["parse", "respond"]
+
+
+def test_images_that_are_not_drawn_in_time_get_503_and_neighbours_their_answers(services, monkeypatch):
+    seconds = [0.0]
+    service = services()
+    service.detector.time_budget = TimeBudget(5, lambda: seconds[0])
+
+    def decode(*_):
+        seconds[0] += 3
+        return np.zeros((48, 64, 3), np.uint8)
+
+    monkeypatch.setattr("damoyolo.service.decode_reduced", decode)
+    service._drawing_pool.shutdown()
+    service._drawing_pool = ThreadPoolExecutor(1)
+    rows = [{"body": bytearray(IMAGE)}] * 4
+    for _ in range(2):  # each batch has its own time
+        answers = service.answer(rows, [{"Accept": "image/png"}] * 3 + [{}])
+        assert [each.error and (each.error.status, each.error.kind) for each in answers] == [
+            None,
+            None,
+            (503, "BatchTime"),
+            None,
+        ]
+    assert "longer than 5 s" in str(answers[2].error)
+    assert "max_batch_seconds" in str(answers[2].error)
+    assert json.loads(answers[2].body)["code"] == 503

@@ -18,6 +18,7 @@ from damoyolo.cuda.preprocess import DevicePreprocessor
 from damoyolo.decode import decode_reduced
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
 from damoyolo.preprocess import ImagePreprocessor
+from damoyolo.time_budget import TimeBudget
 from doubles.images import encode, encode_jpeg, exif, make_pixels
 
 CONFIG = ServingConfig()
@@ -218,6 +219,21 @@ def test_several_threads_may_prepare_at_once(preprocessor):
     with ThreadPoolExecutor(4) as pool:
         for batch in pool.map(preprocessor.prepare, [MIXED] * 12):
             assert torch.equal(batch.pixels, expected)
+
+
+def test_after_the_time_of_a_batch_neither_decoder_begins_an_image(decoder):
+    seconds = [0.0]
+    budget = TimeBudget(10, lambda: seconds[0])
+    preprocessor = DevicePreprocessor(CONFIG, INPUT_SIZE_HW, CPU, budget)
+    with budget.batch():
+        assert preprocessor.prepare(MIXED).errors == {}
+        decoder.batch_sizes.clear()
+        seconds[0] = 10.0
+        batch = preprocessor.prepare([*MIXED, b"bad"])
+    preprocessor.close()
+    assert decoder.batch_sizes == []
+    assert batch.slots == []
+    assert [error.status for error in batch.errors.values()] == [503] * len(MIXED) + [415]
 
 
 def test_images_that_do_not_fit_the_memory_together_are_prepared_one_after_the_other(preprocessor, decoder):
