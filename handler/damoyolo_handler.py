@@ -19,7 +19,7 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from damoyolo.config import ServingConfig
+from damoyolo.config import MAX_BATCH_SECONDS, ServingConfig
 from damoyolo.counters import CounterKey, CounterTotals
 from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
@@ -38,6 +38,7 @@ from damoyolo.worker_protocol import read_messages_in_large_pieces
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
+DEFAULT_RESPONSE_TIMEOUT_S = 120  # TorchServe's, for a model-config.yaml without one
 # Counters of the handler: unit, and dimensions after those of every metric. deploy/metrics.yaml declares them
 # to the server; a server without that file drops them unless model_metrics_auto_detect is set.
 COUNTERS = {
@@ -170,8 +171,9 @@ def _most_workers(settings: Mapping[str, Any]) -> int:
 
 
 def _batch_seconds(settings: Mapping[str, Any]) -> float:
-    """The time in which a batch may begin work; 0, no limit, if the archive has no responseTimeout."""
-    return SHARE_OF_RESPONSE_TIMEOUT * float(settings.get("responseTimeout") or 0)
+    """The time in which a batch may begin work."""
+    seconds = float(settings.get("responseTimeout") or DEFAULT_RESPONSE_TIMEOUT_S)
+    return min(MAX_BATCH_SECONDS, SHARE_OF_RESPONSE_TIMEOUT * seconds)
 
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
     images = sorted((PROJECT_DIR / "tests" / "data" / "smears").glob("*.jpg"))
     mixture = mixed_requests(arguments.archive, images, arguments.requests, arguments.bad_share)
     served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
-    rate_per_s = None
+    rate_per_s, measured = None, None
     if arguments.rate_share is not None:
         measured = soak(served, mixture, arguments.clients, RATE_MEASURED_S)
         rate_per_s = arguments.rate_share * max(1, len(measured.answers)) / RATE_MEASURED_S
@@ -45,6 +45,8 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{rate_per_s:.1f} requests/s, {arguments.rate_share:.0%} of what the server answers", flush=True
         )
     record = soak(served, mixture, arguments.clients, arguments.minutes * 60, rate_per_s)
+    if measured is not None:
+        record.problems.update(measured.problems)
     growth = record.p99_growth()
     if growth is not None and growth > MAX_P99_GROWTH:
         record.problems["p99 grew"] += 1

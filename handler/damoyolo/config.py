@@ -14,6 +14,7 @@ SETTINGS_FILE = "model-config.yaml"
 BACKENDS = ("auto", "pytorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
 CUDA_SYNCS = ("auto", "blocking", "spin")
+MAX_BATCH_SECONDS = 86_400.0
 # Former names, refused with the present one.
 RENAMED_SETTINGS = {"device_wait": "cuda_sync (and its value sleep is now blocking)"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # names as Pillow gives them
@@ -64,7 +65,7 @@ class ServingConfig:
         kernels compete; 0 is all of them.
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
-        at least this share of the network's input; 0 decodes all in full (docs/performance.md has the AP).
+        at least this share of the network's input; 0 decodes all in full (docs/served.md has the AP).
     cpu_jpeg_share: with gpu_jpeg_decoding, the share of the JPEGs that scaled_jpeg_decoding applies to which
         the CPU decodes while the GPU decodes the others.
     jpeg_quality: of drawn images, 1..95.
@@ -108,6 +109,10 @@ class ServingConfig:
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("cuda_sync", self.cuda_sync, CUDA_SYNCS)
+        if self.cpu_jpeg_share and not self.scaled_jpeg_decoding:
+            raise ConfigError(
+                "cpu_jpeg_share has no effect without scaled_jpeg_decoding; set both or neither"
+            )
         for name in self.image_formats:
             _require_choice("image_formats", name, IMAGE_FORMATS)
         for name in ("score_threshold", "iou_threshold", "cpu_jpeg_share"):
@@ -132,7 +137,7 @@ class ServingConfig:
         _require_range("jpeg_quality", self.jpeg_quality, 1, 95)
         for name in ("decode_threads", "compute_threads", "device_turns"):
             _require_range(name, getattr(self, name), 0, 1024)
-        _require_range("max_batch_seconds", self.max_batch_seconds, 0.0, 86_400.0)
+        _require_range("max_batch_seconds", self.max_batch_seconds, 0.0, MAX_BATCH_SECONDS)
         _require_range("scaled_jpeg_decoding", self.scaled_jpeg_decoding, 0.0, 8.0)
         if not self.graph_batch_sizes:
             raise ConfigError("graph_batch_sizes is empty; set cuda_graphs to false to run without graphs")

@@ -53,24 +53,26 @@ class MessageReader:
         return requests
 
     def _int(self) -> int:
-        end = self._position + _INT.size
-        if end > len(self._received):
-            self._receive(end)
+        self._receive(_INT.size)
         (value,) = _INT.unpack_from(self._received, self._position)
-        self._position = end
+        self._position += _INT.size
         return int(value)
 
     def _bytes(self, length: int) -> bytearray:
+        self._receive(length)
         end = self._position + length
-        if end > len(self._received):
-            self._receive(end)
         value = self._received[self._position : end]
         self._position = end
         return value
 
-    def _receive(self, end: int) -> None:
-        """Fetch until `end` bytes are there."""
-        while len(self._received) < end:
+    def _receive(self, needed: int) -> None:
+        """Fetch until so many bytes beyond the position are there."""
+        if self._position + needed <= len(self._received):
+            return
+        # What has been read is dropped, so that a batch is not held twice.
+        del self._received[: self._position]
+        self._position = 0
+        while len(self._received) < needed:
             piece = self._connection.recv(RECEIVE_BYTES)
             if not piece:
                 logging.info("Frontend disconnected.")

@@ -9,7 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,24 +307,6 @@ def test_a_version_that_clients_name_in_their_requests_is_not_removed(served, ru
     assert load.problems == []
     code, printed = run_deploy("scale", 1)
     assert (code, set(registered(served)[0])) == (0, {"9.0"}), printed
-
-
-@pytest.mark.slow
-def test_workers_that_do_not_start_leave_the_number_as_it_was(served, run_deploy, expected):
-    (versions, default) = registered(served)
-    worker = describe_model(served.management_url, "damoyolo")["workers"][0]
-    # A worker that starts from now on fails, those that serve have read the file.
-    settings = Path(f"/proc/{worker['pid']}/cwd/model-config.yaml")
-    text = settings.read_text()
-    settings.write_text(text.replace("variant: S", "variant: T"))
-    try:
-        with constant_load(served.url, expected) as load:
-            code, printed = run_deploy("scale", versions[default] + 1)
-            assert (code, "the settings are for variant T" in printed) == (1, True), printed
-            wait_until(lambda: registered(served) == (versions, default), "the former number of workers")
-        assert load.problems == []
-    finally:
-        settings.write_text(text)
 
 
 @pytest.mark.slow

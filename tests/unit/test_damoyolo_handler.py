@@ -144,7 +144,8 @@ def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(service
     ("settings", "handler_settings", "expected"),
     [
         ({"responseTimeout": 30}, {}, 10.0),
-        ({}, {}, 0.0),
+        ({}, {}, 40.0),
+        ({"responseTimeout": 10**6}, {}, 86_400.0),
         ({"responseTimeout": 30}, {"max_batch_seconds": 25}, 25.0),
         ({"responseTimeout": 30}, {"max_batch_seconds": 0}, 0.0),
     ],

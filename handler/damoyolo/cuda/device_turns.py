@@ -2,12 +2,11 @@
 
 Many networks at the same time slow each other down: their kernels compete for the multiprocessors and the
 cache, and every batch takes as long as all of them together. One alone leaves the device idle until the next
-worker has seen that its turn has come, so two at a time are best (docs/performance.md).
+worker has seen that its turn has come, so two at a time are best (docs/served.md).
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import logging
@@ -63,9 +62,15 @@ class DeviceTurns:
         while self._files:
             # No call waits for one of several files, nor with a time limit.
             for file in self._files:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
+                except BlockingIOError:
+                    continue
+                except OSError as error:  # of a file system without locks
+                    logger.warning("the workers of a device do not take turns: %s", error)
+                    self.close()
+                    return _nothing
+                return functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
             if time.monotonic() > deadline_s:
                 self._warn_once()
                 break

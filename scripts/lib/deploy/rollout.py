@@ -104,7 +104,10 @@ class Rollout:
         self._replace(served, self._store.path(record.previous), max(1, served.wanted_workers), added)
 
     def scale(self, workers: int) -> None:
-        """Serve the same archive with another number of workers.
+        """Serve the same archive with another number of workers, in a version of its own.
+
+        TorchServe's own scaling would end workers whatever they are doing, also those of a number that could
+        not be reached, and new workers would share the cores by the number in the unpacked archive.
 
         Raises:
             ScriptError: they do not start; the number is as before.
@@ -113,32 +116,11 @@ class Rollout:
         served, record = self._served(), self._store.read_record()
         if served.has_ready(workers):
             self._say(f"version {served.version} has {workers} workers already")
-        elif workers >= served.wanted_workers:
-            self._scale_up(served, workers)
-        else:
-            self._management.require_registration()
-            version = self._free_version(served.version, record)
-            added = dataclasses.replace(
-                record, adding=version, kept=record.previous, added_source=record.source
-            )
-            self._replace(served, self._keep(served), workers, added)
-
-    def _scale_up(self, served: ModelVersion, workers: int) -> None:
-        """Add workers to the served version, in whose files the number is noted as well."""
-        archive = self._keep(served)
-        follows = self._store.startup_follows(archive)
-        self._management.scale(served.version, workers)
-        try:
-            self._waiter.wait_until_ready(served.version, workers)
-        except BaseException:
-            # TorchServe ends the latest workers first: those that did not get ready.
-            self._management.scale(served.version, served.wanted_workers)
-            self._say(f"back to {served.wanted_workers} workers")
-            raise
-        self._store.add(archive, served.version, workers)
-        if follows:
-            self._store.set_startup(served.version)
-        self._say(f"version {served.version} has {workers} workers")
+            return
+        self._management.require_registration()
+        version = self._free_version(served.version, record)
+        added = dataclasses.replace(record, adding=version, kept=record.previous, added_source=record.source)
+        self._replace(served, self._keep(served), workers, added)
 
     def _replace(self, served: ModelVersion, archive: Path, workers: int, record: Record) -> None:
         """Add an archive, make it the default, and remove the served version.
@@ -199,7 +181,7 @@ class Rollout:
         if replaced in self._management.versions():
             self._wait_until_idle(replaced)
             self._waiter.remove(replaced)
-        if record.startup:
+        if record.startup and self._store.path(version).is_file():
             self._store.set_startup(version)
         else:
             self._say(f"{self._store.startup_path} is not what was served, and is left as it is")

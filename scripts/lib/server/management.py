@@ -142,12 +142,16 @@ class Management:
         return card if isinstance(card, dict) else {}
 
     def pinned_requests(self, version: str) -> float:
-        """How many requests named this version in their address so far; 0 where the server does not count."""
+        """How many requests named this version in their address so far; 0 where the server does not count.
+
+        Raises:
+            ScriptError: the server does not say.
+        """
         try:
             page = self._session.get(f"{self.metrics_url}/metrics", timeout=TIMEOUT_S)
             families = list(text_string_to_metric_families(page.text)) if page.status_code == 200 else []
-        except (requests.RequestException, ValueError):
-            return 0.0
+        except (requests.RequestException, ValueError) as error:
+            raise ScriptError(f"{self.metrics_url}/metrics cannot be read: {error}") from error
         wanted = {"model_name": self.model_name, "model_version": version}
         return sum(
             sample.value

@@ -58,6 +58,9 @@ final class ClientLimits extends IdleStateHandler {
         if (!gate.isReceiving()) {
             return;
         }
+        if (!gate.hasHeaders() && gate.isWaitingForAnswer()) { // bytes behind a request must not cost its answer
+            startNs = System.nanoTime();
+        }
         if (remainingNs() > 0) { // another request, or more of the same
             scheduleCheck(context);
         } else {

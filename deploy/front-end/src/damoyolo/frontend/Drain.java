@@ -95,15 +95,18 @@ final class Drain {
             LOGGER.warn("{} requests are not answered in time and get 503", open);
         }
         refusing = true;
-        PendingJob.refuseAll("The server ends; its time for answers (" + Setting.DRAIN_GRACE_S.key() + ") is over.");
-        pause(FLUSH_MS);
         Thread halt = new Thread(() -> {
             pause(HALT_MS);
             Runtime.getRuntime().halt(EXIT_CODE);
         }, "drain-halt");
         halt.setDaemon(true);
         halt.start();
-        System.exit(EXIT_CODE);
+        try {
+            PendingJob.refuseAll("The server ends; its time for answers (" + Setting.DRAIN_GRACE_S.key() + ") is over.");
+            pause(FLUSH_MS);
+        } finally {
+            System.exit(EXIT_CODE);
+        }
     }
 
     private static void pause(long milliseconds) {

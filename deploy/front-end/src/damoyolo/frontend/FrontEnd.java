@@ -82,14 +82,23 @@ public final class FrontEnd extends ModelServerEndpoint {
     }
 
     private static void sweep() {
+        ModelManager manager = ModelManager.getInstance();
+        if (manager != null) { // null while the server starts
+            attempt(PendingJob::sweep);
+            attempt(() -> ModelHealth.sweep(manager));
+        }
+    }
+
+    /** Whatever is thrown, OutOfMemoryError included, would end the schedule, and with it every time limit. */
+    static void attempt(Runnable task) {
         try {
-            ModelManager manager = ModelManager.getInstance();
-            if (manager != null) { // null while the server starts
-                PendingJob.sweep();
-                ModelHealth.sweep(manager);
+            task.run();
+        } catch (Throwable error) {
+            try {
+                LOGGER.warn("Open requests could not be checked because of {}", ErrorAnswer.describe(error));
+            } catch (Throwable again) {
+                // No memory to say so.
             }
-        } catch (RuntimeException error) { // would end the schedule
-            LOGGER.warn("Open requests could not be checked because of {}", ErrorAnswer.describe(error));
         }
     }
 

@@ -35,7 +35,8 @@ public final class GrpcJob extends GRPCJob {
                 input.updateHeaders(name, metadata.get(Metadata.Key.of(name, Metadata.ASCII_STRING_MARSHALLER)));
             }
         }
-        pending = PendingJob.add(this);
+        pending = PendingJob.of(this);
+        pending.register();
         call.waitFor(pending);
     }
 

@@ -64,12 +64,13 @@ public final class GrpcService implements BindableService {
         @Override
         public <Q, A> ServerCall.Listener<Q> interceptCall(
                 ServerCall<Q, A> call, Metadata metadata, ServerCallHandler<Q, A> next) {
+            GrpcCall state = new GrpcCall(metadata); // counted before the look, so that the drain sees what was let in
             if (Drain.isRefusing()) {
                 Drain.refused();
+                state.end();
                 call.close(Status.UNAVAILABLE.withDescription("The server is about to end."), new Metadata());
                 return new ServerCall.Listener<Q>() {};
             }
-            GrpcCall state = new GrpcCall(metadata);
             ServerCall<Q, A> checked = new SimpleForwardingServerCall<Q, A>(call) {
                 @Override
                 public void close(Status status, Metadata trailers) {

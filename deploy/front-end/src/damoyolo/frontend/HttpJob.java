@@ -14,8 +14,11 @@ public final class HttpJob extends RestJob {
     public HttpJob(ChannelHandlerContext client, String modelName, String modelVersion, WorkerCommands command,
             RequestInput input) {
         super(client, modelName, modelVersion, command, input);
-        pending = PendingJob.add(this);
-        ((RequestHandler) client.handler()).waitFor(pending);
+        pending = PendingJob.of(this);
+        pending.register();
+        if (client != null) { // null within a workflow
+            ((RequestHandler) client.handler()).waitFor(pending);
+        }
     }
 
     @Override

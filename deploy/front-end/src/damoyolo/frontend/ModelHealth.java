@@ -74,7 +74,8 @@ final class ModelHealth {
         long loaded = ModelManager.getInstance().getWorkers(model.getModelVersionName()).stream()
                 .filter(worker -> worker.getState() == WorkerState.WORKER_MODEL_LOADED)
                 .count();
-        int needed = Math.max(1, model.getMinWorkers());
+        int wanted = Setting.READY_WORKERS.count();
+        int needed = Math.max(1, wanted > 0 ? Math.min(wanted, model.getMinWorkers()) : model.getMinWorkers());
         return loaded >= needed ? null : loaded + " of " + needed + " workers have loaded the model";
     }
 

@@ -9,6 +9,7 @@ import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.atomic.AtomicBoolean;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.job.Job;
+import org.pytorch.serve.util.messages.WorkerCommands;
 import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
 import org.pytorch.serve.wlm.WorkerThread;
@@ -36,10 +37,13 @@ final class PendingJob {
         limitNs = seconds > 0 || model == null ? seconds * SECOND_NS : (model.getResponseTimeout() + (long) QUEUE_S) * SECOND_NS;
     }
 
-    static PendingJob add(Job job) {
-        PendingJob pending = new PendingJob(job);
-        ALL.add(pending);
-        return pending;
+    /** To be followed by `register`, once the job knows this: others may answer it from then on. */
+    static PendingJob of(Job job) {
+        return new PendingJob(job);
+    }
+
+    void register() {
+        ALL.add(this);
     }
 
     /** Whether the caller is the one that answers. */
@@ -56,7 +60,8 @@ final class PendingJob {
 
     /** Called with the status of an answer of a worker. */
     void answered(int status) {
-        if (model != null && status >= 200 && status < 300) {
+        // A description is written without the network.
+        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE && status >= 200 && status < 300) {
             ModelHealth.of(model).succeeded();
         }
     }
@@ -73,7 +78,7 @@ final class PendingJob {
     }
 
     static void refuseAll(String reason) {
-        ALL.forEach(pending -> pending.refuse(503, reason));
+        ALL.forEach(pending -> FrontEnd.attempt(() -> pending.refuse(503, reason)));
     }
 
     /** Answers the jobs whose time is over, and those that nobody will answer. */
@@ -87,10 +92,11 @@ final class PendingJob {
             Optional<String> reason =
                     hopeless.computeIfAbsent(pending.model, model -> Optional.ofNullable(whyHopeless(model)));
             if (reason.isPresent()) {
-                pending.refuse(503, reason.get());
+                FrontEnd.attempt(() -> pending.refuse(503, reason.get()));
             } else if (now - pending.job.getBegin() > pending.limitNs) {
-                pending.refuse(504, "No answer within " + pending.limitNs / SECOND_NS + " s (" + Setting.ANSWER_TIMEOUT_S.key()
-                        + " in config.properties; by default the model's responseTimeout and " + QUEUE_S + " s).");
+                FrontEnd.attempt(() -> pending.refuse(504, "No answer within " + pending.limitNs / SECOND_NS + " s ("
+                        + Setting.ANSWER_TIMEOUT_S.key() + " in config.properties; by default the model's responseTimeout and "
+                        + QUEUE_S + " s)."));
             }
         }
     }

@@ -12,7 +12,6 @@ import java.util.regex.Pattern;
 import org.pytorch.serve.http.BadRequestException;
 import org.pytorch.serve.http.messages.RegisterModelRequest;
 import org.pytorch.serve.util.JsonUtils;
-import org.pytorch.serve.workflow.messages.RegisterWorkflowRequest;
 
 /**
  * Refuses to register what is no archive of the model store. TorchServe's allowed_urls does not apply to paths: it
@@ -21,14 +20,14 @@ import org.pytorch.serve.workflow.messages.RegisterWorkflowRequest;
 final class Registration {
     private static final String NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,99}";
     private static final Pattern MODEL_NAME = Pattern.compile(NAME);
-    private static final Pattern ARCHIVE = Pattern.compile(NAME + "\\.(mar|war)");
-    private static final List<String> PARAMETERS = List.of("url", "model_name", "workflow_name", "handler");
+    private static final Pattern ARCHIVE = Pattern.compile(NAME + "\\.mar");
+    private static final List<String> PARAMETERS = List.of("url", "model_name", "handler");
 
     private Registration() {}
 
-    /** Checks `POST /models` and `POST /workflows`; other requests pass. */
+    /** Checks `POST /models` and refuses `POST /workflows`; other requests pass. */
     static void check(FullHttpRequest request, QueryStringDecoder uri, String[] segments) {
-        if (!HttpMethod.POST.equals(request.method()) || segments.length > 2) {
+        if (!HttpMethod.POST.equals(request.method()) || segments.length != 2) { // "/" has none
             return;
         }
         if (segments[1].equals("models")) {
@@ -37,10 +36,8 @@ final class Registration {
                     : new RegisterModelRequest(requireSingle(uri));
             check(wanted);
         } else if (segments[1].equals("workflows")) {
-            RegisterWorkflowRequest wanted = isJson(request)
-                    ? fromJson(request, RegisterWorkflowRequest.class)
-                    : new RegisterWorkflowRequest(requireSingle(uri));
-            check(wanted.getWorkflowUrl(), wanted.getWorkflowName(), null);
+            // TorchServe registers them with the model API off as well.
+            throw new BadRequestException("Workflows are not served here.");
         }
     }
 
@@ -53,7 +50,7 @@ final class Registration {
         if (url == null || !ARCHIVE.matcher(url).matches()) {
             throw new BadRequestException("The parameter url is " + (url == null ? "missing" : "something else")
                     + "; only the file name of an archive in the model store is accepted (letters, digits, ., _ and -, "
-                    + "ending in .mar or .war), because an archive is code that the server runs.");
+                    + "ending in .mar), because an archive is code that the server runs.");
         }
         if (name != null && !MODEL_NAME.matcher(name).matches()) {
             throw new BadRequestException("The name of the model has other characters than letters, digits, ., _ and -, "

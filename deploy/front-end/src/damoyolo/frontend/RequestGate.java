@@ -85,14 +85,15 @@ final class RequestGate extends ChannelDuplexHandler {
     }
 
     private void open(ChannelHandlerContext context, HttpRequest request) {
+        if (isInference) { // counted before the look, so that the drain sees what was let in
+            Drain.opened();
+        }
         if (!isInference || !Drain.isRefusing() || request.uri().startsWith(Health.PREFIX)) {
             open++;
-            if (isInference) {
-                Drain.opened();
-            }
             return;
         }
         Drain.refused();
+        Drain.closed(1);
         // Behind a request that is not answered yet, the answer to that one closes the connection.
         refusal = open > 0 ? context.newPromise() : context.writeAndFlush(ErrorAnswer.closing(
                 HttpResponseStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableException", "The server is about to end."));

@@ -7,7 +7,7 @@ import org.pytorch.serve.util.ConfigManager;
 
 /**
  * The keys of config.properties that begin with front_end_, which TorchServe itself ignores: `front_end_` and the
- * name of the constant in lower case. Their values are whole numbers of seconds.
+ * name of the constant in lower case. Their values are whole numbers; those that end in _S are seconds.
  */
 enum Setting {
     /** After SIGTERM: readiness is false, and new requests are still served. */
@@ -25,16 +25,18 @@ enum Setting {
     /** A model is ready while its last successful answer is no older than this; 0: loaded workers are enough. */
     HEALTH_WINDOW_S(4, 0, 3600),
     /** The longest wait for the answer to the built-in image. */
-    HEALTH_TIMEOUT_S(5, 1, 3600);
+    HEALTH_TIMEOUT_S(5, 1, 3600),
+    /** How many workers of a model are enough for readiness; 0: its minWorkers. */
+    READY_WORKERS(0, 0, 1000);
 
     private static final String PREFIX = "front_end_";
 
     private final int least;
     private final int most;
-    private int seconds;
+    private int value;
 
-    Setting(int seconds, int least, int most) {
-        this.seconds = seconds;
+    Setting(int value, int least, int most) {
+        this.value = value;
         this.least = least;
         this.most = most;
     }
@@ -51,9 +53,9 @@ enum Setting {
         TreeSet<String> known = new TreeSet<>();
         for (Setting setting : values()) {
             known.add(setting.key());
-            String value = properties.getProperty(setting.key());
-            if (value != null) {
-                setting.seconds = setting.parse(value.trim());
+            String text = properties.getProperty(setting.key());
+            if (text != null) {
+                setting.value = setting.parse(text.trim());
             }
         }
         unknown.removeAll(known);
@@ -62,26 +64,30 @@ enum Setting {
         }
     }
 
-    private int parse(String value) {
-        if (value.matches("[0-9]{1,6}")) {
-            int number = Integer.parseInt(value);
+    private int parse(String text) {
+        if (text.matches("[0-9]{1,6}")) {
+            int number = Integer.parseInt(text);
             if (number >= least && number <= most) {
                 return number;
             }
         }
         throw new IllegalArgumentException(
-                key() + " is '" + value + "'; accepted are whole numbers of seconds from " + least + " to " + most);
+                key() + " is '" + text + "'; accepted are whole numbers from " + least + " to " + most);
     }
 
     String key() {
         return PREFIX + name().toLowerCase(Locale.ROOT);
     }
 
+    int count() {
+        return value;
+    }
+
     int seconds() {
-        return seconds;
+        return value;
     }
 
     long nanos() {
-        return seconds * 1_000_000_000L;
+        return value * 1_000_000_000L;
     }
 }

@@ -181,18 +181,15 @@ def test_an_archive_that_is_served_already_is_not_registered_again(server, deplo
     assert server.registered == {"2.1": ("m_2.1.mar", 2)}
 
 
-def test_more_workers_are_added_and_fewer_are_a_version_of_their_own(server, store, deploy):
-    deploy().scale(3)
-    assert server.events == [("scale", "1.0", 3)]
-    assert read_settings(store.startup_path)["minWorkers"] == 3
-    server.events.clear()
+def test_another_number_of_workers_is_a_version_of_its_own(server, store, deploy):
+    for workers, version in ((3, "1.1"), (2, "1.2")):
+        deploy().scale(workers)
+        assert server.registered == {version: (f"m_{version}.mar", workers)}
+        assert read_settings(store.startup_path)["minWorkers"] == workers
+        assert (store.read_record().previous, versions_in(store)) == (None, ["m.mar", f"m_{version}.mar"])
+    assert all(event[2] == 0 for event in server.events if event[0] == "scale")  # of the replaced ones
     deploy().scale(2)
-    assert ("scale", "1.0", 2) not in server.events
-    assert server.registered == {"1.1": ("m_1.1.mar", 2)}
-    assert read_settings(store.startup_path)["minWorkers"] == 2
-    assert (store.read_record().previous, versions_in(store)) == (None, ["m.mar", "m_1.1.mar"])
-    deploy().scale(2)
-    assert deploy.said[-1] == "version 1.1 has 2 workers already"
+    assert deploy.said[-1] == "version 1.2 has 2 workers already"
 
 
 @pytest.mark.parametrize("step", ["require_registration", "register", "check", "set_default"])
