@@ -97,7 +97,7 @@ def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: Droppin
 def _serve(
     server: TorchServeProcess, arguments: argparse.Namespace, out: DroppingOutput, err: DroppingOutput
 ) -> int:
-    """Run `server` until it ends, which is an error."""
+    """Run `server` until it ends or has lost a model for good; both are errors."""
     from lib.server.process import describe_model
 
     server.start()
@@ -112,8 +112,7 @@ def _serve(
     if arguments.ready_file is not None:
         out.flush()
         arguments.ready_file.write_text(f"{server.inference_url}\n")
-    server.wait()
-    err.print("serve: the server ended by itself; its last lines are above")
+    err.print(f"serve: {server.wait()}")
     return 1
 
 

@@ -190,6 +190,16 @@ def test_a_second_signal_ends_all_at_once(command):
     assert "requests under way are lost" in command.printed()
 
 
+def test_serve_ends_with_an_error_when_a_model_has_lost_its_workers_for_good(command, tmp_path):
+    write_echo_archive(tmp_path / "damoyolo.mar", "damoyolo", maxRetryTimeoutInSec=0)
+    command.start()
+    started = command.processes()
+    ask_in_vain(command.url, exit=1)
+    assert command.process.wait(60) == 1
+    assert not still_running(started)
+    assert "serve: a model has lost all its workers for good" in command.printed()
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-200])
 

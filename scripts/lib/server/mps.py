@@ -81,11 +81,12 @@ def cuda_mps(wanted: bool = True, visible: Mapping[str, str] | None = None) -> I
         started = _control([program, "-d"], environment)
         if started.returncode != 0:
             raise ScriptError(f"{CONTROL_PROGRAM} -d failed: {(started.stderr or started.stdout).strip()}")
-        try:
-            yield variables | of_clients
-        finally:
-            _control([program], environment, QUIT)
+        yield variables | of_clients
     finally:
+        # The service may also run after a start that failed or was interrupted. The watcher goes last, so
+        # that it takes over if a signal interrupts this, too.
+        with contextlib.suppress(ScriptError):
+            _control([program], environment, QUIT)
         shutil.rmtree(folder, ignore_errors=True)
         watcher.dismiss()
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ FAILURE_MARKS = (
 # Describing a model on a GPU host runs nvidia-smi once per worker, which takes seconds on some machines.
 HTTP_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.5
+LIVENESS_INTERVAL_S = 5.0
+LIVENESS_TIMEOUT_S = 10.0
 # A server that was killed a moment ago may still be giving its ports back.
 PORTS_PATIENCE_S = 3.0
 # Written by TorchServe's launcher into the temporary folder: the process id of Java.
@@ -296,10 +299,22 @@ class TorchServeProcess:
             worker["status"] == "READY" for worker in workers
         )
 
-    def wait(self) -> None:
-        """Return when the server has ended."""
-        if self._process is not None:
-            self._process.wait()
+    def wait(self) -> str:
+        """Return when the server has ended, or only a new one helps; which of the two, for a message."""
+        while self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LIVENESS_INTERVAL_S)
+                break
+            if self._has_lost_a_model():
+                return "a model has lost all its workers for good (/v2/health/live: 503); ending the server"
+        return "the server ended by itself; its last lines are above"
+
+    def _has_lost_a_model(self) -> bool:
+        """Whether the front end says so; a server without its plugin or too busy to answer does not."""
+        with contextlib.suppress(requests.RequestException), direct_session() as session:
+            answer = session.get(f"{self.inference_url}/v2/health/live", timeout=LIVENESS_TIMEOUT_S)
+            return answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+        return False
 
     def stop(self) -> bool:
         """Let the server answer what it has accepted, end it and all its workers; whether that worked.
