@@ -210,8 +210,8 @@ def test_update_scale_and_rollback_under_load_fail_no_request(served, run_deploy
         ),
         pytest.param(
             "damoyolo/detector.py",
-            "self.pipeline.detect(batch.pixels,",
-            "self.pipeline.detect(batch.pixels.flip(3),",
+            "self.pipeline.start(batch.pixels,",
+            "self.pipeline.start(batch.pixels.flip(3),",
             "not as its archive does",
             id="its answers are not those of its weights",
             marks=pytest.mark.slow,
