@@ -132,7 +132,7 @@ def summarised(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
             if each["us"] < found.get(key, float("inf")):
                 found[key] = each["us"]
                 if key == "padded_us":
-                    best_padded = each["variant"].split()[2]
+                    best_padded = next(word for word in each["variant"].split() if "->" in word)
         if "served_us" in found:
             found["of_limit"] = found["limit_us"] / found["served_us"]
             if best_padded and found["padded_us"] < found["served_us"]:
