@@ -154,11 +154,19 @@ def test_a_large_body_of_unknown_length_is_refused(front):
     assert front.request("GET", "/v2/health/ready", token=None)[0] == 200
 
 
-def test_a_damaged_or_endless_head_is_refused(front):
-    for head in (b"POST / HTTP/9.9 x\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"x" * 100_000 + b"\r\n\r\n"):
-        with front.connect() as connection:
-            connection.sendall(head)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+def test_a_damaged_head_is_refused(front):
+    with front.connect() as connection:
+        connection.sendall(b"POST / HTTP/9.9 x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
+def test_an_endless_head_is_refused(front):
+    with front.connect() as connection:
+        with contextlib.suppress(OSError):  # refused while it is being sent
+            connection.sendall(b"GET / HTTP/1.1\r\nA: " + b"x" * 100_000 + b"\r\n\r\n")
+        answer = read_to_end(connection)
+    # The end of a connection with bytes unread may cost the answer.
+    assert answer.startswith(b"HTTP/1.1 400 ") or not answer
 
 
 SMUGGLED = b"GET /api-description HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -221,7 +229,7 @@ def read_to_end(connection):
     try:
         while part := connection.recv(4096):
             received += part
-    except ConnectionError:
+    except OSError:  # reset, or the end of TLS without its farewell
         pass
     return received
 
