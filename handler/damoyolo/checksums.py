@@ -13,7 +13,7 @@ SUMS_FILE = "SHA256SUMS"
 
 def sums_of(files: Iterable[Path]) -> str:
     """The content of SUMS_FILE for these files, by their names."""
-    return "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(files))
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(files))
 
 
 def check_sums(folder: Path, required: str) -> None:
@@ -36,7 +36,7 @@ def check_sums(folder: Path, required: str) -> None:
         raise CheckpointError(f"{path} does not list {required}; rebuild the archive")
     for name, digest in expected.items():
         try:
-            found = _sha256(folder / name)
+            found = file_sha256(folder / name)
         except OSError as error:
             raise CheckpointError(
                 f"{path} lists {name}, which cannot be read ({error.strerror or error}); rebuild the archive"
@@ -48,5 +48,10 @@ def check_sums(folder: Path, required: str) -> None:
             )
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; read in blocks, as weights and archives are large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from damoyolo.checksums import file_sha256
 from damoyolo.config import ServingConfig
 from damoyolo.detector import Detector
 from damoyolo.response import CONTENT_TYPES
@@ -29,7 +29,7 @@ def describe_model(detector: Detector, weights: Path, archive_version: str) -> d
         "backend": detector.pipeline.name,
         "precision": detector.pipeline.precision,
         "device": _device_name(detector.device),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": file_sha256(weights),
         "image_formats": list(config.image_formats),
         "limits": _limits(config),
         "options": _options(config),

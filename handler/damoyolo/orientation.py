@@ -76,9 +76,9 @@ def _exif_orientation(exif: bytes) -> int | None:
     return None
 
 
-def exchanges_sides(orientation: int) -> bool:
-    """Whether a viewer shows the stored rows of an image of orientation 1..8 as columns."""
-    return _VIEWS[orientation].transposed
+def shown_size_hw(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """Height and width as a viewer shows an image that is stored with this size and orientation 1..8."""
+    return (width, height) if _VIEWS[orientation].transposed else (height, width)
 
 
 def pillow_transposition(orientation: int) -> Transpose | None:
@@ -100,7 +100,7 @@ class OrientedImage(NamedTuple):
     def oriented_size_hw(self) -> tuple[int, int]:
         """Height and width as a viewer shows it."""
         height, width, _ = self.pixels.shape
-        return (width, height) if exchanges_sides(self.orientation) else (height, width)
+        return shown_size_hw(height, width, self.orientation)
 
 
 class PixelTable(NamedTuple):

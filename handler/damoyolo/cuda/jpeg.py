@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode  # importing it registers the operator used below
 
 from damoyolo.formats import EncodedImage
-from damoyolo.orientation import exchanges_sides, valid_orientation
+from damoyolo.orientation import shown_size_hw, valid_orientation
 
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
@@ -54,9 +54,7 @@ class JpegHeader(NamedTuple):
     @property
     def shown_size_hw(self) -> tuple[int, int]:
         """Height and width as a viewer shows it."""
-        if exchanges_sides(self.orientation):
-            return self.width, self.height
-        return self.height, self.width
+        return shown_size_hw(self.height, self.width, self.orientation)
 
 
 class _NotPlainError(Exception):

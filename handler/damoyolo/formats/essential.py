@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError
-from damoyolo.orientation import exchanges_sides
+from damoyolo.orientation import shown_size_hw
 
 # Pillow stores 4 bytes per pixel and as many for the converted image; an array and the copy that is resized
 # take 3 each.
@@ -38,7 +38,7 @@ class EssentialImage(NamedTuple):
     def shown_size_hw(self) -> tuple[int, int]:
         """Height and width as a viewer shows it."""
         width, height = self.size_wh
-        return (width, height) if exchanges_sides(self.orientation) else (height, width)
+        return shown_size_hw(height, width, self.orientation)
 
     @property
     def decoding_bytes(self) -> int:

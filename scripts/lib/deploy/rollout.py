@@ -10,9 +10,11 @@ from pathlib import Path
 from lib.archive.members import read_manifest, read_settings
 from lib.cli import ScriptError
 from lib.deploy.golden import Golden, GoldenImage, check_served, compute_golden, tolerances_of
-from lib.deploy.store import ArchiveStore, Record, file_digest, free_version
+from lib.deploy.store import ArchiveStore, Record, free_version
 from lib.deploy.waiting import Limits, VersionWaiter
 from lib.server.management import Management, ModelVersion
+
+from damoyolo.checksums import file_sha256
 
 # A full queue answers 503; the check must not fill it.
 MAX_IN_FLIGHT = 128
@@ -65,7 +67,7 @@ class Rollout:
                 f"{archive} is of the model {model['modelName']!r}, --model is {self._store.model_name!r}; "
                 f"build it with --model-name {self._store.model_name}"
             )
-        source = file_digest(archive)
+        source = file_sha256(archive)
         self._management.require_registration()
         self.recover()
         served, record = self._served(), self._store.read_record()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -205,15 +204,6 @@ def free_version(wanted: str, taken: Collection[str | None]) -> str:
         head, number = re.fullmatch(r"(.*?)([0-9]*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]
         wanted = f"{head}{int(number) + 1}" if number else f"{head}.1"
     return wanted
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _contents(archive: Path) -> dict[str, int]:
