@@ -52,6 +52,18 @@ install_environment() {
     fi
 }
 
+setup_clients() { # .venv-clients: other projects' clients, which the tests drive. Their pins exclude some of ours.
+    local requirements=tests/clients/requirements.txt wanted
+    wanted=$(sha256sum <$requirements)
+    if [ "$(cat .venv-clients/installed 2>/dev/null)" != "$wanted" ]; then
+        echo "== Installing the clients of $requirements into .venv-clients"
+        rm -rf .venv-clients
+        .venv/bin/python -m venv .venv-clients || return 1
+        .venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r $requirements || return 1
+        echo "$wanted" >.venv-clients/installed
+    fi
+}
+
 setup_environment() {
     if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
         echo "Note: pinned and tested for Linux x86-64; this is $(uname -s) $(uname -m)." >&2

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_environment.sh
 setup_environment requirements.txt requirements-dev.txt
+setup_clients
 case "$*" in
     "") set -- -m "not slow"; check=yes ;;
     --all) set --; check=yes ;;

@@ -28,6 +28,15 @@ def shared_dir():
 
 
 @pytest.fixture(scope="session")
+def client_python():
+    """The Python of .venv-clients, which has the clients of other projects (tests/clients)."""
+    python = PROJECT_DIR / ".venv-clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no .venv-clients; ./scripts/test.sh makes it")
+    return python
+
+
+@pytest.fixture(scope="session")
 def demo_model():
     """The demo network, folded, on the CPU, in float32; not to be changed."""
     from lib.packaging.class_names import DEMO_CLASS_NAMES
