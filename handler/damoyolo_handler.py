@@ -27,6 +27,7 @@ from damoyolo.cuda.startup_lock import exclusive_device_lock
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.failures import is_alive
+from damoyolo.inference_answer import ModelIdentity
 from damoyolo.model_card import describe_model
 from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
@@ -89,7 +90,9 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         manifest = context.manifest["model"]
         version = str(manifest.get("modelVersion", ""))
         card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
-        self.service = DetectionService(detector, json.dumps(card).encode("ascii"))
+        self.service = DetectionService(
+            detector, json.dumps(card).encode("ascii"), ModelIdentity(str(context.model_name), version)
+        )
         self.clock = StageClock(device)
         self.model_name = str(manifest["modelName"])
         self.metrics = context.metrics
@@ -115,6 +118,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
             os._exit(1)
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, answer.content_type)
+            for name, value in answer.headers.items():
+                context.set_response_header(index, name, value)
             # The server's own phrase for 200 is empty, which some clients take for an error.
             code, phrase = (answer.error.status, answer.error.reason) if answer.error else (200, "OK")
             context.set_response_status(code=code, phrase=phrase, idx=index)

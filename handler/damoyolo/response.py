@@ -91,7 +91,7 @@ def draw_detections(
     font = _font(max(11, round(shorter_side / 40)))
     drawn = list(
         zip(
-            _clipped_boxes_xyxy(detections).tolist(),
+            clipped_boxes_xyxy(detections).tolist(),
             detections.class_ids.tolist(),
             detections.scores.tolist(),
             strict=True,
@@ -148,7 +148,7 @@ def _json_text(detections: Detections, class_names: Sequence[str]) -> str:
         for class_id, score, box in zip(
             detections.class_ids.tolist(),
             np.nan_to_num(detections.scores).tolist(),
-            _clipped_boxes_xyxy(detections).tolist(),
+            clipped_boxes_xyxy(detections).tolist(),
             strict=True,
         )
     ]
@@ -160,7 +160,7 @@ def _label_texts(class_names: tuple[str, ...]) -> list[str]:
     return [json.dumps(name) for name in class_names]
 
 
-def _clipped_boxes_xyxy(detections: Detections) -> NDArray[np.float32]:
+def clipped_boxes_xyxy(detections: Detections) -> NDArray[np.float32]:
     """(N, 4) finite, clipped to the image, whose edges the network's boxes may cross."""
     height, width = detections.image_size_hw
     edges = np.array([width, height, width, height], dtype=np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from damoyolo.decode import decode_reduced
@@ -18,6 +18,13 @@ from damoyolo.errors import (
 )
 from damoyolo.failures import Failure, classify, free_cached_memory
 from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.inference_answer import (
+    BINARY_CONTENT_TYPE,
+    JSON_LENGTH_HEADER,
+    ModelIdentity,
+    TensorRequest,
+    format_tensors,
+)
 from damoyolo.memory_budget import MemoryBudget
 from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.response import (
@@ -35,14 +42,21 @@ from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)
 
+UNNAMED_MODEL = ModelIdentity("damoyolo", "")
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back for one request; `error` is None if it succeeded."""
+    """What is sent back for one request.
+
+    error: None if it succeeded.
+    headers: beside the content type.
+    """
 
     body: bytes
     content_type: str
     error: RequestError | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 Outcome = Detections | RequestError
@@ -53,13 +67,20 @@ class DetectionService:
     """Answers batches of requests with a detector.
 
     model_card: JSON that answers a request for the model's description.
+    model: for answers that name it.
 
     Not for several threads at once: one batch at a time.
     """
 
-    def __init__(self, detector: Detector, model_card: bytes = b"{}") -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        model_card: bytes = b"{}",
+        model: ModelIdentity = UNNAMED_MODEL,
+    ) -> None:
         self.detector = detector
         self._model_card = model_card
+        self._model = model
         self._parser = RequestParser(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
         self._drawing_budget = MemoryBudget(detector.config.max_decode_bytes)  # nothing else decodes then
@@ -197,8 +218,10 @@ class DetectionService:
         detections: list[Detections] = []
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestError):
-                raise type(outcome)(f"instances[{index}]: {outcome}") if request.batched else outcome
+                raise type(outcome)(f"{request.place(index)}: {outcome}") if request.batched else outcome
             detections.append(outcome)
+        if request.tensors is not None:
+            return self._tensor_answer(request.tensors, detections)
         if request.output_format != "json":
             # Decoded a second time: few requests need it, and the others need not keep their pixels.
             reduced = reduce_image(request.images[0], config)
@@ -224,6 +247,15 @@ class DetectionService:
         if len(body) > config.max_response_bytes:
             raise answer_too_large(request.output_format, config.max_response_bytes)
         return Answer(body, CONTENT_TYPES[request.output_format])
+
+    def _tensor_answer(self, request: TensorRequest, detections: Sequence[Detections]) -> Answer:
+        config = self.detector.config
+        body, json_length = format_tensors(detections, config.class_names, request, self._model)
+        if len(body) > config.max_response_bytes:
+            raise answer_too_large("json", config.max_response_bytes)
+        if json_length is None:
+            return Answer(body, CONTENT_TYPES["json"])
+        return Answer(body, BINARY_CONTENT_TYPE, headers={JSON_LENGTH_HEADER: str(json_length)})
 
     def close(self) -> None:
         """End the threads."""
