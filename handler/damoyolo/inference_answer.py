@@ -71,7 +71,8 @@ def _boxes(batch: Sequence[Detections], _: Sequence[str]) -> NDArray[Any]:
 
 
 def _scores(batch: Sequence[Detections], _: Sequence[str]) -> NDArray[Any]:
-    return np.nan_to_num(np.concatenate([image.scores for image in batch])).astype("<f4")
+    scores: NDArray[np.float32] = np.nan_to_num(np.concatenate([image.scores for image in batch]))
+    return scores.astype("<f4")
 
 
 def _class_ids(batch: Sequence[Detections], _: Sequence[str]) -> NDArray[Any]:
