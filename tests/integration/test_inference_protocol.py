@@ -2,8 +2,10 @@
 
 import base64
 import json
+import signal
 import struct
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -13,6 +15,7 @@ import requests
 
 from damoyolo.inference_answer import OUTPUT_TENSORS
 from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
+from doubles.real_server import echo_server, wait_until
 
 TIMEOUT_S = 120.0
 CLIENT_S = 240.0
@@ -366,3 +369,70 @@ def test_a_body_over_the_limit_is_refused_in_the_protocols_form(server):
 def test_errors_at_the_ordinary_address_keep_their_form(url):
     answer = requests.post(url, data=b"no image", timeout=TIMEOUT_S)
     assert set(answer.json()) == {"code", "type", "message"}
+
+
+# ------------------------------------------------------------------------------------ errors of the front end
+
+
+def test_errors_of_the_front_end_have_the_protocols_form_too(project_dir, tmp_path):
+    """A full queue, an answer that takes too long, a worker that is given up, and a server that ends."""
+    model = {"batchSize": 1, "jobQueueSize": 1, "maxRetryTimeoutInSec": 0, "responseTimeout": 30}
+    limits = {"front_end_answer_timeout_s": 3, "front_end_drain_grace_s": 20}
+    with echo_server(project_dir, tmp_path, model, **limits) as echo:
+        addresses = [
+            f"{echo.inference_url}/v2/models/echo{version}/infer" for version in ("", "/versions/1.0")
+        ]
+
+        def ask(index, sleep_s):
+            address = addresses[index % 2]
+            return requests.post(address, data={"sleep": str(sleep_s)}, timeout=TIMEOUT_S)
+
+        assert ask(0, 0).json()["headers"]["x-inference-protocol"] == "v2"
+        about = requests.get(f"{echo.inference_url}/v2/models/echo", timeout=TIMEOUT_S).json()
+        assert (about["inputs"], about["outputs"]) == ([], [])  # of another handler nothing is known
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda index: ask(index, 1), range(8)))
+            assert {answer.status_code for answer in answers} == {200, 503}
+            refused = next(answer for answer in answers if answer.status_code == 503)
+            assert int(refused.headers["Retry-After"]) > 0
+            assert "jobQueueSize" in error_of(refused)
+            late = ask(1, 5)
+            assert (late.status_code, "front_end_answer_timeout_s" in error_of(late)) == (504, True)
+            wait_until(lambda: ask(0, 0).status_code == 200, "the worker being free", 30.0)
+
+            slow = pool.submit(ask, 0, 2.5)
+            time.sleep(0.5)
+            echo.java.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            refused = ask(1, 0)
+            assert (refused.status_code, error_of(refused)) == (503, "The server is about to end.")
+            assert slow.result().status_code == 200
+        echo.java.wait(60.0)
+
+
+def test_a_model_without_workers_is_not_ready_in_either_protocol(project_dir, tmp_path):
+    with echo_server(project_dir, tmp_path) as echo:
+        paths = ["/v2/models/echo/ready", "/v2/models/echo/versions/1.0/ready", "/v1/models/echo"]
+        for path in paths:
+            assert requests.get(echo.inference_url + path, timeout=TIMEOUT_S).json()["ready"] is True
+        scale = {"min_worker": 0, "max_worker": 0, "synchronous": "true"}
+        requests.put(f"{echo.management_url}/models/echo", params=scale, timeout=TIMEOUT_S)
+        for path in paths:
+            answer = requests.get(echo.inference_url + path, timeout=TIMEOUT_S)
+            assert answer.status_code == 503
+            assert answer.json() == {
+                "name": "echo",
+                "ready": False,
+                "reason": "0 of 1 workers have loaded the model",
+            }
+        answer = requests.post(
+            f"{echo.inference_url}/v2/models/echo/infer", data={"sleep": "0"}, timeout=TIMEOUT_S
+        )
+        assert answer.status_code == 503
+        assert "has no worker" in error_of(answer)
+
+
+def error_of(answer):
+    """The text of an error in the protocol's form."""
+    assert set(answer.json()) == {"error"}
+    return answer.json()["error"]
