@@ -29,7 +29,7 @@ from damoyolo.strict_json import parse_json, parse_number
 # Headers of a request of the protocol, in lower case. The front-end plugin sets the first one at addresses of
 # the protocol, where requests of other forms are refused.
 ADDRESS_HEADER = "x-inference-protocol"
-REQUEST_HEADERS = frozenset((ADDRESS_HEADER, JSON_LENGTH_HEADER.lower()))
+LENGTH_HEADER = JSON_LENGTH_HEADER.lower()
 
 # Triton defines these for models with a state or with priorities. Here they have no effect.
 _IDLE_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
@@ -66,7 +66,7 @@ class InferenceReader:
         self._images = images
 
     def read(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> InferenceContent:
-        """Read a row whose headers have one of REQUEST_HEADERS.
+        """Read a row that has one of the two headers of the protocol.
 
         header_texts: the headers, names in lower case.
 
@@ -85,7 +85,7 @@ class InferenceReader:
         binary = _NO_BYTES
         if isinstance(content, bytes | bytearray | memoryview):
             body = memoryview(content)
-            length = _json_length(header_texts.get(JSON_LENGTH_HEADER.lower()), len(body))
+            length = _json_length(header_texts.get(LENGTH_HEADER), len(body))
             content, binary = body[:length], body[length:]
         if isinstance(content, str | memoryview):
             content = parse_json(content, "the JSON document", _ACCEPTED)

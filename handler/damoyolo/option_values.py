@@ -41,6 +41,8 @@ class OptionReader:
         Raises:
             InvalidOptionError: a value is malformed or out of range.
         """
+        if not values:  # as most requests
+            return self._defaults
         changes: dict[str, Any] = {}
         for name, value in values.items():
             if name in ("score_threshold", "iou_threshold"):

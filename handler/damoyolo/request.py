@@ -30,7 +30,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.errors import InvalidOptionError, MissingImageError, RequestError, quoted
 from damoyolo.formats import EncodedImage, begins_like_image
 from damoyolo.inference_answer import TensorRequest
-from damoyolo.inference_request import REQUEST_HEADERS, InferenceContent, InferenceReader
+from damoyolo.inference_request import ADDRESS_HEADER, LENGTH_HEADER, InferenceContent, InferenceReader
 from damoyolo.option_values import DETECTION_OPTIONS, WHITE_SPACE, OptionReader, Text, require_short
 from damoyolo.request_images import ImageReader
 from damoyolo.response import CONTENT_TYPES, OutputFormat
@@ -98,7 +98,7 @@ class RequestParser:
             RequestError: broken JSON or base64, or more images than accepted.
         """
         texts = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-        if not REQUEST_HEADERS.isdisjoint(texts):
+        if ADDRESS_HEADER in texts or LENGTH_HEADER in texts:
             return self._tensor_request(self._inference.read(row, texts), _header_options(texts))
         field = self._image_field(row, texts)
         content = row[field]
