@@ -58,6 +58,7 @@ def questions(client, model):
         "server": client.get_server_metadata(),
         "model": client.get_model_metadata(model),
         "version": client.get_model_metadata(model, "1.0"),
+        "config": client.get_model_config(model),
         "unknown": error_of(client.get_model_metadata, "unknown"),
         "unknown_version": error_of(client.get_model_metadata, model, "7.0"),
     }

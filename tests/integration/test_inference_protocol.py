@@ -87,7 +87,7 @@ def test_tritonclient_learns_what_the_server_is(triton):
     said = triton["questions"]
     assert [said[name] for name in ("live", "ready", "model_ready", "version_ready")] == [True] * 4
     assert [said[name] for name in ("unknown_ready", "unknown_version_ready")] == [False] * 2
-    assert said["server"]["extensions"] == ["binary_tensor_data"]
+    assert said["server"]["extensions"] == ["binary_tensor_data", "model_configuration"]
     assert said["model"] == said["version"]
     assert (said["model"]["name"], said["model"]["versions"]) == ("damoyolo", ["1.0"])
     assert said["unknown"] == ["404", "Model not found: unknown"]
@@ -99,6 +99,11 @@ def test_the_metadata_describe_the_tensors_of_the_answer(triton, server, images)
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
     datatypes = {output["name"]: output["datatype"] for output in metadata["outputs"]}
     assert list(datatypes.items()) == [(name, datatype) for name, (datatype, _) in OUTPUT_TENSORS.items()]
+    config = triton["questions"]["config"]
+    assert config["input"] == [{"name": "image", "data_type": "TYPE_STRING", "dims": [-1]}]
+    types = [output["data_type"] for output in config["output"]]
+    assert types == ["TYPE_INT64", "TYPE_FP32", "TYPE_FP32", "TYPE_INT64", "TYPE_STRING"]
+    assert config["max_batch_size"] == 0
     answer = infer(server, document(images)).json()
     for described, sent in zip(metadata["outputs"], answer["outputs"], strict=True):
         assert described["datatype"] == sent["datatype"]

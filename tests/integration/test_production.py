@@ -122,7 +122,14 @@ def test_an_image_with_a_token_gets_the_servers_own_answer(front, url, smear):
     ):
         sent = json.dumps(document).encode()
         assert front.request("POST", path, sent)[0] == 200
-    for path in ("/v1/models", "/v1/models/damoyolo", "/v2", V2_MODEL, f"{V2_MODEL}/ready"):
+    for path in (
+        "/v1/models",
+        "/v1/models/damoyolo",
+        "/v2",
+        V2_MODEL,
+        f"{V2_MODEL}/ready",
+        f"{V2_MODEL}/versions/1.0/config",
+    ):
         assert front.request("GET", path)[0] == 200
     status, _, body = front.request("POST", f"{MODEL}?max_detections=1", smear)
     assert (status, len(json.loads(body)["detections"])) == (200, 1)

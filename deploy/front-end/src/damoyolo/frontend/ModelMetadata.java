@@ -6,9 +6,13 @@ import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpMethod;
 import io.netty.handler.codec.http.HttpResponseStatus;
+import java.util.Arrays;
+import java.util.List;
 import java.util.Map;
+import java.util.Set;
 import java.util.TreeSet;
 import java.util.concurrent.CompletableFuture;
+import java.util.function.Function;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.http.MethodNotAllowedException;
@@ -22,14 +26,15 @@ import org.pytorch.serve.wlm.ModelManager;
  * and of KServe v1. TorchServe knows names, versions and workers, and has none of these addresses.
  */
 final class ModelMetadata {
-    /** Names, datatypes and shapes of the tensors, as handler/damoyolo/inference_answer.py has them. */
-    private static final Object[][] OUTPUTS = {
-        {"counts", "INT64", -1}, {"boxes", "FP32", -1, 4}, {"scores", "FP32", -1}, {"class_ids", "INT64", -1}, {"labels", "BYTES", -1},
-    };
-    private static final Object[][] INPUTS = {{"image", "BYTES", -1}};
-    private static final Object[][] NONE = {};
+    /** As handler/damoyolo/inference_answer.py has them. */
+    private static final List<Tensor> OUTPUTS = List.of(
+            new Tensor("counts", "INT64", -1), new Tensor("boxes", "FP32", -1, 4), new Tensor("scores", "FP32", -1),
+            new Tensor("class_ids", "INT64", -1), new Tensor("labels", "BYTES", -1));
+    private static final List<Tensor> INPUTS = List.of(new Tensor("image", "BYTES", -1));
+    private static final Set<String> QUESTIONS = Set.of("", "ready", "config");
     /** Of the models with these tensors; what others take and give is not known here. */
     private static final String HANDLER = "damoyolo_handler.py";
+    private static final String PLATFORM = "torchserve";
 
     private ModelMetadata() {}
 
@@ -45,15 +50,9 @@ final class ModelMetadata {
         } else if (segments.length == 3) {
             requireRead(request);
             send(context, models());
-        } else if (isV2 && isQuestion(segments)) {
-            requireRead(request);
-            Model model = model(segments[3], segments.length > 5 ? segments[5] : null);
-            if (segments[segments.length - 1].equals("ready") && segments.length % 2 == 1) {
-                answerReady(context, model);
-            } else {
-                send(context, metadata(model));
-            }
-        } else if (!isV2 && segments.length == 4 && segments[3].indexOf(':') < 0) {
+        } else if (isV2) {
+            return answerAboutModel(context, request, segments);
+        } else if (segments.length == 4 && segments[3].indexOf(':') < 0) {
             requireRead(request);
             answerReady(context, model(segments[3], null));
         } else {
@@ -62,18 +61,23 @@ final class ModelMetadata {
         return true;
     }
 
-    /** Whether the address is /v2/models/NAME, /v2/models/NAME/versions/VERSION, or /ready below one of these. */
-    private static boolean isQuestion(String[] segments) {
-        switch (segments.length) {
-            case 4:
-                return true;
-            case 5:
-                return segments[4].equals("ready");
-            case 6:
-                return segments[4].equals("versions");
-            default:
-                return segments.length == 7 && segments[4].equals("versions") && segments[6].equals("ready");
+    /** Answers /v2/models/NAME and /v2/models/NAME/versions/VERSION, and ready and config below them. */
+    private static boolean answerAboutModel(ChannelHandlerContext context, FullHttpRequest request, String[] segments)
+            throws ModelException {
+        boolean hasVersion = segments.length > 5 && segments[4].equals("versions");
+        int end = hasVersion ? 6 : 4;
+        String question = segments.length == end ? "" : segments[end];
+        if (segments.length > end + 1 || !QUESTIONS.contains(question)) {
+            return false;
         }
+        requireRead(request);
+        Model model = model(segments[3], hasVersion ? segments[5] : null);
+        if (question.equals("ready")) {
+            answerReady(context, model);
+        } else {
+            send(context, question.isEmpty() ? metadata(model) : configuration(model));
+        }
+        return true;
     }
 
     private static void requireRead(FullHttpRequest request) {
@@ -96,6 +100,7 @@ final class ModelMetadata {
         answer.addProperty("version", ConfigManager.getInstance().getVersion());
         JsonArray extensions = new JsonArray();
         extensions.add("binary_tensor_data");
+        extensions.add("model_configuration");
         answer.add("extensions", extensions);
         return answer;
     }
@@ -115,28 +120,30 @@ final class ModelMetadata {
         }
         JsonArray sorted = new JsonArray();
         versions.forEach(sorted::add);
-        boolean isKnown = HANDLER.equals(model.getModelArchive().getManifest().getModel().getHandler());
         JsonObject answer = new JsonObject();
         answer.addProperty("name", model.getModelName());
         answer.add("versions", sorted);
-        answer.addProperty("platform", "torchserve");
-        answer.add("inputs", tensors(isKnown ? INPUTS : NONE));
-        answer.add("outputs", tensors(isKnown ? OUTPUTS : NONE));
+        answer.addProperty("platform", PLATFORM);
+        answer.add("inputs", array(model, INPUTS, Tensor::described));
+        answer.add("outputs", array(model, OUTPUTS, Tensor::described));
         return answer;
     }
 
-    private static JsonArray tensors(Object[][] tensors) {
+    /** The part of Triton's model configuration that its perf_analyzer reads. */
+    private static JsonObject configuration(Model model) {
+        JsonObject answer = new JsonObject();
+        answer.addProperty("name", model.getModelName());
+        answer.addProperty("platform", PLATFORM);
+        answer.addProperty("max_batch_size", 0); // a request is not part of a batch that its client makes
+        answer.add("input", array(model, INPUTS, Tensor::configured));
+        answer.add("output", array(model, OUTPUTS, Tensor::configured));
+        return answer;
+    }
+
+    private static JsonArray array(Model model, List<Tensor> tensors, Function<Tensor, JsonObject> form) {
         JsonArray answer = new JsonArray();
-        for (Object[] tensor : tensors) {
-            JsonArray shape = new JsonArray();
-            for (int index = 2; index < tensor.length; index++) {
-                shape.add((Integer) tensor[index]);
-            }
-            JsonObject one = new JsonObject();
-            one.addProperty("name", (String) tensor[0]);
-            one.addProperty("datatype", (String) tensor[1]);
-            one.add("shape", shape);
-            answer.add(one);
+        if (HANDLER.equals(model.getModelArchive().getManifest().getModel().getHandler())) {
+            tensors.forEach(tensor -> answer.add(form.apply(tensor)));
         }
         return answer;
     }
@@ -159,5 +166,36 @@ final class ModelMetadata {
 
     private static void send(ChannelHandlerContext context, JsonObject answer) {
         NettyUtils.sendJsonResponse(context, answer.toString(), HttpResponseStatus.OK);
+    }
+
+    /** A tensor of the protocol. */
+    private static final class Tensor {
+        private final String name;
+        private final String datatype;
+        private final int[] shape;
+
+        Tensor(String name, String datatype, int... shape) {
+            this.name = name;
+            this.datatype = datatype;
+            this.shape = shape;
+        }
+
+        JsonObject described() {
+            return json("datatype", datatype, "shape");
+        }
+
+        JsonObject configured() {
+            return json("data_type", "TYPE_" + (datatype.equals("BYTES") ? "STRING" : datatype), "dims");
+        }
+
+        private JsonObject json(String typeField, String type, String shapeField) {
+            JsonArray sizes = new JsonArray();
+            Arrays.stream(shape).forEach(sizes::add);
+            JsonObject answer = new JsonObject();
+            answer.addProperty("name", name);
+            answer.addProperty(typeField, type);
+            answer.add(shapeField, sizes);
+            return answer;
+        }
     }
 }
