@@ -59,7 +59,7 @@ async def talk_v2(url, model, images):
             model, images[:1], True, parameters={"score_threshold": "0.6", "max_detections": 3}
         )
         corrupt = request_of(model, [images[0][:200]], True)
-        many = [request_of(model, images[: 1 + index % 2], index % 3 != 0) for index in range(12)]
+        many = [request_of(model, images[: 1 + index % 2], index % 3 != 0) for index in range(8)]
         return {
             "live": await client.is_server_live(url),
             "ready": await client.is_server_ready(url),

@@ -134,7 +134,7 @@ def test_parameters_of_tritonclient_are_options(triton, plain):
 def test_concurrent_requests_of_tritonclient_keep_their_images_and_options(triton, plain):
     for index, tensors in enumerate(triton["concurrent"]):
         assert tensors["id"] == str(index)
-        assert_same(tensors, plain[: 1 + index % 3], most=1 + index % 5)
+        assert_same(tensors, plain[: 1 + index % 2], most=1 + index % 5)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +268,9 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
         if form == 0:
             return requests.post(url, data=image, timeout=TIMEOUT_S)
         if form == 1:
-            return infer(server, document(images, id=str(index)))
+            return infer(server, document(images[:2], id=str(index)))
         if form == 2:
-            return with_binary_data(server, images)
+            return with_binary_data(server, images[:2])
         if form == 3:
             body = {"instances": [{"b64": base64.b64encode(image).decode()}]}
             return requests.post(v1, json=body, timeout=TIMEOUT_S)
@@ -278,7 +278,7 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
             return infer(server, document([image, corrupt]))
         return requests.post(url, data=image, headers={"Accept": "image/jpeg"}, timeout=TIMEOUT_S)
 
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(post, range(48)))
     for index, answer in enumerate(answers):
         form, expected = index % 6, plain[index % 3]
@@ -286,10 +286,10 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
             assert answer.json()["detections"] == expected
         elif form == 1:
             assert answer.json()["id"] == str(index)
-            assert_same(tensors_of(answer), plain)
+            assert_same(tensors_of(answer), plain[:2])
         elif form == 2:
             counts = answer.content[int(answer.headers["Inference-Header-Content-Length"]) :]
-            assert np.frombuffer(counts, "<i8").tolist() == [len(found) for found in plain]
+            assert np.frombuffer(counts, "<i8").tolist() == [len(found) for found in plain[:2]]
         elif form == 3:
             assert answer.json()["predictions"][0]["detections"] == expected
         elif form == 4:
