@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import signal
 import struct
 import subprocess
@@ -374,6 +375,29 @@ def test_a_body_over_the_limit_is_refused_in_the_protocols_form(server):
 def test_errors_at_the_ordinary_address_keep_their_form(url):
     answer = requests.post(url, data=b"no image", timeout=TIMEOUT_S)
     assert set(answer.json()) == {"code", "type", "message"}
+
+
+# --------------------------------------------------------------------------------- the examples of the document
+
+
+def test_the_examples_of_the_document_run(server, project_dir, client_python, tmp_path):
+    text = (project_dir / "docs/protocols.md").read_text()
+    text = text.replace("127.0.0.1:8080", urlsplit(server.inference_url).netloc)
+    text = text.replace("tests/data", f"{project_dir}/tests/data")
+    blocks = re.findall(r"(?ms)^```(bash|python)\n(.*?)^```$", text)
+    shell = "\n".join(block for language, block in blocks if language == "bash")
+    programs = [["bash", "-euc", shell]]
+    programs += [[str(client_python), "-c", block] for language, block in blocks if language == "python"]
+    assert len(programs) == 3
+    printed = []
+    for program in programs:
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=CLIENT_S)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert '"outputs":[{"name":"counts"' in printed[0]
+    assert '{"predictions":[{"width":640' in printed[0]
+    assert "'id': '1'" in printed[1]
+    assert len(printed[2].splitlines()) >= 2
 
 
 # ------------------------------------------------------------------------------------ errors of the front end
