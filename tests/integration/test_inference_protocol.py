@@ -377,7 +377,7 @@ def test_errors_at_the_ordinary_address_keep_their_form(url):
     assert set(answer.json()) == {"code", "type", "message"}
 
 
-# --------------------------------------------------------------------------------- the examples of the document
+# ------------------------------------------------------------------------------- the examples of the document
 
 
 def test_the_examples_of_the_document_run(server, project_dir, client_python, tmp_path):
