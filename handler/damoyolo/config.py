@@ -66,8 +66,6 @@ class ServingConfig:
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
         at least this share of the network's input; 0 decodes all in full (docs/served.md has the AP).
-    cpu_jpeg_share: with gpu_jpeg_decoding, the share of the JPEGs that scaled_jpeg_decoding applies to which
-        the CPU decodes while the GPU decodes the others.
     jpeg_quality: of drawn images, 1..95.
     """
 
@@ -102,20 +100,15 @@ class ServingConfig:
     device_turns: int = 2
     gpu_jpeg_decoding: bool = True
     scaled_jpeg_decoding: float = 0.0
-    cpu_jpeg_share: float = 0.0
     jpeg_quality: int = 90
 
     def __post_init__(self) -> None:
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("cuda_sync", self.cuda_sync, CUDA_SYNCS)
-        if self.cpu_jpeg_share and not self.scaled_jpeg_decoding:
-            raise ConfigError(
-                "cpu_jpeg_share has no effect without scaled_jpeg_decoding; set both or neither"
-            )
         for name in self.image_formats:
             _require_choice("image_formats", name, IMAGE_FORMATS)
-        for name in ("score_threshold", "iou_threshold", "cpu_jpeg_share"):
+        for name in ("score_threshold", "iou_threshold"):
             _require_range(name, getattr(self, name), 0.0, 1.0)
         for name in (
             "max_detections_limit",

@@ -25,7 +25,6 @@ from torch import Tensor
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
-from damoyolo.decode import jpeg_divisor
 from damoyolo.errors import RequestError
 from damoyolo.failures import Failure, classify
 from damoyolo.formats import EncodedImage
@@ -86,7 +85,6 @@ class DevicePreprocessor(ImagePreprocessor):
             for slot, encoded in enumerate(encoded_images)
             if (header := self._header_for_device(encoded)) is not None
         }
-        self._share_with_pool(headers)
 
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
             return self._load(encoded_images, slots, headers, reduced, rows)
@@ -129,20 +127,6 @@ class DevicePreprocessor(ImagePreprocessor):
     def _reduce_and_decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
         image = self._reduce(encoded)
         return image if isinstance(image, RequestError) else self._decode(image)
-
-    def _share_with_pool(self, headers: dict[int, JpegHeader]) -> None:
-        """Leave some of the large images to the threads, which decode them in part.
-
-        The GPU's decoder has a rate of its own, which is less than the network's for large images.
-        """
-        share = self.config.cpu_jpeg_share
-        if not share:
-            return
-        large = [
-            slot for slot, head in headers.items() if jpeg_divisor(head.shown_size_hw, self._least_hw) > 1
-        ]
-        for slot in large[: round(share * len(large))]:
-            del headers[slot]
 
     def _header_for_device(self, encoded: EncodedImage) -> JpegHeader | None:
         """None if the image is for the threads, which also report the limits that it exceeds."""

@@ -25,6 +25,7 @@ from lib.server.served_archive import ServedModel
 
 MEMORY_INTERVAL_S = 5.0
 TIMEOUT_S = 120.0
+MAX_EXAMPLES = 20
 PAUSE_S = 1.0  # of a client whose request was not answered
 MINUTE_S = 60.0
 BYTES_PER_MB = 1e6
@@ -39,11 +40,20 @@ class SoakRecord:
     answers: (seconds since the start, latency in ms) of each. problems: what was wrong, with the number of
     times: wrong answers, requests without an answer, failed samples of the memory.
     memory_mb: (seconds since the start, resident memory in 10^6 bytes by kind: worker, java, gpu).
+    examples: details of the first problems.
     """
 
     answers: list[tuple[float, float]] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
     memory_mb: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    def add_problem(self, problem: str) -> None:
+        """Count a problem; what is in brackets is detail. Nothing is counted for an empty text."""
+        if problem:
+            self.problems[problem.partition(" (")[0]] += 1
+            if len(self.examples) < MAX_EXAMPLES:
+                self.examples.append(problem)
 
     def latencies_by_minute(self) -> list[dict[str, float] | None]:
         """Percentiles of each full minute up to the last answer, in ms; None for one without answers."""
@@ -88,6 +98,7 @@ class SoakRecord:
             "p99_growth": self.p99_growth(),
             "slopes_of_the_second_half_mb_per_h": self.late_slopes_mb_per_h(),
             "memory_mb": self.memory_mb,
+            "examples": self.examples,
         }
 
 
@@ -130,7 +141,7 @@ def soak(
                 problem = _problem_with(response, request)
                 with lock:
                     record.answers.append((answered - start, (answered - sent) * 1e3))
-                    record.problems.update([problem] if problem else [])
+                    record.add_problem(problem)
 
     def sample_memory() -> None:
         try:

@@ -56,6 +56,7 @@ def test_a_record_of_nothing_is_json():
         "p99_growth": None,
         "slopes_of_the_second_half_mb_per_h": {},
         "memory_mb": [],
+        "examples": [],
     }
 
 
@@ -74,11 +75,15 @@ DRAWN = MixedRequest(b"", {}, Answer(encode_jpeg(make_pixels(48, 64)), "image/jp
     ("request_", "answer", "problem"),
     [
         (SUCCESS, (200, JSON, as_json({**BOX, "score": 0.51})), ""),
-        (SUCCESS, (200, JSON, as_json()), "other content than in process"),
+        (
+            SUCCESS,
+            (200, JSON, as_json()),
+            "other content than in process (cat 0.500 at [1.0, 2.0, 3.0, 4.0] is missing)",
+        ),
         (SUCCESS, (503, JSON, b"{}"), "status 503 in place of 200"),
         (SUCCESS, (200, "text/plain", as_json(BOX)), "text/plain in place of application/json"),
         (REFUSAL, (422, JSON, b'{"code": 422}'), ""),
-        (REFUSAL, (422, JSON, b'{"code": 415}'), "other content than in process"),
+        (REFUSAL, (422, JSON, b'{"code": 415}'), "other content than in process ({'code': 415})"),
         (REFUSAL, (200, JSON, as_json(BOX)), "status 200 in place of 422"),
         (DRAWN, (200, "image/jpeg", encode_jpeg(make_pixels(48, 64, seed=1))), ""),
         (DRAWN, (200, "image/jpeg", encode_jpeg(make_pixels(64, 48))), "a drawn image of another size"),
