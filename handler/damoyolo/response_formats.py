@@ -1,8 +1,7 @@
 """Write an answer in the format of its request, unless it is drawn: JSON, or what other projects read.
 
-Every format has the boxes and scores of the JSON: clipped to the image, boxes to 2 decimals of a pixel, scores
-to 6 decimals. Results of COCO have the corner's x and y, width and height; supervision the centre.
-docs/output-formats.md shows each format with the code that reads it.
+Every format has the boxes and scores of the JSON: clipped to the image, boxes to 2 decimals of a pixel,
+scores to 6 decimals. docs/output-formats.md shows each format with the code that reads it.
 """
 
 from __future__ import annotations

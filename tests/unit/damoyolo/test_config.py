@@ -9,6 +9,7 @@ from damoyolo.errors import ConfigError
 def test_the_mapping_of_a_config_gives_the_same_config_back():
     config = ServingConfig.from_mapping(
         {"class_names": ["a", "b"], "input_size_hw": [320, 640], "score_threshold": 1, "precision": "bf16"}
+        | {"class_colours": ["#00FF7f"]}
     )
     assert config.input_size_hw == (320, 640)
     assert config.score_threshold == 1.0
@@ -35,6 +36,13 @@ def test_the_mapping_of_a_config_gives_the_same_config_back():
         ({"precision": "int4"}, "fp16"),
         ({"image_formats": ["SVG"]}, "JPEG"),
         ({"warmup_batch_sizes": [0]}, "1 to 1024"),
+        ({"class_colours": ["red"]}, "#RRGGBB"),
+        ({"class_colours": ["#12345"]}, "#RRGGBB"),
+        ({"class_colours": ["#12345g"]}, "#RRGGBB"),
+        ({"class_colours": ["#112233\n"]}, "#RRGGBB"),
+        ({"class_colours": "#112233"}, "list"),
+        ({"class_colours": [None]}, "needs quotes"),  # what `- #112233` is in YAML
+        ({"class_colours": ["#112233"] * 2, "class_names": ["a"]}, "2 colours for 1 classes"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_is_accepted(settings, mentions):

@@ -1,11 +1,14 @@
 """Images with boxes and labels: exact edges, labels that can be read, colours by class."""
 
 import io
+import itertools
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from damoyolo import drawing
 from damoyolo.drawing import class_colour_rgb, draw_detections, text_colour_rgb
 from damoyolo.errors import ImageTooLargeError
 from damoyolo.response import CONTENT_TYPES
@@ -50,15 +53,17 @@ def test_an_image_without_detections_is_not_changed():
 @pytest.mark.parametrize(
     "box", [[0, 0, 200, 120], [150, 0, 200, 10], [199, 119, 200, 120], [-9, -9, 300, 300]]
 )
-def test_boxes_and_labels_at_the_edge_stay_readable(box):
+def test_a_label_at_the_edge_is_whole_and_its_letters_stand_out(drawn_labels, box):
     drawn = decode(draw_detections(GREY, make_detections([box], [0]), CLASS_NAMES, "png", 90))
-    rows, columns = np.nonzero((drawn == class_colour_rgb(0)).all(axis=-1))
-    first_row, first_column = rows.min(), columns.min()
-    label = drawn[first_row : first_row + 12, first_column : first_column + 50].astype(float)
-    assert label.size > 12 * 45 * 3
-    luma = label @ (0.299, 0.587, 0.114)
-    assert np.ptp(luma) > 100  # letters stand out from the bar
-    assert 60 < ((label - class_colour_rgb(0)) != 0).any(axis=-1).sum() < luma.size / 2
+    ((text, (x1, y1, x2, y2), _),) = drawn_labels
+    assert text == "cell 0.90"
+    bar = drawn[y1:y2, x1:x2]
+    assert bar.shape == (y2 - y1, x2 - x1, 3)  # inside the image
+    rim = np.concatenate([bar[1, 1:-1], bar[-2, 1:-1], bar[1:-1, 1], bar[1:-1, -2]])
+    assert (rim == class_colour_rgb(0)).all()  # no letter reaches the border
+    assert (bar[[0, -1]] == text_colour_rgb(class_colour_rgb(0))).all()
+    letters = (bar[1:-1, 1:-1] == text_colour_rgb(class_colour_rgb(0))).all(axis=-1)
+    assert 40 < letters.sum() < letters.size / 2
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (3, 2), (20, 400), (1500, 30)])
@@ -101,6 +106,129 @@ def test_quality_changes_the_size_of_a_jpeg():
     detections = make_detections([], image_size_hw=(60, 60))
     sizes = [len(draw_detections(noise, detections, CLASS_NAMES, "jpeg", quality)) for quality in (20, 90)]
     assert sizes[0] < sizes[1]
+
+
+def test_the_detections_are_not_changed():
+    detections = make_detections([[-5, -5, 500, 500]])
+    draw_detections(GREY, detections, CLASS_NAMES, "png", 90)
+    assert detections.boxes_xyxy.tolist() == [[-5, -5, 500, 500]]
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+@pytest.fixture
+def drawn_labels(monkeypatch):
+    """Of each label drawn: text, bar as x1, y1, x2, y2, font size."""
+    drawn = []
+    draw_label = drawing._draw_label
+
+    def record(draw, corner_xy, label, font, border_px):
+        x, y = corner_xy
+        drawn.append((label.text, (x, y, x + label.bar_wh[0], y + label.bar_wh[1]), font.size))
+        draw_label(draw, corner_xy, label, font, border_px)
+
+    monkeypatch.setattr(drawing, "_draw_label", record)
+    return drawn
+
+
+def labels_of(size_hw, names, boxes, drawn_labels):
+    """The labels of an image of this size, which is not encoded; best detection first."""
+    detections = make_detections(boxes, range(len(boxes)), image_size_hw=size_hw)
+    with pytest.raises(ImageTooLargeError):
+        draw_detections(np.zeros((*size_hw, 3), np.uint8), detections, names, "png", 90, max_bytes=0)
+    return drawn_labels[::-1]
+
+
+def test_labels_of_equal_boxes_do_not_hide_each_other(drawn_labels):
+    names = [f"class {number}" for number in range(6)]
+    bars = [bar for _, bar, _ in labels_of((240, 320), names, [[100, 80, 200, 160]] * 6, drawn_labels)]
+    assert len(bars) == 6
+    for index, (x1, y1, x2, y2) in enumerate(bars):
+        for left, top, right, bottom in bars[:index]:
+            assert x2 <= left or right <= x1 or y2 <= top or bottom <= y1
+
+
+def test_the_label_of_the_better_detection_is_on_top_where_both_have_no_room():
+    size_hw = (14, 60)  # room for one bar
+    detections = make_detections([[0, 0, 60, 14]] * 2, [0, 1], image_size_hw=size_hw)
+    image = np.zeros((*size_hw, 3), np.uint8)
+    both = decode(draw_detections(image, detections, ["cell", "cell"], "png", 90))
+    assert (both == class_colour_rgb(0)).all(axis=-1).sum() > 100
+    assert not (both == class_colour_rgb(1)).all(axis=-1).any()
+
+
+# 10 px of a font are the least that reads well, where the whole image is shown on 1024 px.
+@pytest.mark.parametrize("size_hw", [(480, 640), (1080, 1920), (700, 2100), (2000, 6000), (6000, 8000)])
+def test_letters_can_be_read_when_the_whole_image_is_shown(drawn_labels, size_hw):
+    height, width = size_hw
+    box = [width / 4, height / 4, width / 2, height / 2]
+    ((text, (_, y1, _, y2), font_px),) = labels_of(size_hw, ["Platelets"], [box], drawn_labels)
+    assert text == "Platelets 0.90"
+    assert font_px * 1024 / max(size_hw) > 10
+    assert y2 - y1 < height / 10
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "name", "expected"),
+    [
+        ((64, 64), "RBC", "RBC 0.90"),
+        ((64, 64), "Platelets", "Platelets 0.90"),
+        ((64, 64), "a very long name of a class", r"a very \w*\. 0\.90"),
+        ((300, 30), "Platelets", r"\w?\w?\.? ?0\.90"),
+        ((480, 640), "x" * 200, r"x{40,150}\. 0\.90"),
+    ],
+)
+def test_a_label_too_wide_for_its_image_is_made_smaller_then_abbreviated_and_never_cut_off(
+    drawn_labels, size_hw, name, expected
+):
+    height, width = size_hw
+    ((text, (x1, y1, x2, y2), font_px),) = labels_of(size_hw, [name], [[1, 1, width, height]], drawn_labels)
+    assert re.fullmatch(expected, text)
+    assert 0 <= x1 < x2 <= width
+    assert 0 <= y1 < y2 <= height
+    assert font_px >= 8
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (3, 2), (8, 300), (300, 8)])
+def test_where_no_label_fits_there_is_none(drawn_labels, size_hw):
+    assert labels_of(size_hw, ["cell"], [[0, 0, *size_hw[::-1]]], drawn_labels) == []
+
+
+def test_a_thousand_detections_are_drawn_alike_every_time():
+    random = np.random.default_rng(0)
+    corners = random.random((1000, 2)) * (600, 440)
+    boxes = np.concatenate([corners, corners + 5 + 35 * random.random((1000, 2))], axis=1)
+    detections = make_detections(boxes, random.integers(0, 3, 1000), image_size_hw=(480, 640))
+    image = make_pixels(480, 640)
+    first, second = (draw_detections(image, detections, CLASS_NAMES, "jpeg", 90) for _ in range(2))
+    assert first == second
+
+
+# ---------------------------------------------------------------------------------------------- colours
+
+
+def relative_luminance(rgb):
+    """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
+    shares = np.array(rgb) / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def test_letters_have_the_contrast_that_the_web_asks_for_on_every_colour():
+    steps = range(0, 256, 15)
+    for bar in itertools.product(steps, steps, steps):
+        dark, light = sorted(map(relative_luminance, (bar, text_colour_rgb(bar))))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, bar
+
+
+def test_classes_have_the_colours_of_the_settings_in_order_and_again_from_the_start():
+    colours = ("#12ab34", "#FFFFFF")
+    boxes = [[10, 20, 40, 50], [60, 20, 90, 50], [110, 20, 140, 50]]
+    detections = make_detections(boxes, [0, 1, 2])
+    encoded = draw_detections(GREY, detections, CLASS_NAMES, "png", 90, class_colours=colours)
+    drawn = decode(encoded)
+    assert drawn[40, [10, 60, 110]].tolist() == [[0x12, 0xAB, 0x34], [255, 255, 255], [0x12, 0xAB, 0x34]]
 
 
 def test_every_class_keeps_its_own_colour():
