@@ -27,6 +27,8 @@ _JPEG_MAX_SIDE = 65_500  # pixels; libjpeg's limit
 _FONT_SHARE = 1 / 46  # of the geometric mean of the image's sides: 12 px at 640 x 480
 _FONT_MIN_PX = 11  # at the least where there is room for it
 _FONT_SMALLEST_PX = 9  # below this, letters run together
+_LABEL_MAX_SHARE = 0.5  # of the image's width that a label takes at most,
+_LABEL_MAX_EM = 16  # unless it is no longer than this many times its font size: about 30 letters
 _EQUAL_CONTRAST = math.sqrt(1.05 * 0.05) - 0.05  # luminance of a bar on which black and white do equally well
 
 Rgb = tuple[int, int, int]
@@ -149,13 +151,14 @@ def _draw_labels(
     margin = _margin(font_px)
     measure = _text_measure(draw, _font(font_px))
     widest = max(right - left for left, _, right, _ in {measure(" ".join(pair)) for pair in set(texts)})
-    if widest + 2 * margin > width:
+    room = min(width, max(int(_LABEL_MAX_SHARE * width), _LABEL_MAX_EM * font_px))
+    if widest + 2 * margin > room:
         smallest = max(_FONT_SMALLEST_PX, font_px * 2 // 3)
-        font_px = max(smallest, min(font_px, int(font_px * (width - 2 * margin) / widest)))
+        font_px = max(smallest, min(font_px, int(font_px * (room - 2 * margin) / widest)))
         margin = _margin(font_px)
         measure = _text_measure(draw, _font(font_px))
     labels = [
-        _fitted_label(*text, measure, margin, colour_rgb, image_size_wh)
+        _fitted_label(*text, measure, margin, colour_rgb, (room, height))
         for text, colour_rgb in zip(texts, colours, strict=True)
     ]
     shown = [index for index, label in enumerate(labels) if label is not None]
@@ -187,14 +190,14 @@ def _fitted_label(
     measure: Measure,
     margin: int,
     colour_rgb: Rgb,
-    image_size_wh: tuple[int, int],
+    room_wh: tuple[int, int],
 ) -> _Label | None:
-    """The longest label that fits into the image: name and score, the name abbreviated, the score alone."""
+    """The longest label that fits into the room: name and score, the name abbreviated, the score alone."""
 
     def label_of(text: str) -> _Label | None:
         left, top, right, bottom = measure(text)
         bar_wh = math.ceil(right - left) + 2 * margin, math.ceil(bottom - top) + 2 * margin
-        if bar_wh[0] > image_size_wh[0] or bar_wh[1] > image_size_wh[1]:
+        if bar_wh[0] > room_wh[0] or bar_wh[1] > room_wh[1]:
             return None
         return _Label(text, bar_wh, (margin - left, margin - top), colour_rgb)
 

@@ -48,13 +48,15 @@ def test_a_label_hides_another_only_if_none_of_its_positions_is_free_and_then_th
         assert shared_area(bar, placed[:index]).sum() == least
 
 
-@pytest.mark.parametrize(("count", "most_left"), [(30, 0.1), (100, 0.25), (300, 0.7)])
+@pytest.mark.parametrize(("count", "most_left"), [(60, 0.1), (150, 0.2), (300, 0.4), (1000, 0.8)])
 def test_much_less_is_hidden_than_with_all_labels_above_their_boxes(count, most_left):
-    boxes, sizes = crowd(count, seed=1)
-    above = bars(label_positions(sizes, boxes, IMAGE_WH)[:, 0], sizes)
-    placed = bars(place_labels(sizes, boxes, boxes, IMAGE_WH), sizes)
-    assert hidden_share(above) > 0.03
-    assert hidden_share(placed) < most_left * hidden_share(above)
+    before = after = 0.0
+    for seed in range(5):
+        boxes, sizes = crowd(count, seed)
+        before += hidden_share(bars(label_positions(sizes, boxes, IMAGE_WH)[:, 0], sizes))
+        after += hidden_share(bars(place_labels(sizes, boxes, boxes, IMAGE_WH), sizes))
+    assert before / 5 > 0.05
+    assert after < most_left * before
 
 
 @pytest.mark.parametrize("image_wh", [(640, 480), (64, 64), (90, 2000), (8000, 20), (80, 16)])
