@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,8 +61,8 @@ def draw_detections(
     """The image with boxes and labels, encoded; best detection on top, one colour per class.
 
     Lines and font scale with the image. No label is cut off: in an image too narrow for it the font becomes
-    smaller, then the name is abbreviated ("Plat. 0.87"), and where nothing fits there is no label. Letters
-    missing from Pillow's built-in font (it covers Latin) appear as empty boxes.
+    smaller, then the name is abbreviated ("Plat… 0.87"), and where nothing fits there is no label. Pillow's
+    built-in font has little more than ASCII: letters are drawn without accents, other scripts as empty boxes.
 
     Args:
         image: (h, w, 3) uint8 R, G, B, the image that `detections` refers to; not changed.
@@ -85,7 +86,7 @@ def draw_detections(
         colours = [class_colour_rgb(class_id, class_colours) for class_id in detections.class_ids.tolist()]
         _draw_boxes(draw, boxes_xyxy, colours, (width, height))
         texts = [
-            (class_names[class_id], f"{score:.2f}")
+            (_without_accents(class_names[class_id]), f"{score:.2f}")
             for class_id, score in zip(detections.class_ids.tolist(), detections.scores.tolist(), strict=True)
         ]
         _draw_labels(draw, boxes_xyxy, texts, colours, (width, height))
@@ -169,6 +170,15 @@ def _draw_labels(
         _draw_label(draw, corner_xy, label, _font(font_px), max(1, font_px // 16))
 
 
+@functools.lru_cache(maxsize=1024)
+def _without_accents(name: str) -> str:
+    bases = (
+        "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+        for letter in name
+    )
+    return "".join(base if base.isascii() else letter for base, letter in zip(bases, name, strict=True))
+
+
 def _margin(font_px: int) -> int:
     """Between the text and the edge of its bar, in pixels."""
     return max(2, round(font_px / 6))
@@ -207,11 +217,11 @@ def _fitted_label(
     fitting, too_long = 0, len(name)  # letters of the name; bisected, as a name may be long
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
-        if label_of(f"{name[:middle]}. {score}") is None:
+        if label_of(f"{name[:middle]}… {score}") is None:
             too_long = middle
         else:
             fitting = middle
-    return label_of(f"{name[:fitting]}. {score}" if fitting else score)
+    return label_of(f"{name[:fitting]}… {score}" if fitting else score)
 
 
 def _draw_label(
