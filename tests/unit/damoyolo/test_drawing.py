@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from damoyolo import drawing
-from damoyolo.drawing import class_colour_rgb, draw_detections, text_colour_rgb
+from damoyolo.drawing import class_colour_rgb, draw_detections
 from damoyolo.errors import ImageTooLargeError
+from damoyolo.label_text import LabelWriter, text_colour_rgb
 from damoyolo.response import CONTENT_TYPES
 from doubles.detections import make_detections
 from doubles.images import make_pixels
@@ -122,14 +122,14 @@ def test_the_detections_are_not_changed():
 def drawn_labels(monkeypatch):
     """Of each label drawn: text, bar as x1, y1, x2, y2, font size."""
     drawn = []
-    draw_label = drawing._draw_label
+    write = LabelWriter.write
 
-    def record(draw, corner_xy, label, font, border_px):
-        x, y = corner_xy
-        drawn.append((label.text, (x, y, x + label.bar_wh[0], y + label.bar_wh[1]), font.size))
-        draw_label(draw, corner_xy, label, font, border_px)
+    def record(writer, draw, corner_xy, name, score, bar_rgb):
+        (x, y), (width, height) = corner_xy, writer.bar_size_wh(name, score)
+        drawn.append((writer.text(name, score), (x, y, x + width, y + height), writer.font_px))
+        write(writer, draw, corner_xy, name, score, bar_rgb)
 
-    monkeypatch.setattr(drawing, "_draw_label", record)
+    monkeypatch.setattr(LabelWriter, "write", record)
     return drawn
 
 
