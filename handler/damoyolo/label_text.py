@@ -17,10 +17,8 @@ Bounds = tuple[int, int, int, int]  # left, top, right, bottom of the letters of
 _FONT_SHARE = 1 / 46  # of the geometric mean of the image's sides: 12 px at 640 x 480
 _FONT_MIN_PX = 11  # at the least where there is room for it
 _FONT_SMALLEST_PX = 9  # below this, letters run together
-_LABEL_MAX_SHARE = 0.5  # of the image's width that a label takes at most,
-_LABEL_MAX_EM = 16  # unless it is no longer than this many times its font size: about 30 letters
-# Rendered texts that are kept. Even if each fills its room, they take less memory than the image.
-_KEPT = 128
+_LABEL_MAX_EM = 20  # the longest label in font sizes: about 40 letters
+_KEPT = 128  # rendered names that are kept: under 2 bytes per pixel of a large image, if all are that long
 
 
 class _Letters(NamedTuple):
@@ -53,7 +51,7 @@ class LabelWriter:
         scores = list(scores)
         most = round(_FONT_SHARE * math.sqrt(width * height))
         font_px = max(_FONT_MIN_PX, min(most, min(width, height) // 8))
-        self._room_wh = min(width, max(int(_LABEL_MAX_SHARE * width), _LABEL_MAX_EM * font_px)), height
+        self._room_wh = min(width, _LABEL_MAX_EM * font_px), height
         self._use_font(font_px)
         widest = max(map(self._text_width, plain.values())) + self._score_width(scores)
         if widest > self._room_wh[0]:

@@ -1,6 +1,9 @@
 """Serving settings: refusals, round trip, and the batch sizes that are captured."""
 
+import re
+
 import pytest
+import yaml
 
 from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
 from damoyolo.errors import ConfigError
@@ -49,6 +52,13 @@ def test_a_wrong_setting_is_refused_with_what_is_accepted(settings, mentions):
     with pytest.raises(ConfigError, match=next(iter(settings))) as raised:
         ServingConfig.from_mapping(settings)
     assert mentions in str(raised.value)
+
+
+def test_the_documented_colours_are_accepted(project_dir):
+    text = (project_dir / "docs/output-formats.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    config = ServingConfig.from_mapping(yaml.safe_load(block)["handler"])
+    assert config.class_colours[0] == "#E69F00"
 
 
 def test_a_request_without_options_gets_the_settings():
