@@ -15,7 +15,7 @@ Options have the same name everywhere (`OPTION_NAMES`). The first place that has
 1. a field of the JSON document, with JSON's own types (null counts as absent),
 2. a form field or query parameter beside the image, as text,
 3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
-4. the server's default; for `format`, the Accept header first.
+4. the server's default; for `format`, the Accept header first, which asks for json, jpeg or png.
 
 Everywhere a number is written as in JSON. JSON is read strictly: no NaN, no name twice in an object.
 """
@@ -33,17 +33,18 @@ from damoyolo.inference_answer import TensorRequest
 from damoyolo.inference_request import ADDRESS_HEADER, LENGTH_HEADER, InferenceContent, InferenceReader
 from damoyolo.option_values import DETECTION_OPTIONS, WHITE_SPACE, OptionReader, Text, require_short
 from damoyolo.request_images import ImageReader
-from damoyolo.response import CONTENT_TYPES, OutputFormat
+from damoyolo.response import CONTENT_TYPES, DRAWN_FORMATS, SINGLE_IMAGE_FORMATS, OutputFormat
+from damoyolo.response_formats import MAX_IMAGE_ID
 from damoyolo.strict_json import parse_json, parse_number
 from damoyolo.structures import DetectionOptions
 
-OPTION_NAMES = (*DETECTION_OPTIONS, "format")
+OPTION_NAMES = (*DETECTION_OPTIONS, "format", "image_id")
 
 _IMAGE_FIELDS = ("body", "data", "image")
 _IGNORED_FIELDS = ("model_name",)  # part of /invocations, passed on by TorchServe
 _HEADER_PREFIX = "x-detect-"
 _OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
-_FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
+_FORMAT_OF_CONTENT_TYPE: dict[str, OutputFormat] = {CONTENT_TYPES[name]: name for name in DRAWN_FORMATS}
 _JSON_TYPE = "application/json"
 _SINGLE_IMAGE = ("image", "data")  # fields of a document or of an instance
 _CONTENT_FIELDS = (*_SINGLE_IMAGE, "instances")
@@ -59,8 +60,10 @@ class ImageRequest:
 
     images: the encoded images, at least one, none of them empty.
     options: for the postprocessing, the same for all images.
-    output_format: of the answer; a drawn image only for a single image.
-    batched: the answer is `{"predictions": [...]}`, even for one image, unless it is drawn.
+    output_format: of the answer; one of SINGLE_IMAGE_FORMATS only for a single image.
+    batched: the answer is `{"predictions": [...]}`, even for one image, unless its format has another form
+        for several images, or none.
+    image_id: of the first image in COCO results.
     tensors: not None if the answer is one of the Open Inference Protocol; then `batched` is true.
     """
 
@@ -68,6 +71,7 @@ class ImageRequest:
     options: DetectionOptions
     output_format: OutputFormat
     batched: bool
+    image_id: int = 0
     tensors: TensorRequest | None = None
 
     def place(self, index: int) -> str:
@@ -114,12 +118,14 @@ class RequestParser:
             images, batched = self._document_images(document)
 
         output_format = _output_format(values.pop("format", None), texts.get("accept", ""))
-        if output_format != "json" and len(images) > 1:
+        if output_format in SINGLE_IMAGE_FORMATS and len(images) > 1:
+            several = ", ".join(name for name in CONTENT_TYPES if name not in SINGLE_IMAGE_FORMATS)
             raise InvalidOptionError(
-                f"format is {output_format} for {len(images)} images; "
-                "a drawn image answers a request of one image only; request format json"
+                f"format is {output_format} for {len(images)} images; {' and '.join(SINGLE_IMAGE_FORMATS)} "
+                f"answer a request of one image only; accepted for several are {several}"
             )
-        return ImageRequest(images, self._options(values), output_format, batched)
+        image_id = _image_id(values.pop("image_id", 0))
+        return ImageRequest(images, self._options(values), output_format, batched, image_id)
 
     def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> str:
         found = [name for name in _IMAGE_FIELDS if name in row]
@@ -278,10 +284,20 @@ def _output_format(value: Any, accept: str) -> OutputFormat:
     raise InvalidOptionError(f"format is {quoted(value)}; accepted are {', '.join(CONTENT_TYPES)}")
 
 
+def _image_id(value: Any) -> int:
+    number = parse_number(value) if isinstance(value, Text) else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= MAX_IMAGE_ID:
+        raise InvalidOptionError(
+            f"image_id is {quoted(value)}; a whole number from 0 to {MAX_IMAGE_ID} is accepted"
+        )
+    return number
+
+
 def _format_of_accept(accept: str) -> OutputFormat:
     """jpeg or png if the header prefers it to all other types than images; json otherwise.
 
-    So browsers, which list image/png beside text/html, and `*/*` get JSON.
+    So browsers, which list image/png beside text/html, and `*/*` get JSON. The other formats are asked for by
+    name: their media types say too little.
     """
     best_format: OutputFormat = "json"
     best_quality = other_quality = 0.0
