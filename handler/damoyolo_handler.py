@@ -151,7 +151,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
 
 
 def _leave_out_undeclared_times(metrics: Any) -> None:
-    """Spare the line of output that TorchServe writes per batch even where the server does not know the metric."""
+    """Spare the line that TorchServe prints per batch even where the server does not know the metric."""
     try:
         metrics.get_metric("PredictionTime", MetricTypes.GAUGE)
     except MetricsCacheKeyError:

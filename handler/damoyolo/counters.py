@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
-    def take(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    def take(self) -> list[tuple[str, tuple[str, ...], float]]:
         """Increments of the three counters that make a histogram in Prometheus: suffix, label le, increment.
 
         The first time all of them, so that the series begin at 0; later those that are not 0. The largest
@@ -50,10 +50,11 @@ class Histogram:
         ]
         for bound, count in zip(reversed(self._bounds), below[-2::-1], strict=True):
             rows.append(("_bucket", (f"{bound:g}",), count))
-        yield from (row for row in rows if self._is_new or row[2])
+        taken = [row for row in rows if self._is_new or row[2]]
         self._counts = [0] * len(self._counts)
         self._sum = 0.0
         self._is_new = False
+        return taken
 
 
 class MetricTotals:
