@@ -357,7 +357,7 @@ PLACES = [
     ("service", "_respond_to_all", [500, 500]),
     ("clock", "_mark", [500, 500]),
     ("clock", "read_seconds", [200, 415]),
-    ("counters", "add", [200, 415]),
+    ("metrics", "count_batch", [200, 415]),
 ]
 
 
