@@ -1,4 +1,4 @@
-"""A real Prometheus for tests, the expressions of deploy/monitoring, and a picture of the dashboard with its data."""
+"""A real Prometheus for tests, the expressions of deploy/monitoring, and a picture of the dashboard."""
 
 import contextlib
 import json

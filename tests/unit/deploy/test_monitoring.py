@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from damoyolo.metrics import COUNTERS, GAUGES, HISTOGRAMS
-
 from doubles.monitoring import read_annotations, read_panels, without_threshold
 
 REPORTED = COUNTERS.keys() | HISTOGRAMS.keys() | GAUGES.keys()
