@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,13 +65,16 @@ def prometheus(server, smear, monitoring_dir, tmp_path_factory):
                 header = {"X-Detect-Score-Threshold": "two"} if (count + number) % 25 == 1 else {}
                 session.post(url, data=body, headers=header, timeout=TIMEOUT_S)
 
+    time.sleep(2)  # what workers counted before is on the page then
     with running_prometheus(monitoring_dir, folder, server.metrics_url) as running:
+        running.before = samples_of(page(server))
         with ThreadPoolExecutor(CLIENTS) as pool:
             clients = [pool.submit(client, number) for number in range(CLIENTS)]
             stop.wait(LOAD_S)
             stop.set()
             for each in clients:
                 each.result()
+        running.ended_at = time.time()
         yield running
 
 
@@ -139,24 +143,32 @@ def samples_of(text):
 
 
 def test_workers_and_server_count_the_same_answers(prometheus, server):
-    def differences():
-        samples = samples_of(page(server))
-        answers = {
-            dict(labels)["code"]: value
-            for (name, labels), value in samples.items()
-            if name == "damoyolo_responses_total" and value
+    def growth():
+        grown = {
+            key: value - prometheus.before.get(key, 0) for key, value in samples_of(page(server)).items()
         }
-        errors = {}
-        for (name, labels), value in samples.items():
-            if name == "damoyolo_request_errors_total" and value:
+        answers, errors = {}, {}
+        for (name, labels), value in grown.items():
+            counts = {"damoyolo_responses_total": answers, "damoyolo_request_errors_total": errors}.get(name)
+            if counts is not None and value:
                 code = dict(labels)["code"]
-                errors[code] = errors.get(code, 0) + value
-        # Probes of readiness reach the workers only.
-        good = samples["damoyolo_requests_total", ()] - sum(errors.values())
-        assert good >= answers["200"] > 100
-        return {code: answers.get(code) for code in errors} != errors
+                counts[code] = counts.get(code, 0) + value
+        return grown, answers, errors
 
-    wait_until(lambda: not differences(), "the workers' last counters", 10)
+    wait_until(lambda: growth()[0]["damoyolo_queue_requests", ()] == 0, "the end of the load", 10)
+    time.sleep(1.5)  # a worker sends once a second
+    grown, answers, errors = growth()
+    good = answers.pop("200")
+    assert errors == answers
+    assert errors.keys() == {"400", "415"}
+    assert grown["damoyolo_requests_total", ()] == good + sum(errors.values())
+    assert grown["damoyolo_batch_size_sum", ()] == grown["damoyolo_requests_total", ()]
+    assert grown["damoyolo_worker_request_duration_seconds_count", ()] == grown["damoyolo_requests_total", ()]
+    assert (
+        grown["damoyolo_images_total", (("decoder", "cpu"),)]
+        + grown.get(("damoyolo_images_total", (("decoder", "gpu"),)), 0)
+        == good
+    )
 
 
 def test_histograms_are_whole(server, prometheus):
