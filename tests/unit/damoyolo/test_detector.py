@@ -52,9 +52,10 @@ def test_work_is_counted_until_it_is_read_and_a_failed_call_counts_nothing(detec
     options = detector.config.default_options()
     found = sum(len(detector.detect([image], [options])[0]) for image in smears[:2])
     detector.detect([b"no image"], [options])
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+    with monkeypatch.context() as patch:
         patch.setattr(detector.pipeline, "start", _fail)
-        detector.detect(smears[:1], [options])
+        with pytest.raises(RuntimeError):
+            detector.detect(smears[:1], [options])
     assert detector.read_work() == Work(cpu_images=2, detections=found)
     assert detector.read_work() == Work()
 
