@@ -175,15 +175,3 @@ def _all_kinds(error: type[RequestError]) -> Iterator[type[RequestError]]:
     yield error
     for kind in error.__subclasses__():
         yield from _all_kinds(kind)
-
-
-def declarations(kind: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """What the server's metrics file must hold under "counter" or "gauge": unit and labels by name."""
-    if kind == "gauge":
-        return {name: (metric.unit, metric.labels) for name, metric in GAUGES.items()}
-    declared = {name: (metric.unit, metric.labels) for name, metric in COUNTERS.items()}
-    for name, metric in HISTOGRAMS.items():
-        declared[f"{name}_sum"] = (metric.unit, metric.labels)
-        declared[f"{name}_count"] = ("Count", metric.labels)
-        declared[f"{name}_bucket"] = ("Count", (*metric.labels, "le"))
-    return declared

@@ -20,7 +20,7 @@ from ts.service import Service
 
 from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
-from damoyolo.metrics import COUNTERS, HISTOGRAMS, declarations
+from damoyolo.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
 from damoyolo_handler import DamoYoloHandler, _leave_out_undeclared_times, _share_machine
 
@@ -272,12 +272,19 @@ def test_a_batch_is_counted_with_its_stages_images_and_errors(service, project_d
     assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
 
 
-@pytest.mark.parametrize("kind", ["counter", "gauge"])
-def test_every_metric_is_declared_to_the_server(project_dir, kind):
-    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"][kind]
-    assert {metric["name"]: (metric["unit"], tuple(metric["dimensions"])) for metric in declared} == (
-        declarations(kind)
-    )
+def test_every_metric_is_declared_to_the_server_and_a_histogram_as_three_counters(project_dir):
+    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]
+    found = {
+        kind: {metric["name"]: (metric["unit"], tuple(metric["dimensions"])) for metric in metrics}
+        for kind, metrics in declared.items()
+    }
+    counters = {name: (metric.unit, metric.labels) for name, metric in COUNTERS.items()}
+    for name, metric in HISTOGRAMS.items():
+        counters[f"{name}_sum"] = (metric.unit, metric.labels)
+        counters[f"{name}_count"] = ("Count", metric.labels)
+        counters[f"{name}_bucket"] = ("Count", (*metric.labels, "le"))
+    gauges = {name: (metric.unit, metric.labels) for name, metric in GAUGES.items()}
+    assert found == {"counter": counters, "gauge": gauges}
 
 
 def test_the_start_of_a_worker_is_one_line_per_series(service, caplog):
