@@ -257,6 +257,7 @@ def test_every_status_line_and_content_type_is_plain_ascii():
 def test_a_batch_is_counted_with_its_stages_images_and_errors(service, project_dir, monkeypatch):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
     totals = service.handler.metrics.totals
+    monkeypatch.setattr(totals, "_interval_s", 3600.0)
     totals.flush()
     sent = {}
     monkeypatch.setattr(totals, "_send", lambda name, labels, value: sent.update({(name, labels): value}))

@@ -12,9 +12,12 @@ MODEL = ("m", "1.0")
 
 
 def metrics_that_send_to(sent, model=MODEL):
-    return WorkerMetrics(
+    """Only when they are told to."""
+    metrics = WorkerMetrics(
         lambda name, labels, value: sent.update({(name, labels): value}), model, torch.device("cpu")
     )
+    metrics.totals._interval_s, metrics.totals._sent_at = 3600.0, time.monotonic()
+    return metrics
 
 
 def test_a_worker_starts_every_series_with_zero():

@@ -73,7 +73,7 @@ public final class FrontEnd extends ModelServerEndpoint {
                 new ClassPatch(serve + "grpcimpl/InferenceImpl", Map.of(serve + "job/GRPCJob", GrpcJob.class)),
                 GRPCInterceptor.class);
         ModelQueue.require();
-        ServerMetrics.register();
+        ServerMetrics.require();
         GrpcLog.limit();
         // Every patch was made and checked before the first is used, so a TorchServe that looks different keeps all
         // its classes. What remains is a class that is loaded already: then those defined before it stay.

@@ -37,7 +37,7 @@ final class ServerMetrics extends Collector {
     private ServerMetrics() {}
 
     /** Called once, before TorchServe is changed: what can fail here fails then. */
-    static void register() {
+    static void require() {
         CollectorRegistry.defaultRegistry.register(new ServerMetrics());
     }
 
