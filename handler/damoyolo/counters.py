@@ -49,7 +49,7 @@ class Histogram:
             ("_bucket", ("+Inf",), below[-1]),
         ]
         for bound, count in zip(reversed(self._bounds), below[-2::-1], strict=True):
-            rows.append(("_bucket", (f"{bound:g}",), count))
+            rows.append(("_bucket", (str(float(bound)),), count))
         taken = [row for row in rows if self._is_new or row[2]]
         self._counts = [0] * len(self._counts)
         self._sum = 0.0

@@ -132,21 +132,22 @@ def draw_dashboard(prometheus, dashboard, path):
             for expression, template in targets
             for found in prometheus.query_range(expression)
         ]
+        grown = [(name, points) for name, points in series if any(value for _, value in points)]
         if series:
-            drawn.append((title, unit, series))
+            drawn.append((title, unit, grown or series))
     rows = -(-len(drawn) // 4)
     figure, grid = pyplot.subplots(rows, 4, figsize=(17, 2.9 * rows), layout="constrained", squeeze=False)
     end = prometheus.ended_at or time.time()
     for axes, (title, unit, series) in zip(grid.flat, drawn, strict=False):
         for name, points in series:
-            axes.plot(
-                [at - end for at, _ in points], [value for _, value in points], label=name, linewidth=1.2
-            )
-        axes.set_title(f"{title} [{unit.removeprefix('suffix: ')}]", fontsize=9)
-        axes.set_ylim(bottom=0)
+            times, values = zip(*points, strict=True)
+            axes.plot([at - end for at in times], values, label=name, linewidth=1.5)
+        unit = unit.removeprefix("suffix: ").replace("reqps", "requests/s").replace("short", "")
+        axes.set_title(f"{title}, {unit}" if unit else title, fontsize=10)
+        axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, loc="upper left", ncols=2)
+        axes.legend(fontsize=7, loc="upper left", ncols=3, framealpha=0.6)
     for axes in list(grid.flat)[len(drawn) :]:
         axes.axis("off")
     figure.supxlabel("seconds", fontsize=8)

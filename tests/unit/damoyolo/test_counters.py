@@ -43,7 +43,7 @@ def test_a_histogram_is_three_cumulative_counters_whose_largest_bucket_comes_fir
         ("_count", (), 0),
         ("_bucket", ("+Inf",), 0),
         ("_bucket", ("2.5",), 0),
-        ("_bucket", ("1",), 0),
+        ("_bucket", ("1.0",), 0),
     ]
     histogram.observe(1.0)  # bounds are inclusive
     histogram.observe(2.0, times=3)
@@ -53,7 +53,7 @@ def test_a_histogram_is_three_cumulative_counters_whose_largest_bucket_comes_fir
         ("_count", (), 5),
         ("_bucket", ("+Inf",), 5),
         ("_bucket", ("2.5",), 4),
-        ("_bucket", ("1",), 1),
+        ("_bucket", ("1.0",), 1),
     ]
     histogram.observe(2.0)
     assert histogram.take() == [
@@ -75,11 +75,11 @@ def test_increments_of_a_histogram_add_up_to_what_was_observed_whenever_they_are
             for suffix, le, increment in histogram.take():
                 counters[suffix, le] = counters.get((suffix, le), 0) + increment
                 # Whoever reads between two lines sees no bucket with more than a larger one.
-                read = [counters.get(("_bucket", (le,)), 0) for le in ("1", "2.5", "+Inf")]
+                read = [counters.get(("_bucket", (le,)), 0) for le in ("1.0", "2.5", "+Inf")]
                 assert read == sorted(read)
     for suffix, le, increment in histogram.take():
         counters[suffix, le] += increment
-    assert counters["_bucket", ("1",)] == sum(value <= 1 for value in values)
+    assert counters["_bucket", ("1.0",)] == sum(value <= 1 for value in values)
     assert counters["_bucket", ("2.5",)] == sum(value <= 2.5 for value in values)
     assert counters["_bucket", ("+Inf",)] == counters["_count", ()] == 40
     assert counters["_sum", ()] == pytest.approx(sum(values))

@@ -53,6 +53,7 @@ public final class MetricsPage extends HttpRequestHandlerChain {
     }
 
     private static List<MetricFamilySamples> families() {
+        ServerMetrics.begin();
         return new WorkerMetrics().arrange(Collections.list(CollectorRegistry.defaultRegistry.metricFamilySamples()));
     }
 

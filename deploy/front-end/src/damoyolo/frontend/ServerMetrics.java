@@ -83,7 +83,6 @@ final class ServerMetrics extends Collector {
             wanted.addMetric(labels, model.getMinWorkers());
             countWorkers(model).forEach((state, count) ->
                     workers.addMetric(List.of(model.getModelName(), model.getVersion(), state), count));
-            begin(model);
         });
         return List.of(waiting, capacity, open, wanted, workers);
     }
@@ -105,12 +104,15 @@ final class ServerMetrics extends Collector {
         return state.name().toLowerCase(Locale.ROOT).replaceFirst("^worker_", "");
     }
 
-    private static void begin(Model model) {
-        QUEUE.labels(model.getModelName(), model.getVersion());
-        REQUEST.labels(model.getModelName(), model.getVersion());
-        for (String code : USUAL_CODES) {
-            RESPONSES.labels(model.getModelName(), model.getVersion(), code);
-        }
+    /** Adds the series of every model, at 0 if they are new. */
+    static void begin() {
+        forEachModel(model -> {
+            QUEUE.labels(model.getModelName(), model.getVersion());
+            REQUEST.labels(model.getModelName(), model.getVersion());
+            for (String code : USUAL_CODES) {
+                RESPONSES.labels(model.getModelName(), model.getVersion(), code);
+            }
+        });
     }
 
     private static GaugeMetricFamily family(String name, String help) {
