@@ -125,12 +125,15 @@ class StandInServer(ThreadingHTTPServer):
         self._thread.join()
 
 
-METRICS_PAGE = """# HELP batches_total Torchserve prometheus counter metric with unit: Count
-# TYPE batches_total counter
-batches_total{{ModelName="m",Level="Model",Hostname="h",}} {batches}
-batched_requests_total{{ModelName="m",Level="Model",Hostname="h",}} {requests}
-batched_requests_total{{ModelName="other",Level="Model",Hostname="h",}} 7.0
-stage_seconds_total{{ModelName="m",Level="Model",Stage="network",Hostname="h",}} {network_s}
+METRICS_PAGE = """# HELP damoyolo_batch_size Requests of a batch.
+# TYPE damoyolo_batch_size histogram
+damoyolo_batch_size_sum{{model_name="m",model_version="1.0",}} {requests}
+damoyolo_batch_size_count{{model_name="m",model_version="1.0",}} {batches}
+damoyolo_batch_size_bucket{{model_name="m",model_version="1.0",le="+Inf",}} {batches}
+damoyolo_batch_size_sum{{model_name="other",model_version="1.0",}} 7.0
+# HELP damoyolo_stage_duration_seconds Time of a stage for a whole batch.
+# TYPE damoyolo_stage_duration_seconds histogram
+damoyolo_stage_duration_seconds_sum{{model_name="m",model_version="1.0",stage="network",}} {network_s}
 ts_inference_requests_total{{model_name="m",model_version="default",hostname="h",}} 1.5E3
 """
 

@@ -90,6 +90,7 @@ def test_kinds_go_their_ways_and_the_order_is_kept(preprocessor, plain_preproces
     batch = preprocessor.prepare(MIXED + oriented)
     expected = plain_preprocessor.prepare(MIXED + oriented)
     assert decoder.batch_sizes == [4 + 8]
+    assert (batch.on_device, expected.on_device) == (4 + 8, 0)
     assert batch.slots == list(range(16))
     assert batch.image_sizes_hw == expected.image_sizes_hw
     assert batch.errors == {}
@@ -115,6 +116,7 @@ def test_a_corrupt_neighbour_costs_only_itself(preprocessor, plain_preprocessor,
     with caplog.at_level(logging.WARNING):
         batch = preprocessor.prepare(images)
     assert decoder.refused == 1
+    assert batch.on_device == 0
     assert "refused a batch of 4" in caplog.text
     assert batch.slots == [1, 3, 5]
     assert list(batch.errors) == [0, 2, 4, 6]
