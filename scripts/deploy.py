@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import command_parser, positive_int, positive_seconds, run_command
+from lib.cli import command_parser, ended_like_ctrl_c, positive_int, positive_seconds, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _show(management, store)
             return
         inference_url = arguments.inference_url or properties["inference_address"]
-        with store.locked(), _ended_like_ctrl_c():
+        with store.locked(), ended_like_ctrl_c():
             _change(_rollout(arguments, management, store, inference_url, keys[1]), arguments)
 
 
@@ -107,20 +105,6 @@ def _show(management: Management, store: ArchiveStore) -> None:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM undo what was begun, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
     files = sorted(path for path in arguments.folder.rglob("*") if path.is_file())[: arguments.limit]
     if not files:
         raise ScriptError(f"{arguments.folder} holds no file")
-    served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
+    served = ServedModel(arguments.url.rstrip("/"), arguments.management_url, "", arguments.model)
     folder = PROJECT_DIR / "tests" / "data" / "smears"
     good = [path.read_bytes() for path in arguments.good or [folder / name for name in GOOD_IMAGES]]
     client = HostileClient(served, good, Limits(arguments.max_seconds, arguments.max_memory_mb))

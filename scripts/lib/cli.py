@@ -11,9 +11,11 @@ import contextlib
 import importlib.util
 import io
 import math
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from damoyolo.errors import DamoYoloError
@@ -24,6 +26,16 @@ EXTRA_PACKAGES = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "pycocotool
 OPTION_NEEDS = {"plot": "matplotlib", "voc": "pycocotools", "coco": "pycocotools"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 INSTALL_EXTRAS = "`python -m pip install -r requirements-dev.txt` installs it"
+INTERRUPTED = 130  # exit code after Ctrl-C, as a shell has it
+
+
+# Of a server with the ports of config.properties. `--url` has the same meaning in every command.
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_MANAGEMENT_URL = "http://127.0.0.1:8081"
+DEFAULT_METRICS_URL = "http://127.0.0.1:8082"
+DEFAULT_MODEL = "damoyolo"
+
+_Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 class ScriptError(Exception):
@@ -62,7 +74,7 @@ def run_command(
         return error_code
     except KeyboardInterrupt:
         print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _check_common_options(arguments: argparse.Namespace) -> None:
@@ -75,6 +87,20 @@ def _check_common_options(arguments: argparse.Namespace) -> None:
         raise ScriptError(
             f"--plot is {str(plot)!r}; accepted are files that end in {', '.join(PLOT_SUFFIXES)}"
         )
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, where a command has something to finish."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def printable(text: str) -> str:
@@ -116,9 +142,37 @@ class _RenamedOption(argparse.Action):
 
 def add_local_server(parser: argparse.ArgumentParser) -> None:
     """Options that name a model of a server on this machine, whose processes the command looks at."""
-    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
-    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
-    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+    parser.add_argument("--inference-url", action=_RenamedOption, present="--url")
+    add_url(parser)
+    add_management_url(parser)
+    add_model(parser)
+
+
+def add_url(parser: _Options, default: str | None = DEFAULT_URL) -> None:
+    """The server to use; the same option in all commands. None: the command reads it from --ts-config."""
+    _add_address(parser, "--url", default, "address of the server's inference port")
+
+
+def add_management_url(parser: _Options, default: str | None = DEFAULT_MANAGEMENT_URL) -> None:
+    """Where the server's management API is."""
+    _add_address(parser, "--management-url", default, "address of its management port")
+
+
+def add_metrics_url(parser: _Options, default: str | None = DEFAULT_METRICS_URL) -> None:
+    """Where the server's metrics are."""
+    _add_address(parser, "--metrics-url", default, "address of its metrics port")
+
+
+def _add_address(parser: _Options, option: str, default: str | None, meaning: str) -> None:
+    given = "from --ts-config" if default is None else "%(default)s"
+    parser.add_argument(option, default=default, metavar="URL", help=f"{meaning} ({given})")
+
+
+def add_model(parser: _Options) -> None:
+    """The model of the server."""
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME", help="name of the served model (%(default)s)"
+    )
 
 
 def positive_int(text: str) -> int:
@@ -126,6 +180,14 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a whole number from 1 up")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number above 0")
+    return value
 
 
 def positive_seconds(text: str) -> float:
