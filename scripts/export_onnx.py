@@ -11,6 +11,8 @@ stated otherwise:
   detections   boxes_xyxy (N, 4), scores (N), class_ids (N) int64, batch_indices (N) int64, after NMS in each
                class of each image; further inputs are iou_threshold (1), score_threshold (1) and
                max_boxes_a_class (1) int64
+
+Prints what was written and how far its outputs are from PyTorch's.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from lib.load.mixed_requests import MixedRequest
 from lib.server.local_http import direct_session
 from lib.server.process import describe_model
 from lib.server.served_archive import ServedModel
-from lib.server.threads import DaemonThreads
+
+from damoyolo_client.threads import DaemonThreads
 
 MEMORY_INTERVAL_S = 5.0
 TIMEOUT_S = 120.0

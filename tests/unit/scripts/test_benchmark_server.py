@@ -19,7 +19,7 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(tmp_path, monkeyp
     monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
     rows, plot = tmp_path / "rows.json", tmp_path / "p.png"
     options = ["--concurrency", "2", "--rates", "20", "--limit-network", "1000", "--processes", "1"]
-    options += ["--duration", "0.4", "--warm-up", "0.05", "--json", str(rows), "--plot", str(plot)]
+    options += ["--duration", "0.4", "--warm-up", "0.05", "--jsonl", str(rows), "--plot", str(plot)]
     with StandInModel() as model:
         assert benchmark_server.main([*addresses(model.base_url), *options]) == 0
     written = [json.loads(line) for line in rows.read_text().splitlines()]

@@ -53,7 +53,17 @@ def perfect(asked):
 def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_path, capsys):
     rows, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "other" / "plot.png"
     with StandInServer(perfect) as server:
-        command = [*data, "--url", server.url, "--json", str(rows), "--plot", str(plot), "--note", "fp32"]
+        command = [
+            *data,
+            "--url",
+            server.base_url,
+            "--jsonl",
+            str(rows),
+            "--plot",
+            str(plot),
+            "--note",
+            "fp32",
+        ]
         assert evaluate.main(command) == 0
         assert evaluate.main([*command, "--progress"]) == 0
     out, err = capsys.readouterr()
@@ -75,7 +85,7 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_p
         "max_detections": 500,
         "in_flight": 8,
         "note": "fp32",
-        "url": server.url,
+        "url": server.base_url,
     }
     assert {name: first[name] for name in expected} == expected
     assert {"python", "torch", "torchvision", "pycocotools"} <= first["versions"].keys()
@@ -86,7 +96,7 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_p
 
 def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(data):
     with StandInServer(perfect) as server:
-        evaluate.main([*data, "--url", server.url, "--classes", "RBC,WBC,Platelets"])
+        evaluate.main([*data, "--url", server.base_url, "--classes", "RBC,WBC,Platelets"])
     for asked in server.asked:
         assert asked.headers["X-Detect-Score-Threshold"] == str(EVALUATION_OPTIONS.score_threshold)
         assert asked.headers["X-Detect-Iou-Threshold"] == str(EVALUATION_OPTIONS.iou_threshold)
@@ -99,7 +109,7 @@ def test_a_failed_image_means_no_figures(data, tmp_path, capsys):
         return failed(422, "CorruptImage", "cut off") if asked.body == b"b.jpg" else perfect(asked)
 
     with StandInServer(refuse_b) as server:
-        assert evaluate.main([*data, "--url", server.url, "--json", str(tmp_path / "rows")]) == 1
+        assert evaluate.main([*data, "--url", server.base_url, "--jsonl", str(tmp_path / "rows")]) == 1
     out, err = capsys.readouterr()
     assert "b.jpg: 422 CorruptImage: cut off" in err
     assert "AP50" not in out
@@ -115,7 +125,7 @@ def test_a_worker_that_dies_costs_no_image(data, capsys):
         return perfect(asked)
 
     with StandInServer(dying) as server:
-        assert evaluate.main([*data, "--url", server.url]) == 0
+        assert evaluate.main([*data, "--url", server.base_url]) == 0
     out, err = capsys.readouterr()
     assert "4 detections in" in out
     assert "2 requests were sent again" in err
@@ -128,7 +138,7 @@ def test_an_interrupt_ends_the_command_at_once_in_one_line(data, project_dir):
 
 def test_a_server_that_detects_nothing_is_reported_in_words(data, capsys):
     with StandInServer(lambda asked: found()) as server:
-        assert evaluate.main([*data, "--url", server.url]) == 1
+        assert evaluate.main([*data, "--url", server.base_url]) == 1
     assert "nothing was detected in the 3 images" in capsys.readouterr().err
 
 
@@ -141,7 +151,7 @@ def test_a_data_set_without_images_is_reported_in_words(tmp_path, capsys):
 
 def test_without_a_server_the_message_says_what_to_start(data, capsys):
     with StandInServer(perfect) as server:
-        url = server.url
+        url = server.base_url
     assert evaluate.main([*data, "--url", url]) == 1
     assert "scripts/serve.py" in capsys.readouterr().err
 
@@ -205,7 +215,7 @@ IN_PROCESS = ["--archive", "damoyolo.mar", "--device", "cpu"]
 
 def test_an_archive_is_evaluated_in_batches(data, detector, tmp_path):
     rows = tmp_path / "rows"
-    assert evaluate.main([*data, *IN_PROCESS, "--batch-size", "2", "--json", str(rows)]) == 0
+    assert evaluate.main([*data, *IN_PROCESS, "--batch-size", "2", "--jsonl", str(rows)]) == 0
     row = json.loads(rows.read_text())
     assert (row["ap"], row["backend"], row["precision"]) == (pytest.approx(1), "pytorch", "fp32")
     assert row["batch_size"] == 2

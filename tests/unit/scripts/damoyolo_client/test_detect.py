@@ -53,7 +53,7 @@ def test_drawn_images_have_names_of_their_own(slides):
 def test_the_table_has_a_row_for_each_detection_and_each_empty_image(slides, capsys):
     (slides / "c.jpg").write_bytes(b"empty")
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--url", server.url]) == 0
+        assert detect.main([str(slides), "--url", server.base_url]) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["image", "class", "score", "x1", "y1", "x2", "y2"]
@@ -66,7 +66,7 @@ def test_a_failed_image_is_named_and_the_others_are_answered(slides, capsys):
     (slides / "a.PNG").write_bytes(b"bad")
     json_lines = slides.parent / "new" / "out.jsonl"
     with StandInServer(answer_by_content) as server:
-        code = detect.main([str(slides), "--recursive", "--url", server.url, "--jsonl", str(json_lines)])
+        code = detect.main([str(slides), "--recursive", "--url", server.base_url, "--jsonl", str(json_lines)])
     out, err = capsys.readouterr()
     assert code == 1
     assert "1 of 3 images failed" in err
@@ -86,7 +86,7 @@ def test_a_label_cannot_steer_the_terminal(slides, capsys):
 
     json_lines = slides / "out.jsonl"
     with StandInServer(hostile) as server:
-        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 1
+        assert detect.main([str(slides), "--url", server.base_url, "--jsonl", str(json_lines)]) == 1
     out, err = capsys.readouterr()
     for text in (out, err, json_lines.read_text()):
         assert all(character.isprintable() or character == "\n" for character in text)
@@ -99,7 +99,7 @@ def test_a_file_name_that_is_no_text_is_sent_and_shown(slides, capsys):
     (slides / os.fsdecode(b"\xff\x1b.jpg")).write_bytes(b"image")
     json_lines = slides / "out.jsonl"
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--jsonl", str(json_lines)]) == 0
     assert r"\udcff\x1b.jpg" in capsys.readouterr().out
     assert len(json_lines.read_text().splitlines()) == 3
 
@@ -111,8 +111,8 @@ def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(slides, caps
         return failed(500, "InternalServerException", "Worker died.") if next(counter) < 2 else found(CELL)
 
     with StandInServer(starting) as server:
-        assert detect.main([str(slides), "--url", server.url, "--in-flight", "1"]) == 0
-        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--in-flight", "1"]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--retry-seconds", "0"]) == 0
     out, err = capsys.readouterr()
     assert out.count("RBC") == 4
     assert err == "detect: 2 requests were sent again\n"
@@ -120,7 +120,7 @@ def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(slides, caps
 
 def test_what_is_sent_again_for_too_long_is_named(slides, capsys):
     with StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "full")) as server:
-        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 1
+        assert detect.main([str(slides), "--url", server.base_url, "--retry-seconds", "0"]) == 1
     assert "2 of 2 images failed" in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):
     with StandInServer(answer_by_content) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
-        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.url]
+        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.base_url]
         environment = {**os.environ, **dict.fromkeys(names, url), "no_proxy": "", "NO_PROXY": ""}
         subprocess.run(
             command, cwd=project_dir, env=environment, stdout=subprocess.DEVNULL, timeout=60, check=True
@@ -146,7 +146,7 @@ def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):
 def test_drawn_images_are_written_beside_nothing_else(slides):
     output = slides.parent / "drawn"
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
+        assert detect.main([str(slides), "--recursive", "--url", server.base_url, "--draw", str(output)]) == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         "a_detections.jpg": b"drawn a.PNG",
         "b_detections.jpg": b"drawn b.jpg",
@@ -158,8 +158,8 @@ def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides):
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
     options += ["--classes", "RBC, 2", "--class-agnostic"]
     with StandInServer(answer_by_content) as server:
-        detect.main([str(slides / "b.jpg"), "--url", server.url, *options])
-        detect.main([str(slides / "b.jpg"), "--url", server.url])
+        detect.main([str(slides / "b.jpg"), "--url", server.base_url, *options])
+        detect.main([str(slides / "b.jpg"), "--url", server.base_url])
     with_options, without = (
         {name: value for name, value in asked.headers.items() if name.startswith("X-Detect-")}
         for asked in server.asked
@@ -177,13 +177,13 @@ def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides):
 
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(slides, capsys):
     with StandInServer(answer_by_content) as server:
-        detect.main([str(slides), "--url", server.url, "--progress"])
+        detect.main([str(slides), "--url", server.base_url, "--progress"])
     assert "2/2" in capsys.readouterr().err
 
 
 def test_without_a_server_the_error_names_the_command_that_starts_one(slides, capsys):
     with StandInServer(answer_by_content) as server:
-        url = server.url
+        url = server.base_url
     assert detect.main([str(slides), "--url", url]) == 2
     assert "scripts/serve.py" in capsys.readouterr().err
 
