@@ -5,7 +5,7 @@ python scripts/build_archive.py --weights damoyolo_tinynasL25_S_477   an officia
 python scripts/build_archive.py --weights mine.pth --class-names mine.txt --variant T
 python scripts/build_archive.py --onnx quantised.onnx           with an ONNX file of the same weights inside
 
-Prints the archive's path, variant, classes, size and digest. An existing archive is replaced only by one that works.
+Prints the archive's path, variant, classes, size and digest. One that does not work replaces nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Send images to a running server; the command of the client package, which also installs it as damoyolo-detect."""
+"""Send images to a running server; `pip install .` installs the same command as damoyolo-detect."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ python scripts/evaluate.py --coco tests/data/smears/annotations.json        a ru
 python scripts/evaluate.py --voc DIR --split test --results detections.json
 python scripts/evaluate.py --coco instances.json --images DIR --archive model_store/damoyolo.mar
 
---results writes the detections as a COCO results file, with the image and category ids of the data set. One in
-Pascal VOC format has none: images are numbered in the order of the split, and NAME.images.json lists the numbers.
+--results writes the detections as a COCO results file, with the image and category ids of the data set. One
+in Pascal VOC format has none: images are numbered in the order of the split, and NAME.images.json lists the
+numbers.
 
 Prints AP, AP50 and AP75 of all classes together and of each, and the images per second.
 """

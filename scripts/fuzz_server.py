@@ -6,7 +6,8 @@ worker, or exceed the limits of time and memory. The server must run on this mac
 python scripts/fuzz_server.py corpus
 python scripts/fuzz_server.py corpus --forms raw json drawn --json output/fuzz.json
 
-Prints each problem, a table of statuses, and how many problems there were. Exit code: 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent, 130 after Ctrl-C.
+Prints each problem, a table of statuses, and how many problems there were.
+Exit code: 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

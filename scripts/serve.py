@@ -1,7 +1,7 @@
 """Run TorchServe in the foreground and say when it is ready, or why it is not.
 
 python scripts/serve.py                 ports of config.properties
-python scripts/serve.py --port 9000     inference at 9000, management at 9001, metrics at 9002, gRPC at 9003, 9004
+python scripts/serve.py --port 9000     management at 9001, metrics at 9002, gRPC at 9003 and 9004
 python scripts/serve.py --any-port      free ports where those are taken
 
 Prints the log of the server, and the addresses once it is ready. Ctrl-C

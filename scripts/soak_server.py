@@ -7,7 +7,8 @@ The server must run on this machine. Ctrl-C ends the soak early; its record is w
 python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 30 --plot output/soak.png
 python scripts/soak_server.py --archive model_store/damoyolo.mar --minutes 8 --clients 32 --rate-share 0.8
 
-Prints latencies of each minute, memory at start and end, and each kind of problem. Exit code: 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent, 130 after Ctrl-C.
+Prints latencies of each minute, memory at start and end, and each kind of problem.
+Exit code: 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

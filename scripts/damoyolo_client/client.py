@@ -105,7 +105,7 @@ class Client:
     url: address of the server's inference port.
     model: name of the served model.
     timeout_s: longest silence of the server in one attempt.
-    retry_s: how long an image is sent again after such failures (damoyolo_client.retry); 0 for a single attempt.
+    retry_s: how long an image is sent again after such failures (retry.py); 0 for a single attempt.
     pause_s: the first pause between attempts.
 
     repeated: how many requests were sent again so far.

@@ -7,10 +7,12 @@ python scripts/detect.py folder 'more/*.png' --recursive --output found.jsonl --
 python scripts/detect.py images --coco annotations.json --output results.json
 curl -s https://example.com/image.jpg | python scripts/detect.py -
 
-Up to 10 images get a line for each detection, more images only with --verbose. A summary ends the output.
+Prints a line for each detection in up to 10 images (in more with --verbose), and a summary.
+
 --output writes JSON lines (.jsonl: a line for each image, with the server's answer or the error) or a COCO
-results file (.json, or --format coco). Its image ids and categories are those of --coco; without it images are
-numbered from 1, COCO's classes have COCO's own ids and other classes ids from 1, and NAME.images.json lists both.
+results file (.json). The ids of images and categories in it are those of --coco. Without that, images are
+numbered from 1, categories are COCO's own for its classes and else count from 1, and
+NAME.images.json lists both.
 
 Exit code: 0 if all images were answered, 1 if one failed, 2 if none was sent, 130 after Ctrl-C.
 """
@@ -212,8 +214,8 @@ def _output_kind(arguments: argparse.Namespace) -> str | None:
     kind: str | None = arguments.format or FORMATS.get(arguments.output.suffix.lower())
     if kind is None:
         raise ClientError(
-            f"--output is {str(arguments.output)!r}; accepted are .jsonl (JSON lines) and .json (COCO results), "
-            "and any other name with --format"
+            f"--output is {str(arguments.output)!r}; accepted are .jsonl (JSON lines), .json (COCO "
+            "results), and any other name with --format"
         )
     if kind != "coco" and arguments.coco is not None:
         raise ClientError("--coco is for COCO results: --output FILE.json, or --format coco")

@@ -74,8 +74,8 @@ def _encode_array(pixels: NDArray[np.uint8]) -> bytes:
     is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
     if dtype != "uint8" or not is_image or 0 in shape:
         raise ClientError(
-            f"an image is {dtype} of shape {tuple(shape)}; accepted are uint8 arrays of (height, width, 3) RGB or "
-            "(height, width), paths, addresses, and the bytes of an image file"
+            f"an image is {dtype} of shape {tuple(shape)}; accepted are uint8 arrays of (height, width, 3) "
+            "RGB or (height, width), paths, addresses, and the bytes of an image file"
         )
     stream = io.BytesIO()
     PillowImage.fromarray(pixels).save(stream, "PNG", compress_level=1)  # without loss

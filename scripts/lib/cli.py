@@ -44,8 +44,8 @@ DEFAULT_MANAGEMENT_URL = "http://127.0.0.1:8081"
 DEFAULT_METRICS_URL = "http://127.0.0.1:8082"
 
 
-# A command cannot do what it was asked to; the message says what was found and what is accepted. One class with
-# the client's, whose errors the commands handle like their own.
+# A command cannot do what it was asked to; the message says what was found and what is accepted. It is the
+# client's class: the commands handle its errors like their own.
 ScriptError = ClientError
 
 

@@ -229,7 +229,7 @@ def varied_counts(seed, size_wh=BASE_SIZE_WH):
 
 
 def coco_document(smears):
-    """Annotations in COCO form. smears: (seed, size_wh, boxes) of each image, which is called smear_SEED.jpg."""
+    """Annotations in COCO form. smears: (seed, size_wh, boxes) of each image, smear_SEED.jpg."""
     images = []
     annotations = []
     for seed, (width, height), boxes in smears:

@@ -1,10 +1,12 @@
 """The evaluation command, with a stand-in server and with a stand-in detector."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from lib.accuracy.predictors import EVALUATION_OPTIONS
 
@@ -92,6 +94,50 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_p
     assert first["images_per_s"] > 0
     with Image.open(plot) as image:
         assert image.format == "PNG"
+
+
+def test_results_load_with_pycocotools_and_have_the_ids_of_the_data_set(data, tmp_path):
+    results = tmp_path / "new" / "results.json"
+    with StandInServer(perfect) as server:
+        # The images are beside the annotations file.
+        assert evaluate.main([*data[:2], "--url", server.base_url, "--results", str(results)]) == 0
+    loaded = COCO(data[1]).loadRes(str(results))
+    assert [(each["image_id"], each["category_id"]) for each in loaded.anns.values()] == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 0),
+    ]
+    assert not results.with_name("results.images.json").exists()
+
+
+def test_results_of_a_data_set_without_ids_come_with_a_list_of_its_images(tmp_path):
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<xmin>10</xmin><ymin>10</ymin><xmax>60</xmax><ymax>70</ymax>"
+    objects = f"<object><name>RBC</name><bndbox>{box}</bndbox></object>"
+    (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{objects}</annotation>")
+    (tmp_path / "JPEGImages/a.jpg").write_bytes(b"a.jpg")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("a\n")
+    results = tmp_path / "results.json"
+
+    def one_cell(_asked):
+        return found({"class_id": 0, "label": "RBC", "score": 0.9, "bbox": [10, 10, 60, 70]})
+
+    with StandInServer(one_cell) as server:
+        command = ["--voc", str(tmp_path), "--url", server.base_url, "--results", str(results)]
+        assert evaluate.main(command) == 0
+    index = COCO(str(tmp_path / "results.images.json"))
+    assert index.imgs[1]["file_name"] == "a.jpg"
+    assert index.loadRes(str(results)).anns[1]["category_id"] == 1
+
+
+@pytest.mark.slow
+def test_the_sample_smears_are_a_data_set_that_the_demo_network_knows(project_dir, demo_archive_dir, capsys):
+    annotations = project_dir / "tests/data/smears/annotations.json"
+    assert evaluate.main(["--coco", str(annotations), "--archive", str(demo_archive_dir)]) == 0
+    ap = float(re.search(r"all classes +([\d.]+)", capsys.readouterr().out)[1])
+    assert ap > 0.5
 
 
 def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(data):

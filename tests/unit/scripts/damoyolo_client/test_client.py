@@ -7,9 +7,11 @@ import threading
 import time
 from itertools import count
 
+import numpy as np
 import pytest
 
-from damoyolo_client.answers import MAX_ANSWER_BYTES, NoAnswerError, ServerAnswerError
+import damoyolo_client
+from damoyolo_client.answers import MAX_ANSWER_BYTES, NoAnswerError, ServerAnswerError, as_arrays
 from damoyolo_client.client import Client, RequestOptions
 from damoyolo_client.errors import ClientError
 from damoyolo_client.retry import MAX_LOSSES
@@ -26,7 +28,7 @@ def cell_named(asked):
 def free_url():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}/predictions/damoyolo"
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_the_image_travels_as_it_is_and_the_answer_comes_back():
@@ -35,6 +37,36 @@ def test_the_image_travels_as_it_is_and_the_answer_comes_back():
         assert client.detect(image) == {"width": 640, "height": 480, "detections": [CELL]}
     assert server.asked[0].body == image
     assert server.asked[0].path == "/predictions/damoyolo"
+
+
+def test_the_model_is_named_in_the_path_below_any_prefix():
+    with StandInServer(lambda asked: found()) as server:
+        for url, model in ((f"{server.base_url}/", "m"), (f"{server.base_url}/behind/a/proxy", "a/b ?")):
+            with Client(url, model) as client:
+                client.detect(b"image")
+    assert [asked.path for asked in server.asked] == [
+        "/predictions/m",
+        "/behind/a/proxy/predictions/a%2Fb%20%3F",
+    ]
+
+
+def test_answers_become_arrays():
+    second = {**CELL, "class_id": 0, "label": "WBC", "score": 0.5}
+    with StandInServer(lambda asked: found(CELL, second)) as server, Client(server.base_url) as client:
+        arrays = as_arrays(client.detect(np.zeros((4, 6, 3), np.uint8)))
+    assert server.asked[0].body.startswith(b"\x89PNG")
+    assert arrays.boxes_xyxy.tolist() == [CELL["bbox"]] * 2
+    assert arrays.scores.tolist() == pytest.approx([0.9, 0.5])
+    assert arrays.class_ids.tolist() == [1, 0]
+    assert arrays.labels == ("RBC", "WBC")
+    assert as_arrays({"detections": []}).boxes_xyxy.shape == (0, 4)
+
+
+def test_what_the_package_names_is_there():
+    assert damoyolo_client.Client is Client
+    assert all(getattr(damoyolo_client, name) for name in damoyolo_client.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        damoyolo_client.Nothing  # noqa: B018 (the look-up is the test)
 
 
 @pytest.mark.parametrize("name", ["Blutzelle ß", "two\nlines", "one,two"])
@@ -286,7 +318,7 @@ def test_a_server_that_starts_again_at_the_same_port_loses_no_image():
         time.sleep(0.05)
         return cell_named(asked)
 
-    with Client(f"http://127.0.0.1:{port}/predictions/damoyolo", pause_s=0.01) as client:
+    with Client(f"http://127.0.0.1:{port}", pause_s=0.01) as client:
         with StandInServer(slow, port):
             outcomes = client.detect_many(images, in_flight=4)
             answered = [next(outcomes) for _ in range(3)]
@@ -430,6 +462,8 @@ def test_an_absent_server_is_named_with_what_to_start():
         "http://",
         "",
         "http://h:port/",
+        "http://h:8080/predictions/damoyolo",
+        "http://h:8080?model=damoyolo",
         "http://[::1/",
         "http://h/a b",
         "http://h/\n",
