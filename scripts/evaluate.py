@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.accuracy.datasets import DetectionDataset, read_dataset
 from lib.cli import (
+    DEFAULT_MODEL,
     DEFAULT_URL,
     ScriptError,
     add_model,
@@ -317,9 +318,10 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
                     f"--{name.replace('_', '-')} is for --archive and --weights; a server has its own "
                     "(model-config.yaml)"
                 )
-    elif arguments.in_flight is not None or arguments.url != DEFAULT_URL:
+    elif arguments.in_flight is not None or (arguments.url, arguments.model) != (DEFAULT_URL, DEFAULT_MODEL):
         parser.error(
-            "--url and --in-flight are for a server; --archive and --weights evaluate in this process"
+            "--url, --model and --in-flight are for a server; --archive and --weights evaluate in this "
+            "process"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import certifi
@@ -35,9 +35,12 @@ from damoyolo_client.answers import (
 )
 from damoyolo_client.command_line import DEFAULT_MODEL, DEFAULT_RETRY_S, DEFAULT_URL
 from damoyolo_client.errors import ClientError
-from damoyolo_client.images import Image, encoded
+from damoyolo_client.images import encoded
 from damoyolo_client.retry import FIRST_PAUSE_S, Attempts, Outage
 from damoyolo_client.threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from damoyolo_client.images import Image
 
 MAX_CONNECT_S = 5.0  # a reachable server accepts a connection at once
 MAX_CONNECTIONS = 256  # kept open for the next request

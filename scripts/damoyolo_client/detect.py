@@ -14,7 +14,7 @@ results file (.json). The ids of images and categories in it are those of --coco
 numbered from 1, categories are COCO's own for its classes and else count from 1, and
 NAME.images.json lists both.
 
-Exit code: 0 if all images were answered, 1 if one failed, 2 if none was sent, 130 after Ctrl-C.
+Exit code: 0 if all images were answered, 1 if one failed, 2 if it cannot do what was asked, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _coco_results(path: Path, annotations_file: Path | None, sources: Sequence[S
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Detect in the images; 0 if all were answered, 1 if one failed, 2 if none was sent."""
+    """Detect in the images; 0 if all were answered, 1 if one failed, 2 for other errors."""
     return run_command(_run, _parser(), argv, error_code=2)
 
 
