@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, renamed_options={"--form": "--outputs", "--pictures": "--images"})
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     parser.add_argument("--outputs", choices=OUTPUT_KINDS, default="raw", help="see above (%(default)s)")
     add_network_arguments(parser)
     parser.add_argument(

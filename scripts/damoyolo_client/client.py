@@ -324,7 +324,7 @@ def _host_and_port(url: str) -> tuple[str, int]:
         raise ClientError(f"the address is {url!r}; accepted is http(s)://host:port")
     if "/predictions" in parts.path or parts.query:
         raise ClientError(
-            f"the address is {url!r}; accepted is that of the inference port, http(s)://host:port, without "
-            "/predictions/...; the model has an option of its own"
+            f"the address is {url!r}; accepted is http(s)://host:port, that of the inference port without "
+            "/predictions/...; the model is named apart"
         )
     return host, port or (443 if parts.scheme == "https" else 80)

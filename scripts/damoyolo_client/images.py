@@ -70,7 +70,8 @@ def encoded(image: Image) -> bytes:
 def _encode_array(pixels: NDArray[np.uint8]) -> bytes:
     from PIL import Image as PillowImage
 
-    shape, dtype = getattr(pixels, "shape", ()), str(getattr(pixels, "dtype", type(pixels).__name__))
+    shape: tuple[int, ...] = getattr(pixels, "shape", ())
+    dtype = str(getattr(pixels, "dtype", type(pixels).__name__))
     is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
     if dtype != "uint8" or not is_image or 0 in shape:
         raise ClientError(

@@ -415,7 +415,7 @@ def test_an_answer_that_stops_half_way_ends_at_the_time_limit_too():
         finished = threading.Event()
         thread = threading.Thread(target=answer_half)
         thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/predictions/damoyolo"
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with (
             Client(url, timeout_s=0.2, retry_s=0) as client,
             pytest.raises(ClientError, match=r"within 0\.2 s"),
