@@ -72,6 +72,7 @@ def _soak(arguments: argparse.Namespace) -> SoakRecord:
 
     images = sorted(SAMPLE_IMAGES.glob("*.jpg"))
     mixture = mixed_requests(arguments.archive, images, arguments.requests, arguments.bad_share)
+    print(f"{len(mixture)} requests prepared; sending from {arguments.clients} clients", flush=True)
     served = ServedModel(arguments.url.rstrip("/"), arguments.management_url, "", arguments.model)
     if arguments.rate_share is None:
         return soak(served, mixture, arguments.clients, arguments.minutes * 60, arguments.rate)
