@@ -117,7 +117,7 @@ def answer_error(response: HttpAnswer, sent_bytes: int) -> ServerAnswerError:
     body = json_of(response)
     if 300 <= status < 400:
         target = response.headers.get("Location", "an unnamed place")
-        message = f"redirects to {target}, which is not followed; give that as --url"
+        message = f"redirects to {target}, which is not followed; if that is the server, name it"
     elif isinstance(body, dict) and "message" in body:
         kind, message = str(body.get("type", "")), str(body["message"])
     elif status == 413:

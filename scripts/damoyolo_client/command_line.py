@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from damoyolo_client.errors import ClientError
 
 MAX_SHOWN = 2000
+FILE_OPTIONS = ("output", "json", "jsonl", "plot", "results")
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 # Of a server with the ports of config.properties. `--url` means the same in every command.
@@ -44,6 +45,7 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # of file names that are no text, say
     arguments = parser.parse_args(argv)
     try:
+        _prepare_files(arguments)
         return command(arguments) or 0
     except BrokenPipeError:  # of `| head`: nobody reads on
         with contextlib.suppress(OSError):
@@ -56,6 +58,17 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _prepare_files(arguments: argparse.Namespace) -> None:
+    """Make the folders of the files to be written, and refuse at once what would fail after the work."""
+    for option in FILE_OPTIONS:
+        path = getattr(arguments, option, None)
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise ClientError(f"--{option} is {str(path)!r}, which is a folder; accepted is a file")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """What `pip install .` installs: the client alone, which needs neither the server nor its packages."""
 
 import json
+import re
 from importlib.metadata import Distribution
 
 import pytest
@@ -40,6 +41,16 @@ def test_its_python_interface_detects_in_arrays(installed):
         done = installed.python("-c", USE, server.base_url)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [3, [CELL["bbox"]], ["RBC"], []]
+
+
+def test_the_documented_python_runs(installed, project_dir, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (project_dir / "docs/commands.md").read_text(), re.DOTALL)
+    for name in ("image.jpg", "a.jpg", "b.jpg"):
+        (installed.folder / name).write_bytes(b"image")
+    with StandInServer(lambda asked: found(CELL)) as server:
+        done = installed.python("-c", block.replace("http://127.0.0.1:8080", server.base_url))
+    assert done.returncode == 0, done.stderr
+    assert [line[:14] for line in done.stdout.splitlines()] == ["0 {'width': 64", "1 {'width': 64"]
 
 
 def test_its_command_is_that_of_the_checkout(installed, tmp_path):
