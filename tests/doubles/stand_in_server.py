@@ -88,7 +88,8 @@ class StandInServer(ThreadingHTTPServer):
 
     def __init__(self, answer, port=0):
         super().__init__(("127.0.0.1", port), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/predictions/damoyolo"
+        self.base_url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"{self.base_url}/predictions/damoyolo"
         self.asked = []
         self.connections = set()
         self.open_sockets = weakref.WeakSet()
@@ -143,7 +144,6 @@ class StandInModel(StandInServer):
 
     def __init__(self):
         super().__init__(self._model_answer)
-        self.base_url = self.url.removesuffix("/predictions/damoyolo")
         self.workers = 1
         self.worker_status = "READY"
 

@@ -30,7 +30,7 @@ def test_no_file_harms_the_server_or_a_neighbour(server, project_dir, tmp_path):
         "--json",
         tmp_path / "fuzz.json",
     ]
-    command += ["--inference-url", server.inference_url, "--management-url", server.management_url]
+    command += ["--url", server.inference_url, "--management-url", server.management_url]
     # Two cores that other work shares: seconds here bound hangs, not speed.
     command += ["--max-seconds", "30", "--forms", *FORMS]
     done = subprocess.run(command, cwd=project_dir, capture_output=True, text=True, timeout=1500)

@@ -21,8 +21,9 @@ from lib.accuracy import agreement
 from lib.accuracy.agreement import Rules, overlap
 from lib.accuracy.tolerances import TOLERANCES, Tolerances
 from lib.cli import ScriptError
-from lib.server.answers import HttpAnswer, answer_error, detection_result
 from lib.server.local_http import direct_session
+
+from damoyolo_client.answers import HttpAnswer, answer_error, detection_result
 
 if TYPE_CHECKING:
     from damoyolo.structures import Detections

@@ -45,7 +45,7 @@ EXPECTED = Expectation(GoldenImage("one.jpg", b"one", None), FOUND, input_scale=
 
 def answer(*changes):
     """The expected answer with fields of detections changed: (index, field, value)."""
-    detections = as_answer(FOUND, NAMES)
+    detections = [{"class_id": NAMES.index(each["label"]), **each} for each in as_answer(FOUND, NAMES)]
     for index, name, value in changes:
         detections[index][name] = value
     return {"width": 160, "height": 100, "detections": detections}
