@@ -1,7 +1,7 @@
 """Draw docs/speed.png from the measured rates: python docs/draw_speed.py
 
-The figures are those of docs/served.md and docs/performance.md, which have the commands, the hosts and the runs.
-Rates of different cards are in panels of their own.
+The figures are those of docs/served.md and docs/performance.md, which have the commands, the hosts and the
+runs. Rates of different cards are in panels of their own.
 """
 
 import sys

@@ -1,11 +1,12 @@
 """The commands of README.md, run as printed in a fresh clone.
 
-They run in one bash session in the order of the page; only ./scripts/test.sh is left out, because it would run
-this test. The commands name port 8080. Bubblewrap gives the session a loopback interface of its own, so that they
-run unchanged whatever else listens on this machine, and whatever they leave behind ends with it. Without it they
-run only if the ports are free, else the tests are skipped.
+They run in one bash session in the order of the page; only ./scripts/test.sh is left out, because it would
+run this test. The commands name port 8080. Bubblewrap gives the session a loopback interface of its own, so
+that they run unchanged whatever else listens on this machine, and whatever they leave behind ends with it.
+Without it they run only if the ports are free, else the tests are skipped.
 
-The environment is the one that ./scripts/test.sh made here: to install it again would take minutes and a network.
+The environment is the one that ./scripts/test.sh made here: to install it again would take minutes and a
+network.
 """
 
 import hashlib
@@ -55,9 +56,7 @@ def blocks(document, language):
 def clone(project_dir, tmp_path_factory):
     """A fresh clone with the environment of this checkout."""
     if not installed(project_dir):
-        pytest.skip(
-            "no .venv with the packages of requirements.txt and requirements-dev.txt: ./scripts/test.sh makes it"
-        )
+        pytest.skip("no .venv with the pinned packages: ./scripts/test.sh makes it")
     folder = tmp_path_factory.mktemp("readme") / "clone"
     cloned = subprocess.run(
         ["git", "clone", "--quiet", "--no-hardlinks", str(project_dir), str(folder)], check=False, timeout=120
