@@ -37,8 +37,7 @@ SANDBOX = (
     "/proc",
     "--die-with-parent",
 )
-# Each command is named before it runs, so that a failure tells which one it was; a server that the page
-# starts in the background has to have ended by the end of it.
+# The command that fails is named. A server that the page starts in the background has to have ended by its end.
 SESSION = """
 set -e -o pipefail
 trap 'echo "failed: $BASH_COMMAND" >&2' ERR
@@ -122,8 +121,9 @@ def test_every_command_of_the_readme_works_in_the_order_printed(session, clone):
 @pytest.mark.slow
 def test_the_answer_in_the_readme_is_the_one_that_its_request_gets(session, clone):
     (printed,) = (json.loads(block) for block in blocks(clone / "README.md", "json"))
-    (line,) = (line for line in session.stdout.splitlines() if line.startswith('{"width":'))
-    answer = json.loads(line)
+    # The answer ends without a line feed, so that the next command's output follows on its line.
+    start = session.stdout.index('{"width":')
+    answer, _ = json.JSONDecoder().raw_decode(session.stdout, start)
     # The page was written on a CPU with bfloat16, which another machine may not have.
     tolerances = TOLERANCES["bf16"]
     assert (answer["width"], answer["height"]) == (printed["width"], printed["height"])
