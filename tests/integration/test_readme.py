@@ -37,7 +37,7 @@ SANDBOX = (
     "/proc",
     "--die-with-parent",
 )
-# The command that fails is named. A server that the page starts in the background has to have ended by its end.
+# The command that fails is named. A server that the page starts has to have ended by the end of the page.
 SESSION = """
 set -e -o pipefail
 trap 'echo "failed: $BASH_COMMAND" >&2' ERR
