@@ -115,6 +115,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
             os._exit(1)
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, answer.content_type)
+            for name, value in answer.headers.items():
+                context.set_response_header(index, name, value)
             # The server's own phrase for 200 is empty, which some clients take for an error.
             code, phrase = (answer.error.status, answer.error.reason) if answer.error else (200, "OK")
             context.set_response_status(code=code, phrase=phrase, idx=index)

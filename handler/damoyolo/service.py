@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from damoyolo.decode import decode_reduced
@@ -38,11 +38,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back for one request; `error` is None if it succeeded."""
+    """What is sent back for one request; `error` is None if it succeeded. `headers`: beside the content type."""
 
     body: bytes
     content_type: str
     error: RequestError | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 Outcome = Detections | RequestError
