@@ -19,6 +19,8 @@ from damoyolo.errors import (
 from damoyolo.failures import Failure, classify, free_cached_memory
 from damoyolo.formats import EncodedImage, reduce_image
 from damoyolo.memory_budget import MemoryBudget
+from damoyolo.page import CONTENT_TYPE as PAGE_CONTENT_TYPE
+from damoyolo.page import asks_for_page, build_page
 from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.response import (
     CONTENT_TYPES,
@@ -62,6 +64,7 @@ class DetectionService:
         self.detector = detector
         self._model_card = model_card
         self._parser = RequestParser(detector.config)
+        self._page = build_page(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
         self._drawing_budget = MemoryBudget(detector.config.max_decode_bytes)  # nothing else decodes then
         self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
@@ -126,6 +129,8 @@ class DetectionService:
         try:
             if asks_for_model_card(row, headers):
                 return Answer(self._model_card, CONTENT_TYPES["json"])
+            if asks_for_page(row, headers):
+                return Answer(self._page.body, PAGE_CONTENT_TYPE, headers=self._page.headers)
             return self._parser.parse(row, headers)
         except RequestError as error:
             return error
