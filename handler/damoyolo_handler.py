@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections import Counter
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from damoyolo.config import MAX_BATCH_SECONDS, ServingConfig
-from damoyolo.counters import CounterKey, CounterTotals
 from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
 from damoyolo.cuda.startup_lock import exclusive_device_lock
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.failures import is_alive
+from damoyolo.metrics import GAUGES, WorkerMetrics
 from damoyolo.model_card import describe_model
 from damoyolo.server_settings import read_max_response_size
 from damoyolo.service import Answer, DetectionService
@@ -37,16 +38,7 @@ from damoyolo.worker_protocol import read_messages_in_large_pieces
 
 logger = logging.getLogger(__name__)
 
-METRICS_INTERVAL_S = 1.0
 DEFAULT_RESPONSE_TIMEOUT_S = 120  # TorchServe's, for a model-config.yaml without one
-# Counters of the handler: unit, and dimensions after those of every metric. deploy/metrics.yaml declares them
-# to the server; a server without that file drops them unless model_metrics_auto_detect is set.
-COUNTERS = {
-    "batches_total": ("Count", ()),
-    "batched_requests_total": ("Count", ()),
-    "request_errors_total": ("Count", ("Kind",)),
-    "stage_seconds_total": ("Seconds", ("Stage",)),
-}
 
 
 class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
@@ -91,13 +83,15 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
         self.service = DetectionService(detector, json.dumps(card).encode("ascii"))
         self.clock = StageClock(device)
-        self.model_name = str(manifest["modelName"])
-        self.metrics = context.metrics
-        self.counters = CounterTotals(self._send_counter, METRICS_INTERVAL_S)
+        self.server_metrics = context.metrics
+        _leave_out_undeclared_times(context.metrics)
+        self.metrics = WorkerMetrics(self._send_metric, (str(manifest["modelName"]), version), device)
         # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         read_messages_in_large_pieces()
         protect_log()
+        detector.read_work()  # the warm-up's
+        self.metrics.report_start()
         self.initialized = True
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
@@ -128,6 +122,7 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         Raises:
             DeviceLostError: wherever an error of the device surfaced, timing included.
         """
+        began = time.perf_counter()
         try:
             headers = [context.get_all_request_header(index) for index in range(len(data))]
             answers = self.service.answer(data, headers, self.clock)
@@ -136,31 +131,33 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         except Exception as error:
             answers = [self.service.answer_failure(error, "answering a batch")] * len(data)
         try:
-            self._count(answers)
+            self._count(answers, time.perf_counter() - began)
         except Exception as error:
             self.service.answer_failure(error, "counting a batch")
         return answers
 
-    def _count(self, answers: Sequence[Answer]) -> None:
-        increments: dict[CounterKey, float] = {
-            ("batches_total", ()): 1.0,
-            ("batched_requests_total", ()): float(len(answers)),
-        }
-        for kind, count in Counter(answer.error.kind for answer in answers if answer.error).items():
-            increments["request_errors_total", (kind,)] = float(count)
-        for stage, seconds in self.clock.read_seconds().items():
-            increments["stage_seconds_total", (stage,)] = seconds
-        self.counters.add(increments)
+    def _count(self, answers: Sequence[Answer], seconds: float) -> None:
+        self.metrics.count_batch(
+            len(answers),
+            [answer.error for answer in answers if answer.error],
+            self.service.detector.read_work(),
+            seconds,
+            self.clock.read_seconds(),
+        )
 
-    def _send_counter(self, name: str, dimensions: tuple[str, ...], value: float) -> None:
-        try:
-            metric = self.metrics.get_metric(name, MetricTypes.COUNTER)
-        except MetricsCacheKeyError:  # the server's metrics file does not declare it
-            unit, own_dimensions = COUNTERS[name]
-            metric = self.metrics.add_metric_to_cache(
-                name, unit, ["ModelName", "Level", *own_dimensions], MetricTypes.COUNTER
-            )
-        metric.add_or_update(value, [self.model_name, "Model", *dimensions])
+    def _send_metric(self, name: str, labels: tuple[str, ...], value: float) -> None:
+        kind = MetricTypes.GAUGE if name in GAUGES else MetricTypes.COUNTER
+        # A server whose metrics file does not declare it would drop the line, and by default log it.
+        with contextlib.suppress(MetricsCacheKeyError):
+            self.server_metrics.get_metric(name, kind).add_or_update(value, list(labels))
+
+
+def _leave_out_undeclared_times(metrics: Any) -> None:
+    """Spare the line that TorchServe prints per batch even where the server does not know the metric."""
+    try:
+        metrics.get_metric("PredictionTime", MetricTypes.GAUGE)
+    except MetricsCacheKeyError:
+        metrics.add_time = lambda *_, **__: None
 
 
 def _most_workers(settings: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """Measure models, backends and precisions in turn, and print one table.
 
-    python scripts/benchmark_backends.py --voc ../shared/bccd --json output/backends.jsonl
+    python scripts/benchmark_backends.py --voc ../shared/bccd --jsonl output/backends.jsonl
     python scripts/benchmark_backends.py --weights s.pth t.pth --class-names names.txt --onnx s_int8.onnx
 
 Builds an archive (scripts/build_archive.py, scripts/build_tensorrt.py) for each combination of weights,
@@ -154,14 +154,16 @@ def _run(arguments: argparse.Namespace) -> None:
             for row in rows_of(device)
         }
         rows += (found := measure_model(model, device, reasons, method))
-        if arguments.json:
-            append_json_rows(arguments.json, found, facts)
+        if arguments.jsonl:
+            append_json_rows(arguments.jsonl, found, facts)
     columns = {key: each for key, each in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     print(format_table(rows, columns))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, {"--pictures": "--images", "--engines": "--backends"})
+    parser = command_parser(
+        __doc__, {"--pictures": "--images", "--engines": "--backends", "--json": "--jsonl"}
+    )
     parser.add_argument(
         "--weights", nargs="+", default=[str(DEMO_WEIGHTS)], help="one file of each variant (the demo's)"
     )
@@ -190,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files for the timing"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="append a JSON row for each row of the table"
+        "--jsonl", type=Path, metavar="FILE", help="append a line of JSON for each row of the table"
     )
     return parser
 

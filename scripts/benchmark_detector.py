@@ -7,6 +7,8 @@ By default measures the network, from pixels on the device to raw predictions th
 technique; all steps of a batch size take turns in one run, and each is compared with float32: largest
 difference of a score and of a box, and AP if a data set is given (--voc). --detector measures the whole
 detector of an archive, from JPEG files to detections on the host.
+
+Prints a table with a row for each step or precision.
 """
 
 from __future__ import annotations
@@ -148,12 +150,12 @@ def _run(arguments: argparse.Namespace) -> None:
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(format_table(rows, DETECTOR_COLUMNS if arguments.detector else ABLATION_COLUMNS))
-    if arguments.json:
-        append_json_rows(arguments.json, rows, facts)
+    if arguments.jsonl:
+        append_json_rows(arguments.jsonl, rows, facts)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, {"--pictures": "--images"})
+    parser = command_parser(__doc__, {"--pictures": "--images", "--json": "--jsonl"})
     parser.add_argument("--detector", action="store_true", help="the whole detector instead of the network")
     parser.add_argument("--archive", type=Path, default=DEMO_ARCHIVE)
     parser.add_argument("--weights", default=str(DEMO_WEIGHTS), help="of the network, as trained")
@@ -169,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peak-tflops", type=float, default=PEAK_TFLOPS, help="of the GPU, for 16-bit matrix products"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="append a JSON row for each row of the table"
+        "--jsonl", type=Path, metavar="FILE", help="append a line of JSON for each row of the table"
     )
     return parser
 

@@ -7,6 +7,8 @@ and a large copy measured in the same run, and the time as the fused network cal
 padded channels, and, if nvidia-cudnn-frontend is installed, the fastest of all plans of cuDNN in fp16 and in
 INT8 with its epilogue fused. Plans are compiled in several processes at the same time, but only one of them
 runs work on the device at a time. Results are written after every measurement.
+
+Prints the table, and what could not be measured.
 """
 
 from __future__ import annotations

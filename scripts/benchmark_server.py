@@ -12,6 +12,8 @@ number of images/s), and --limit-empty, the same server under the same load with
 
 With --gpus each number of GPUs gets a server of its own, in this order; a number may come several times. Then
 --workers, --concurrency, --rates and --processes are per GPU: two GPUs get twice of each.
+
+Prints a line for each load as it is measured, and then a table of all.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import command_parser, fraction, positive_int, positive_seconds, run_command
+from lib.cli import (
+    DEFAULT_URL,
+    add_management_url,
+    add_metrics_url,
+    add_model,
+    command_parser,
+    fraction,
+    positive_int,
+    positive_number,
+    positive_seconds,
+    run_command,
+)
 from lib.paths import SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -135,7 +148,7 @@ def _measure(
     else:
         with _served(arguments, setting, gpus) as served:
             batching = served.batching()
-            rows = measure_plan(served, plan, _report)
+            rows = measure_plan(served, plan, _say_nothing if arguments.quiet else _report)
     # "8+8": so many workers on each GPU.
     placement = "+".join(map(str, batching["workers_per_gpu"].values())) or str(batching["workers"])
     return [{**row, **batching, "placement": placement, "gpus": gpus} for row in rows]
@@ -189,6 +202,10 @@ def _report(row: Row) -> None:
     )
 
 
+def _say_nothing(_row: Row) -> None:
+    """In place of `_report`."""
+
+
 def _facts(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
     """What all rows have in common."""
     from lib.load.generator import default_processes
@@ -209,7 +226,7 @@ def _facts(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
 
 
 def _show(arguments: argparse.Namespace, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
-    """Print the table, and append the rows to the JSON file."""
+    """Print the table, and append the rows to the file."""
     from lib.measure.served_load import warnings_about
     from lib.measure.timing import append_json_rows, format_table
 
@@ -217,8 +234,8 @@ def _show(arguments: argparse.Namespace, rows: Sequence[Row], facts: Mapping[str
     print(format_table(rows, COLUMNS))
     for warning in warnings_about(rows):
         print(f"note: {warning}")
-    if arguments.json:
-        append_json_rows(arguments.json, rows, facts)
+    if arguments.jsonl:
+        append_json_rows(arguments.jsonl, rows, facts)
 
 
 def _plot(path: Path, rows: Sequence[Row]) -> None:
@@ -243,19 +260,19 @@ def _plot(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _network_limit(text: str) -> float | str:
-    return text if text == "measure" else positive_seconds(text)
+    return text if text == "measure" else positive_number(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, renamed_options={"--pictures": "--images"})
+    parser = command_parser(__doc__, renamed_options={"--pictures": "--images", "--json": "--jsonl"})
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--url", help="inference address of a running server, say http://127.0.0.1:8080")
-    source.add_argument("--archive", type=Path, help="start a server with this .mar")
+    source.add_argument("--url", metavar="URL", help=f"inference port of a running server, say {DEFAULT_URL}")
+    source.add_argument("--archive", type=Path, metavar="MAR", help="start a server with this archive")
 
-    add = parser.add_argument_group("with --url").add_argument
-    add("--management-url", default="http://127.0.0.1:8081", help="management address (%(default)s)")
-    add("--metrics-url", default="http://127.0.0.1:8082", help="metrics address (%(default)s)")
-    add("--model", default="damoyolo", help="name of the model (%(default)s)")
+    group = parser.add_argument_group("with --url")
+    add_management_url(group)
+    add_metrics_url(group)
+    add_model(group)
 
     add = parser.add_argument_group("with --archive (defaults: the archive's settings)").add_argument
     add("--batch-size", type=positive_int, metavar="N")
@@ -268,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("load").add_argument
     add("--concurrency", nargs="+", type=positive_int, default=[1, 8, 32, 64, 128], metavar="N")
-    add("--rates", nargs="+", type=positive_seconds, default=[], metavar="PER_S", help="open loops")
+    add("--rates", nargs="+", type=positive_number, default=[], metavar="PER_S", help="open loops")
     shares = "open loops at these shares of the best closed loop, say 0.7"
     add("--rate-shares", nargs="+", type=fraction, default=[], metavar="SHARE", help=shares)
     add("--arrivals", choices=["poisson", "uniform"], default="poisson", help="of open loops (%(default)s)")
@@ -281,8 +298,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("results").add_argument
     add("--limit-network", type=_network_limit, metavar="RATE", help='"measure", or known images/s')
-    add("--json", type=Path, help="file that gets one JSON row per measurement")
-    add("--plot", type=Path, help="PNG of latency against throughput")
+    add("--jsonl", type=Path, metavar="FILE", help="append a line of JSON for each measurement")
+    add("--plot", type=Path, metavar="FILE", help="plot latency against throughput")
+    add("--quiet", action="store_true", help="print the table alone, no line for each load")
     return parser
 
 

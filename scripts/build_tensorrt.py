@@ -4,6 +4,8 @@ python scripts/export_onnx.py --output damoyolo.onnx
 python scripts/build_tensorrt.py --onnx damoyolo.onnx --precision fp16 --voc DIR
 
 An engine runs only on the GPU and the TensorRT version that built it: run this on the machine that serves.
+
+Prints the comparison, and then what was built.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from lib.accuracy.parity_options import (
     read_evidence,
     require_enough,
 )
-from lib.cli import ScriptError, command_parser, positive_int, run_command
+from lib.cli import ScriptError, add_model, command_parser, positive_int, run_command
 from lib.packaging.arguments import add_weights_arguments
 from lib.paths import MODEL_STORE
 
@@ -115,7 +117,7 @@ def _archive_request(
         sha256=arguments.sha256,
         variant=network.metadata.variant,
         class_names=network.metadata.class_names,
-        model_name=arguments.model_name,
+        model_name=arguments.model,
         version=arguments.version,
         output_dir=folder / "archive",
         model_settings={
@@ -131,7 +133,13 @@ def _archive_request(
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         __doc__,
-        {"--pictures": "--images", "--coco-pictures": "--coco-images", "--batch-ranges": "--profiles"},
+        {
+            "--pictures": "--images",
+            "--coco-pictures": "--coco-images",
+            "--batch-ranges": "--profiles",
+            "--model-name": "--model",
+            "--report": "--json",
+        },
     )
     parser.add_argument(
         "--onnx", type=Path, required=True, help="raw predictions, in float32 or quantised to int8"
@@ -160,9 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda", help="cuda[:index] (%(default)s)")
     add_weights_arguments(parser)
-    parser.add_argument("--model-name", default="damoyolo")
+    add_model(parser)
     parser.add_argument("--version", default="1.0")
-    parser.add_argument("--output-dir", type=Path, default=MODEL_STORE)
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=MODEL_STORE, help="(%(default)s)")
     add_parity_arguments(parser)
     return parser
 

@@ -10,6 +10,8 @@ case "${1:-}" in
     --keep-serving) keep_serving=yes ;;
     *) echo "usage: $0 [--keep-serving]" >&2; exit 2 ;;
 esac
+trap 'exit 130' INT # what was running says that it was interrupted
+trap 'exit 143' TERM
 command -v curl >/dev/null || { echo "demo: curl is needed and was not found" >&2; exit 1; }
 
 . scripts/setup_environment.sh
@@ -29,8 +31,6 @@ finish() {
     rm -f "$ready_file" "$partial"
 }
 trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 # A proxy cannot reach this machine's own addresses, and options of ~/.curlrc are for other calls.
 ask() { curl -q --noproxy '*' --silent --show-error --fail-with-body --max-time 120 -X POST "$@"; }
@@ -39,7 +39,8 @@ echo "== Starting TorchServe"
 # One demo at a time until it listens: two could find the same port free.
 exec 8<"${TMPDIR:-/tmp}"
 if command -v flock >/dev/null; then flock 8; fi
-python scripts/serve.py --any-port --ready-file "$ready_file" 8<&- &
+# In a session of its own: Ctrl-C reaches it once, by way of `finish`, and so lets it answer what it accepted.
+setsid python scripts/serve.py --any-port --ready-file "$ready_file" 8<&- &
 server=$!
 until [ -s "$ready_file" ]; do
     kill -0 "$server" 2>/dev/null || { server=; echo "demo: the server did not start, see above" >&2; exit 1; }

@@ -8,6 +8,8 @@ python scripts/deploy.py status            show what is registered and kept
 A version is registered beside the served one, so both need memory for a while. The server has to allow it:
 `python scripts/serve.py --enable-model-api`. After an interruption the next command finishes or undoes what
 was begun. docs/reliability.md describes each step.
+
+Prints each step.
 """
 
 from __future__ import annotations
@@ -15,14 +17,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import command_parser, positive_int, positive_seconds, run_command
+from lib.cli import (
+    RenamedOption,
+    add_management_url,
+    add_metrics_url,
+    add_model,
+    add_url,
+    command_parser,
+    ended_like_ctrl_c,
+    positive_int,
+    positive_seconds,
+    run_command,
+)
 from lib.paths import MODEL_STORE, PROJECT_DIR, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -50,8 +61,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.command == "status":
             _show(management, store)
             return
-        inference_url = arguments.inference_url or properties["inference_address"]
-        with store.locked(), _ended_like_ctrl_c():
+        inference_url = arguments.url or properties["inference_address"]
+        with store.locked(), ended_like_ctrl_c():
             _change(_rollout(arguments, management, store, inference_url, keys[1]), arguments)
 
 
@@ -109,20 +120,6 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM undo what was begun, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -144,17 +141,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="damoyolo", metavar="NAME", help="default: %(default)s")
+    add_model(parser)
     add("--model-store", type=Path, default=MODEL_STORE, metavar="DIR", help="that of the server")
     add("--ts-config", type=Path, default=PROJECT_DIR / "config.properties", help="settings of the server")
-    add("--management-url", metavar="URL", help="(default: from --ts-config)")
-    add("--metrics-url", metavar="URL", help="(default: from --ts-config)")
+    add_management_url(parser, None)
+    add_metrics_url(parser, None)
     add("--key-file", type=Path, help="key_file.json of a server with token authorization")
 
 
 def _add_change_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--inference-url", metavar="URL", help="(default: from --ts-config)")
+    add("--inference-url", action=RenamedOption, present="--url")
+    add_url(parser, None)
     add(
         "--golden",
         type=Path,

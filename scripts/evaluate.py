@@ -1,7 +1,14 @@
 """Measure the accuracy (COCO metrics) and throughput of a running server or of a detector in this process.
 
-python scripts/evaluate.py --voc DIR --split test
+python scripts/evaluate.py --coco tests/data/smears/annotations.json        a running server
+python scripts/evaluate.py --voc DIR --split test --results detections.json
 python scripts/evaluate.py --coco instances.json --images DIR --archive model_store/damoyolo.mar
+
+--results writes the detections as a COCO results file, with the image and category ids of the data set. One
+in Pascal VOC format has none: images are numbered in the order of the split, and NAME.images.json lists the
+numbers.
+
+Prints AP, AP50 and AP75 of all classes together and of each, and the images per second.
 """
 
 from __future__ import annotations
@@ -17,7 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from lib.accuracy.datasets import DetectionDataset, read_dataset
 from lib.cli import (
+    DEFAULT_MODEL,
+    DEFAULT_URL,
     ScriptError,
+    add_model,
+    add_retry,
+    add_url,
     command_parser,
     fraction,
     name_list,
@@ -25,12 +37,10 @@ from lib.cli import (
     positive_seconds,
     printable,
     run_command,
-    seconds,
 )
-from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
 
 if TYPE_CHECKING:
-    from lib.accuracy.coco_metrics import CocoMetrics
+    from lib.accuracy.coco_metrics import CocoMetrics, CocoPrediction
     from lib.accuracy.predictors import Predictor
 
 Row = dict[str, Any]
@@ -77,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> None:
         open_source = _open_detector if _is_in_process(arguments) else _open_server
         predictor, source = open_source(arguments, dataset, stack)
         predictions, spent_s = gather_predictions(dataset, predictor, arguments.progress)
+    if arguments.results is not None:  # before anything that could fail
+        _write_results(arguments, dataset, predictions)
     metrics = compute_metrics(dataset, predictions)
     row = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,9 +167,12 @@ def _open_server(
 ) -> tuple[Predictor, Row]:
     """A predictor of the running server, and what the record says about it."""
     from lib.accuracy.predictors import server_predictor
-    from lib.server.client import DetectionClient, RequestOptions
 
-    client = stack.enter_context(DetectionClient(arguments.url, arguments.timeout, arguments.retry_seconds))
+    from damoyolo_client.client import Client, RequestOptions
+
+    client = stack.enter_context(
+        Client(arguments.url, arguments.model, arguments.timeout, arguments.retry_seconds)
+    )
     client.require_server()
 
     def report_repeated() -> None:
@@ -172,8 +187,21 @@ def _open_server(
     )
     in_flight = arguments.in_flight or 8
     unknown = dict.fromkeys(("device", "backend", "precision"))
-    record = {"url": arguments.url, "in_flight": in_flight, **unknown}
+    record = {"url": arguments.url, "model": arguments.model, "in_flight": in_flight, **unknown}
     return server_predictor(client, options, in_flight), record
+
+
+def _write_results(
+    arguments: argparse.Namespace, dataset: DetectionDataset, predictions: Sequence[CocoPrediction]
+) -> None:
+    from damoyolo_client.coco import write_index, write_results
+
+    write_results(arguments.results, predictions)
+    print(f"results: {arguments.results}")
+    if arguments.coco is None:
+        images = [{"id": image.image_id, "file_name": image.path.name} for image in dataset.images]
+        index = write_index(arguments.results, images, dataset.class_names)
+        print(f"what their ids mean: {index}")
 
 
 def _print_report(dataset: DetectionDataset, metrics: CocoMetrics, row: Mapping[str, Any]) -> None:
@@ -200,13 +228,13 @@ def _write_files(
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_precision_recall(metrics, dataset.name, arguments.plot)
         print(f"precision-recall plot: {arguments.plot}")
-    if arguments.json is not None:
-        append_json_rows(arguments.json, [row], {"versions": environment()})
-        print(f"row added to {arguments.json}")
+    if arguments.jsonl is not None:
+        append_json_rows(arguments.jsonl, [row], {"versions": environment()})
+        print(f"row added to {arguments.jsonl}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, {"--pictures": "--images"})
+    parser = command_parser(__doc__, {"--pictures": "--images", "--json": "--jsonl"})
     _add_data_arguments(parser)
     _add_detector_arguments(parser)
     _add_output_arguments(parser)
@@ -214,19 +242,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data set (--voc, or --coco with --images)")
+    data = parser.add_argument_group("data set (--voc or --coco)")
     dataset = data.add_mutually_exclusive_group(required=True)
     dataset.add_argument("--voc", type=Path, metavar="DIR", help="data set in Pascal VOC format")
     data.add_argument("--split", default="test", help="list in ImageSets/Main to use (%(default)s)")
     dataset.add_argument(
         "--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format"
     )
-    data.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --coco")
+    data.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of --coco (its own)")
 
 
 def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("running server")
-    server.add_argument("--url", default=DEFAULT_URL, help="address of the model's predictions (%(default)s)")
+    add_url(server)
+    add_model(server)
     server.add_argument("--in-flight", type=positive_int, metavar="N", help="concurrent requests (8)")
     server.add_argument(
         "--timeout",
@@ -235,13 +264,7 @@ def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait for a response (%(default)s)",
     )
-    server.add_argument(
-        "--retry-seconds",
-        type=seconds,
-        default=DEFAULT_RETRY_S,
-        metavar="S",
-        help="how long an image is sent again while the server is full or starts again (%(default)s)",
-    )
+    add_retry(server)
 
     detector = parser.add_argument_group("in-process detector, instead of a server")
     source = detector.add_mutually_exclusive_group()
@@ -269,9 +292,10 @@ def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
-    output.add_argument("--plot", type=Path, metavar="PNG", help="write a precision-recall plot")
+    output.add_argument("--results", type=Path, metavar="FILE", help="write a COCO results file")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="plot precision against recall")
     output.add_argument(
-        "--json", type=Path, metavar="FILE", help="append a row with all figures, settings and versions"
+        "--jsonl", type=Path, metavar="FILE", help="append a line with all figures, settings and versions"
     )
     output.add_argument("--note", help="text for the row, for example how the server was started")
     output.add_argument(
@@ -283,8 +307,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other or would have no effect."""
-    if (arguments.coco is None) != (arguments.images is None):
-        parser.error("--coco and --images belong together")
+    if arguments.coco is None and arguments.images is not None:
+        parser.error("--images is the folder of the images of --coco")
     if arguments.weights is None and (arguments.variant is not None or arguments.class_names is not None):
         parser.error("--variant and --class-names are for --weights; an archive has its own")
     if not _is_in_process(arguments):
@@ -294,9 +318,10 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
                     f"--{name.replace('_', '-')} is for --archive and --weights; a server has its own "
                     "(model-config.yaml)"
                 )
-    elif arguments.in_flight is not None or arguments.url != DEFAULT_URL:
+    elif arguments.in_flight is not None or (arguments.url, arguments.model) != (DEFAULT_URL, DEFAULT_MODEL):
         parser.error(
-            "--url and --in-flight are for a server; --archive and --weights evaluate in this process"
+            "--url, --model and --in-flight are for a server; --archive and --weights evaluate in this "
+            "process"
         )
 
 

@@ -11,6 +11,8 @@ stated otherwise:
   detections   boxes_xyxy (N, 4), scores (N), class_ids (N) int64, batch_indices (N) int64, after NMS in each
                class of each image; further inputs are iou_threshold (1), score_threshold (1) and
                max_boxes_a_class (1) int64
+
+Prints what was written and how far its outputs are from PyTorch's.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, renamed_options={"--form": "--outputs", "--pictures": "--images"})
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     parser.add_argument("--outputs", choices=OUTPUT_KINDS, default="raw", help="see above (%(default)s)")
     add_network_arguments(parser)
     parser.add_argument(

@@ -5,6 +5,9 @@ worker, or exceed the limits of time and memory. The server must run on this mac
 
 python scripts/fuzz_server.py corpus
 python scripts/fuzz_server.py corpus --forms raw json drawn --json output/fuzz.json
+
+Prints each problem, a table of statuses, and how many problems there were.
+Exit code: 0 if nothing was wrong, 1 if something was, 2 if nothing could be sent, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
     files = sorted(path for path in arguments.folder.rglob("*") if path.is_file())[: arguments.limit]
     if not files:
         raise ScriptError(f"{arguments.folder} holds no file")
-    served = ServedModel(arguments.inference_url, arguments.management_url, "", arguments.model)
+    served = ServedModel(arguments.url.rstrip("/"), arguments.management_url, "", arguments.model)
     folder = PROJECT_DIR / "tests" / "data" / "smears"
     good = [path.read_bytes() for path in arguments.good or [folder / name for name in GOOD_IMAGES]]
     client = HostileClient(served, good, Limits(arguments.max_seconds, arguments.max_memory_mb))
@@ -42,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         for attempt in client.try_files(files, arguments.forms):
             attempts.append(attempt)
-            for problem in attempt.problems:
+            for problem in () if arguments.quiet else attempt.problems:
                 print(f"{ascii(attempt.file)[1:-1]} as {attempt.form}: {problem}", flush=True)
     finally:
         client.close()
@@ -65,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive_int, help="send the first so many files only")
     parser.add_argument("--max-seconds", type=positive_seconds, default=10.0, help="default: %(default)s")
     parser.add_argument("--max-memory-mb", type=positive_int, default=1500, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write every attempt to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every attempt")
+    parser.add_argument("--quiet", action="store_true", help="print the table and the summary alone")
     return parser
 
 

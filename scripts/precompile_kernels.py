@@ -4,6 +4,8 @@
 
 Run it where the archive will be served, or on a machine with the same GPU and the same versions of PyTorch
 and Triton. Other machines ignore the kernels and compile their own.
+
+Prints how many files were added.
 """
 
 from __future__ import annotations

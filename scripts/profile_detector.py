@@ -7,6 +7,8 @@
 The calls are those of the server's worker. Device times are from CUDA events, host times from the host's
 clock: where the host's are larger, the device waits. Copies (H2D, D2H) and kernels come from torch.profiler
 in a separate pass. --timeline draws the traces of one or several processes that work at the same time.
+
+Prints a table for each batch size.
 """
 
 from __future__ import annotations
@@ -114,12 +116,12 @@ def _measure(arguments: argparse.Namespace, service: DetectionService, images: S
         for batch_size in arguments.batch_sizes
     ]
     print("\n\n".join(map(report, profiles)))
-    if arguments.json:
+    if arguments.jsonl:
         rows: list[Mapping[str, Any]] = []
         for measured in profiles:
             rows += [{"table": "stages", **row} for row in stage_rows(measured)]
             rows += [{"table": "device", **row} for row in device_rows(measured)]
-        append_json_rows(arguments.json, rows, facts)
+        append_json_rows(arguments.jsonl, rows, facts)
     if arguments.plot:
         bars = {f"batch {measured.batch_size}": measured.bars() for measured in profiles}
         plot_shares(arguments.plot, bars, "where the time of a batch goes")
@@ -147,7 +149,7 @@ def _record(arguments: argparse.Namespace, service: DetectionService, images: Se
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, {"--pictures": "--images"})
+    parser = command_parser(__doc__, {"--pictures": "--images", "--json": "--jsonl"})
     parser.add_argument("--archive", type=Path, default=DEMO_ARCHIVE)
     parser.add_argument("--device", help="cpu or cuda[:index] (a GPU if there is one)")
     parser.add_argument("--precision", help="(the archive's)")
@@ -166,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--timeline",
         type=Path,
-        metavar="PNG",
+        metavar="FILE",
         help="draw host and GPU; the traces stay beside it",
     )
     add("--workers", type=positive_int, default=1, metavar="N", help="processes at the same time")
@@ -188,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nvtx", action="store_true", help="only run batches with NVTX ranges, for the nsys command printed"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON row for each stage")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the stages' shares")
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append a line of JSON for each stage")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the stages' shares")
     return parser
 
 

@@ -2,11 +2,13 @@
 
 python scripts/quantize.py --calibration images/ --output damoyolo_int8.onnx
 python scripts/quantize.py --weights mine.pth --class-names mine.txt --calibration images/ \\
-    --output mine.onnx --max-loss 0.005 --report mine.json --plot mine.png
+    --output mine.onnx --max-loss 0.005 --json mine.json --plot mine.png
 
 Each block of the network is quantised alone and compared with float32 on images set aside. Then the most
 sensitive blocks are kept in float32, as few as the allowed loss demands. The measures are described in
 scripts/lib/onnx/sensitivity.py.
+
+Prints the effect of each block, and what the file loses.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def _report(
     )
     size_mb = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: DAMO-YOLO-{variant} in INT8 for {request.target}, {size_mb:.1f} MB")
-    if arguments.report is not None:
+    if arguments.json is not None:
         _write_report(arguments, request, variant, result, rows)
     if arguments.plot is not None:
         from lib.measure.plots import BlockBar, plot_sensitivity
@@ -123,12 +125,16 @@ def _write_report(
         "blocks": rows,
         **environment(),
     }
-    write_json(arguments.report, content)
-    print(f"report: {arguments.report}")
+    write_json(arguments.json, content)
+    print(f"report: {arguments.json}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    renamed = {"--calibration-pictures": "--calibration-images", "--check-pictures": "--check-images"}
+    renamed = {
+        "--calibration-pictures": "--calibration-images",
+        "--check-pictures": "--check-images",
+        "--report": "--json",
+    }
     parser = command_parser(__doc__, renamed)
     parser.add_argument(
         "--calibration",
@@ -137,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="images like those to be served, in it or its sub-folders; not those of the evaluation",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="ONNX", help="file to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     add_network_arguments(parser)
     _add_quantization_arguments(parser)
     parser.add_argument(
@@ -147,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="of the network in pixels, multiples of 32 (the variant's own)",
     )
-    parser.add_argument("--report", type=Path, metavar="JSON", help="write the table and all settings")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and all settings")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table")
     parser.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,

@@ -1,7 +1,12 @@
 """Run TorchServe in the foreground and say when it is ready, or why it is not.
 
 python scripts/serve.py                 ports of config.properties
-python scripts/serve.py --any-port      other ports where those are taken
+python scripts/serve.py --port 9000     management at 9001, metrics at 9002, gRPC at 9003 and 9004
+python scripts/serve.py --any-port      free ports where those are taken
+
+Prints the log of the server, and the addresses once it is ready. Ctrl-C
+answers what was accepted and ends the server; a second one ends it at once. Exit code: 0 after a signal, 1 if
+the server does not start, has lost a model for good or was killed.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import command_parser, positive_seconds, run_command
+from lib.cli import command_parser, positive_int, positive_seconds, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR
 
 if TYPE_CHECKING:
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from lib.server.process import TorchServeProcess
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAST_PORT = 65535
 SAMPLE_IMAGE = "tests/data/smears/smear_3.jpg"
 
 
@@ -63,16 +69,20 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: DroppingOutput) -> int:
     from lib.server.mps import cuda_mps
-    from lib.server.process import TorchServeProcess, busy_ports, read_properties
+    from lib.server.process import TorchServeProcess, busy_ports, ports_from, read_properties
 
-    busy = busy_ports(read_properties(arguments.ts_config)) if arguments.any_port else []
+    properties = read_properties(arguments.ts_config)
+    overrides = {} if arguments.port is None else ports_from(arguments.port, properties)
+    busy = busy_ports({**properties, **overrides}) if arguments.any_port else []
+    if arguments.models:
+        overrides["load_models"] = arguments.models
     if busy:
         out.print(f"port {', '.join(map(str, busy))} is taken; using free ports instead")
     with cuda_mps(arguments.mps) as environment:
         server = TorchServeProcess(
             arguments.ts_config.resolve(),
             arguments.model_store.resolve(),
-            overrides={"load_models": arguments.models} if arguments.models else {},
+            overrides=overrides,
             use_free_ports=bool(busy),
             log_dir=PROJECT_DIR / "logs",
             echo=out,
@@ -116,16 +126,35 @@ def _serve(
     return 1
 
 
+def _port(text: str) -> int:
+    """The first of five ports in a row."""
+    number = positive_int(text)
+    if not 1024 <= number <= LAST_PORT - 4:
+        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a port from 1024 to {LAST_PORT - 4}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--ts-config", type=Path, default=PROJECT_DIR / "config.properties", help="settings of the server")
-    add("--model-store", type=Path, default=MODEL_STORE, help="folder of the archives")
-    add("--models", help="archives to load, separated by commas (default: load_models of the config)")
-    add("--any-port", action="store_true", help="take free ports where those of the config are taken")
+    add(
+        "--ts-config",
+        type=Path,
+        metavar="FILE",
+        default=PROJECT_DIR / "config.properties",
+        help="settings of the server",
+    )
+    add("--model-store", type=Path, metavar="DIR", default=MODEL_STORE, help="folder of the archives")
+    add(
+        "--models",
+        metavar="A,B",
+        help="archives to load, separated by commas (default: load_models of the config)",
+    )
+    add("--port", type=_port, metavar="N", help="of inference; management N+1, metrics N+2, gRPC N+3 and N+4")
+    add("--any-port", action="store_true", help="take free ports where those, or the config's, are taken")
     add("--enable-model-api", action="store_true", help="let the management API register archives")
     add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")
-    add("--ready-file", type=Path, help="gets the inference address once the server is ready")
+    add("--ready-file", type=Path, metavar="FILE", help="gets the inference address once the server is ready")
     add("--timeout", type=positive_seconds, default=300.0, metavar="S", help="longest wait for the workers")
     return parser
 

@@ -32,6 +32,35 @@ create_environment() { # Makes .venv where there is none; one that this function
     mkdir -p .venv && touch "$mark" && find .venv -mindepth 1 ! -path "$mark" -delete && "$python" -m venv .venv
 }
 
+show_progress() { # Reads what pip prints; says how far it is: on a terminal in one line, else every 15 s.
+    local line packages=0 doing=collecting pause=15 start=$SECONDS shown=$SECONDS code end='\n'
+    if [ -t 2 ]; then pause=1 end='\r'; fi
+    while true; do
+        code=0; IFS= read -r -t "$pause" line || code=$?
+        if [ "$code" -gt 0 ] && [ "$code" -le 128 ]; then break; fi # the end; above 128: nothing for so long
+        case $line in
+            "Collecting "*) packages=$((packages + 1)) ;;
+            "Installing collected packages"*) doing=installing ;;
+        esac
+        if [ $((SECONDS - shown)) -ge "$pause" ]; then
+            printf "   $doing, %d packages, %d s$end" "$packages" $((SECONDS - start)) >&2
+            shown=$SECONDS
+        fi
+    done
+    if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+}
+
+pip_install() { # pip_install ENVIRONMENT FILE: what pip prints goes to ENVIRONMENT/pip.log; shown if it fails.
+    local log=$1/pip.log failed=
+    (set -o pipefail
+        "$1/bin/python" -m pip install --progress-bar off --disable-pip-version-check --no-input -r "$2" 2>&1 |
+            tee "$log" | show_progress) || failed=yes
+    if [ -n "$failed" ]; then
+        grep -vE '^ *(Collecting|Downloading|Using cached|Ignoring|Requirement already)' "$log" >&2
+    fi
+    [ -z "$failed" ]
+}
+
 install_environment() {
     local file stamp wanted java_home
     create_environment || return 1
@@ -41,7 +70,7 @@ install_environment() {
         wanted=$(sha256sum <"$file")
         if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
             echo "== Installing the pinned packages of $file (some GB with torch: minutes)"
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r "$file" || return 1
+            pip_install .venv "$file" || return 1
             echo "$wanted" >"$stamp"
         fi
     done
@@ -59,7 +88,7 @@ setup_clients() { # .venv-clients: other projects' clients, which the tests driv
         echo "== Installing the clients of $requirements into .venv-clients"
         rm -rf .venv-clients
         .venv/bin/python -m venv .venv-clients || return 1
-        .venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r $requirements || return 1
+        pip_install .venv-clients $requirements || return 1
         echo "$wanted" >.venv-clients/installed
     fi
 }
@@ -70,8 +99,9 @@ setup_environment() {
     fi
     # One at a time in this folder: another that started meanwhile finds the environment complete.
     (
+        trap 'echo "setup: interrupted" >&2; exit 130' INT
         if command -v flock >/dev/null; then flock 9; fi
         install_environment "$@"
-    ) 9<. || return 1
+    ) 9<. || return
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 }

@@ -1,6 +1,6 @@
 """Find the batching settings for this machine: first the batch size in this process, then with the server.
 
-    python scripts/tune.py --archive model_store/damoyolo.mar --p99-ms 50 --write output/model-config.yaml
+    python scripts/tune.py --archive model_store/damoyolo.mar --p99-ms 50 --output output/model-config.yaml
 
 The sweep tries growing batch sizes until the memory is full. The search then starts a TorchServe for each
 setting of batch size, delay and workers that it tries, measures it with closed loops, and keeps the highest
@@ -9,6 +9,8 @@ which scripts/build_archive.py packs.
 
 With --gpus the search is done for each of these numbers of GPUs in turn. --workers is then per GPU; the
 workers that are printed and written are those of all GPUs together.
+
+Prints each measurement and the recommended setting.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from lib.measure.batch_sweep import BatchTime
     from lib.measure.batching_search import SearchResult, SearchSpace
 
+RECOMMENDED = PROJECT_DIR / "output" / "model-config.yaml"
 SWEEP_COLUMNS = {
     "batch": ("batch", "d"),
     "network_ms": ("network ms", ".2f"),
@@ -77,8 +80,8 @@ def _run(arguments: argparse.Namespace) -> None:
                 if measured.p99_ms < math.inf
             ]
         _recommend(arguments, *max(found, key=lambda each: _rank(each[0], arguments.p99_ms)))
-    if arguments.json:
-        append_json_rows(arguments.json, rows, {"p99_budget_ms": arguments.p99_ms, **facts})
+    if arguments.jsonl:
+        append_json_rows(arguments.jsonl, rows, {"p99_budget_ms": arguments.p99_ms, **facts})
 
 
 def _rank(result: SearchResult, budget_ms: float) -> tuple[bool, float]:
@@ -87,8 +90,12 @@ def _rank(result: SearchResult, budget_ms: float) -> tuple[bool, float]:
     return measured.meets(budget_ms), measured.requests_per_s
 
 
-def _report(message: str) -> None:
-    print(f"  {message}", flush=True)
+def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
+    def report(message: str) -> None:
+        if not arguments.quiet:
+            print(f"  {message}", flush=True)
+
+    return report
 
 
 def _sweep(
@@ -103,7 +110,7 @@ def _sweep(
     times = batch_sweep.sweep_batch_sizes(
         lambda batch_size: batch_sweep.measure_batch(arguments.archive, images, device, batch_size),
         batch_sizes,
-        _report,
+        _reporter(arguments),
     )
     if not times:
         raise ScriptError("not even one image fits into the memory")
@@ -143,11 +150,11 @@ def _search(
         duration_s=arguments.duration,
         timeout_s=arguments.timeout,
     )
-    on = "" if gpus is None else f" on GPUs: {gpus}"
+    on, report = "" if gpus is None else f" on GPUs: {gpus}", _reporter(arguments)
     print(f"settings with the server{on}, p99 at most {arguments.p99_ms:g} ms:")
     with (
         gpu_environment(gpus, arguments.mps) as variables,
-        SettingMeasurer(arguments.archive, load, arguments.p99_ms, _report, variables) as measure,
+        SettingMeasurer(arguments.archive, load, arguments.p99_ms, report, variables) as measure,
     ):
         result = find_setting(measure, space, arguments.p99_ms)
     grid = len(space.batch_sizes) * len(space.delays_ms) * len(space.workers)
@@ -167,9 +174,9 @@ def _recommend(arguments: argparse.Namespace, result: SearchResult, space: Searc
     verdict = "recommended" if measured.meets(arguments.p99_ms) else "nothing meets the budget; the closest"
     print(f"{verdict}: {best}: {measured}")
     template = HANDLER_DIR / "model-config.yaml"
-    arguments.write.parent.mkdir(parents=True, exist_ok=True)
-    arguments.write.write_text(settings_text_with(template.read_text(), best))
-    print(f"written to {arguments.write}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(settings_text_with(template.read_text(), best))
+    print(f"written to {arguments.output}")
     if arguments.plot:
         _plot(arguments.plot, result, space, arguments.p99_ms)
 
@@ -205,7 +212,9 @@ def _plot(path: Path, result: SearchResult, space: SearchSpace, budget_ms: float
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, renamed_options={"--pictures": "--images"})
+    parser = command_parser(
+        __doc__, renamed_options={"--pictures": "--images", "--write": "--output", "--json": "--jsonl"}
+    )
     add = parser.add_argument
     add("--archive", type=Path, default=DEMO_ARCHIVE, help="the .mar to tune (%(default)s)")
     budget = "the latency budget (%(default)s)"
@@ -224,9 +233,10 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--sweep-only", action="store_true", help="stop after the sweep in this process")
     only.add_argument("--no-sweep", action="store_true", help="search with the server alone")
     settings = "gets the recommended settings (%(default)s)"
-    add("--write", type=Path, default=PROJECT_DIR / "output" / "model-config.yaml", help=settings)
-    add("--plot", type=Path, help="PNG of p99 against throughput with the chosen setting")
-    add("--json", type=Path, help="file that gets one JSON row per measurement")
+    add("--output", type=Path, metavar="FILE", default=RECOMMENDED, help=settings)
+    add("--plot", type=Path, metavar="FILE", help="plot p99 against throughput with the chosen setting")
+    add("--jsonl", type=Path, metavar="FILE", help="append a line of JSON for each measurement")
+    add("--quiet", action="store_true", help="print tables and results alone, no line for each measurement")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -66,9 +67,9 @@ class ServingConfig:
     gpu_jpeg_decoding: on CUDA, decode JPEG files on the device; off decodes all in the pool of threads.
     scaled_jpeg_decoding: decode a JPEG on the CPU at 1/2, 1/4 or 1/8 of its size where both sides then have
         at least this share of the network's input; 0 decodes all in full (docs/served.md has the AP).
-    cpu_jpeg_share: with gpu_jpeg_decoding, the share of the JPEGs that scaled_jpeg_decoding applies to which
-        the CPU decodes while the GPU decodes the others.
     jpeg_quality: of drawn images, 1..95.
+    class_colours: of boxes in drawn images, "#RRGGBB" for each class in order; a shorter list begins again,
+        and an empty one takes colours far apart. In YAML, # begins a comment unless the text is quoted.
     """
 
     variant: str = "S"
@@ -102,20 +103,16 @@ class ServingConfig:
     device_turns: int = 2
     gpu_jpeg_decoding: bool = True
     scaled_jpeg_decoding: float = 0.0
-    cpu_jpeg_share: float = 0.0
     jpeg_quality: int = 90
+    class_colours: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("cuda_sync", self.cuda_sync, CUDA_SYNCS)
-        if self.cpu_jpeg_share and not self.scaled_jpeg_decoding:
-            raise ConfigError(
-                "cpu_jpeg_share has no effect without scaled_jpeg_decoding; set both or neither"
-            )
         for name in self.image_formats:
             _require_choice("image_formats", name, IMAGE_FORMATS)
-        for name in ("score_threshold", "iou_threshold", "cpu_jpeg_share"):
+        for name in ("score_threshold", "iou_threshold"):
             _require_range(name, getattr(self, name), 0.0, 1.0)
         for name in (
             "max_detections_limit",
@@ -150,6 +147,7 @@ class ServingConfig:
             )
         if len(set(self.class_names)) != len(self.class_names):
             raise ConfigError("class_names has a name twice; every class needs its own name")
+        _require_colours(self.class_colours, self.class_names)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> ServingConfig:
@@ -205,8 +203,23 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name} holds {value!r}; a value of type {hint.__name__} is needed")
+        unquoted = "; in YAML, text that begins with # needs quotes" if name == "class_colours" else ""
+        raise ConfigError(f"{name} holds {value!r}; a value of type {hint.__name__} is needed{unquoted}")
     return value
+
+
+def _require_colours(colours: tuple[str, ...], class_names: tuple[str, ...]) -> None:
+    for colour in colours:
+        if not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
+            raise ConfigError(
+                f'class_colours has {colour!r}; accepted is "#RRGGBB": red, green and blue, two hexadecimal '
+                "digits each"
+            )
+    if class_names and len(colours) > len(class_names):
+        raise ConfigError(
+            f"class_colours has {len(colours)} colours for {len(class_names)} classes; at most one for each "
+            "class is accepted"
+        )
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

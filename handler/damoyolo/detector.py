@@ -22,7 +22,7 @@ from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.pipeline import open_pipeline
 from damoyolo.preprocess import ImagePreprocessor, PreparedBatch
 from damoyolo.stage_timing import PREPROCESS, StageTimer, no_timing
-from damoyolo.structures import DetectionOptions, Detections, RawPredictions
+from damoyolo.structures import DetectionOptions, Detections, RawPredictions, Work
 from damoyolo.time_budget import TimeBudget
 
 WEIGHTS_FILE = "damoyolo.pth"
@@ -51,6 +51,7 @@ class Detector:
         )
         self.time_budget = TimeBudget(config.max_batch_seconds)
         self.preprocessor = preprocessor(config, self.input_size_hw, device, self.time_budget)
+        self._work = Work()
 
     @classmethod
     def from_archive_dir(
@@ -108,6 +109,7 @@ class Detector:
         """
         size = self.pipeline.max_batch_size or max(1, len(images))
         outcomes: list[Detections | RequestError] = []
+        work = Work()
         finish = _nothing
         for first in range(0, len(images), size):
             part = slice(first, first + size)
@@ -117,10 +119,19 @@ class Detector:
             finally:
                 # The device computed this part while the host prepared the next.
                 outcomes += finish()
+            work += Work(len(batch.slots) - batch.on_device, batch.on_device)
             if first and self.time_budget.is_spent():
                 batch = _refuse_all(batch, self.time_budget.refusal())
             finish = self._start_batch(batch, options[part], time_stage)
-        return outcomes + finish()
+        outcomes += finish()
+        found = sum(len(outcome) for outcome in outcomes if isinstance(outcome, Detections))
+        self._work += work + Work(detections=found)  # here, so that a call that failed counts nothing
+        return outcomes
+
+    def read_work(self) -> Work:
+        """What was done since the last reading."""
+        work, self._work = self._work, Work()
+        return work
 
     def _start_batch(
         self, batch: PreparedBatch, options: Sequence[DetectionOptions], time_stage: StageTimer

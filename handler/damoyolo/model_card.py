@@ -14,6 +14,7 @@ from damoyolo.checksums import file_sha256
 from damoyolo.config import ServingConfig
 from damoyolo.detector import Detector
 from damoyolo.response import CONTENT_TYPES
+from damoyolo.response_formats import MAX_IMAGE_ID
 
 
 def describe_model(detector: Detector, weights: Path, archive_version: str) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def _options(config: ServingConfig) -> dict[str, Any]:
         "classes": {"default": "all", "names": "class_names", "ids": [0, len(config.class_names) - 1]},
         "class_agnostic": {"default": False},
         "format": {"default": "json", "accepted": list(CONTENT_TYPES)},
+        "image_id": {"default": 0, "minimum": 0, "maximum": MAX_IMAGE_ID},
     }
 
 

@@ -42,12 +42,14 @@ class PreparedBatch:
     image_sizes_hw: B times height and width of the image as a viewer shows it.
     slots: B positions in the sequence given to `prepare`, ascending.
     errors: position -> error of every other image.
+    on_device: how many images the device decoded, not the CPU.
     """
 
     pixels: Tensor
     image_sizes_hw: list[tuple[int, int]]
     slots: list[int]
     errors: dict[int, RequestError]
+    on_device: int = 0
 
 
 class ImagePreprocessor:

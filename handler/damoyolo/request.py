@@ -12,7 +12,7 @@ Options have the same name everywhere (`OPTION_NAMES`). The first place that has
 1. a field of the JSON document, with JSON's own types (null counts as absent),
 2. a form field or query parameter beside the image, as text,
 3. a request header, `X-Detect-` and the name with hyphens (`X-Detect-Score-Threshold`), as text,
-4. the server's default; for `format`, the Accept header first.
+4. the server's default; for `format`, the Accept header first, which asks for json, jpeg or png.
 
 Everywhere a number is written as in JSON. JSON is read strictly: no NaN, no name twice in an object.
 """
@@ -33,16 +33,25 @@ from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
 from damoyolo.formats import EncodedImage, begins_like_image, reduce_image
 from damoyolo.formats.essential import require_image_bytes
-from damoyolo.response import CONTENT_TYPES, OutputFormat
+from damoyolo.response import CONTENT_TYPES, DRAWN_FORMATS, SINGLE_IMAGE_FORMATS, OutputFormat
+from damoyolo.response_formats import MAX_IMAGE_ID
 from damoyolo.structures import DetectionOptions
 
-OPTION_NAMES = ("score_threshold", "iou_threshold", "max_detections", "classes", "class_agnostic", "format")
+OPTION_NAMES = (
+    "score_threshold",
+    "iou_threshold",
+    "max_detections",
+    "classes",
+    "class_agnostic",
+    "format",
+    "image_id",
+)
 
 _IMAGE_FIELDS = ("body", "data", "image")
 _IGNORED_FIELDS = ("model_name",)  # part of /invocations, passed on by TorchServe
 _HEADER_PREFIX = "x-detect-"
 _OPTION_OF_HEADER = {_HEADER_PREFIX + name.replace("_", "-"): name for name in OPTION_NAMES}
-_FORMAT_OF_CONTENT_TYPE = {content_type: name for name, content_type in CONTENT_TYPES.items()}
+_FORMAT_OF_CONTENT_TYPE: dict[str, OutputFormat] = {CONTENT_TYPES[name]: name for name in DRAWN_FORMATS}
 _BOOL_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}
 _JSON_TYPE = "application/json"
 _WHITE_SPACE = " \t\r\n"
@@ -63,14 +72,17 @@ class ImageRequest:
 
     images: the encoded images, at least one, none of them empty.
     options: for the postprocessing, the same for all images.
-    output_format: of the answer; a drawn image only for a single image.
-    batched: the answer is `{"predictions": [...]}`, even for one image, unless it is drawn.
+    output_format: of the answer; one of SINGLE_IMAGE_FORMATS only for a single image.
+    batched: the answer is `{"predictions": [...]}`, even for one image, unless its format has another form
+        for several images, or none.
+    image_id: of the first image in COCO results.
     """
 
     images: tuple[EncodedImage, ...]
     options: DetectionOptions
     output_format: OutputFormat
     batched: bool
+    image_id: int = 0
 
 
 class RequestParser:
@@ -110,12 +122,14 @@ class RequestParser:
             images, batched = self._document_images(document)
 
         output_format = _output_format(values.pop("format", None), texts.get("accept", ""))
-        if output_format != "json" and len(images) > 1:
+        if output_format in SINGLE_IMAGE_FORMATS and len(images) > 1:
+            several = ", ".join(name for name in CONTENT_TYPES if name not in SINGLE_IMAGE_FORMATS)
             raise InvalidOptionError(
-                f"format is {output_format} for {len(images)} images; "
-                "a drawn image answers a request of one image only; request format json"
+                f"format is {output_format} for {len(images)} images; {' and '.join(SINGLE_IMAGE_FORMATS)} "
+                f"answer a request of one image only; accepted for several are {several}"
             )
-        return ImageRequest(images, self._options(values), output_format, batched)
+        image_id = _image_id(values.pop("image_id", 0))
+        return ImageRequest(images, self._options(values), output_format, batched, image_id)
 
     def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> str:
         found = [name for name in _IMAGE_FIELDS if name in row]
@@ -423,10 +437,20 @@ def _output_format(value: Any, accept: str) -> OutputFormat:
     raise InvalidOptionError(f"format is {_quoted(value)}; accepted are {', '.join(CONTENT_TYPES)}")
 
 
+def _image_id(value: Any) -> int:
+    number = _parse_number(value) if isinstance(value, _Text) else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= MAX_IMAGE_ID:
+        raise InvalidOptionError(
+            f"image_id is {_quoted(value)}; a whole number from 0 to {MAX_IMAGE_ID} is accepted"
+        )
+    return number
+
+
 def _format_of_accept(accept: str) -> OutputFormat:
     """jpeg or png if the header prefers it to all other types than images; json otherwise.
 
-    So browsers, which list image/png beside text/html, and `*/*` get JSON.
+    So browsers, which list image/png beside text/html, and `*/*` get JSON. The other formats are asked for by
+    name: their media types say too little.
     """
     best_format: OutputFormat = "json"
     best_quality = other_quality = 0.0

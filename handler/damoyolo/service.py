@@ -10,6 +10,7 @@ from typing import Any
 
 from damoyolo.decode import decode_reduced
 from damoyolo.detector import Detector
+from damoyolo.drawing import DRAWING_BYTES_PER_PIXEL, draw_detections
 from damoyolo.errors import (
     DeviceLostError,
     DeviceMemoryError,
@@ -22,16 +23,9 @@ from damoyolo.memory_budget import MemoryBudget
 from damoyolo.page import CONTENT_TYPE as PAGE_CONTENT_TYPE
 from damoyolo.page import asks_for_page, build_page
 from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
-from damoyolo.response import (
-    CONTENT_TYPES,
-    DRAWING_BYTES_PER_PIXEL,
-    answer_too_large,
-    draw_detections,
-    format_error,
-    format_json,
-    format_json_predictions,
-)
+from damoyolo.response import CONTENT_TYPES, DrawnFormat, answer_too_large, format_error, is_drawn
 from damoyolo.response_batch import format_json_each, prepare_tables
+from damoyolo.response_formats import format_answer
 from damoyolo.stage_timing import PARSE, RESPOND, StageTimer, no_timing
 from damoyolo.structures import DetectionOptions, Detections
 
@@ -162,8 +156,8 @@ class DetectionService:
             (request, [next(outcomes) for _ in request.images] if isinstance(request, ImageRequest) else [])
             for request in requests
         ]
-        # Formatting JSON holds the interpreter lock, so threads only help where images are drawn.
-        if any(isinstance(request, ImageRequest) and request.output_format != "json" for request in requests):
+        # Formatting text holds the interpreter lock, so threads only help where images are drawn.
+        if any(isinstance(request, ImageRequest) and is_drawn(request.output_format) for request in requests):
             return list(self._drawing_pool.map(lambda job: self._respond(*job), jobs))
         texts = self._format_together(jobs)
         return [self._respond(*job, text=texts.get(index)) for index, job in enumerate(jobs)]
@@ -175,6 +169,7 @@ class DetectionService:
             for index, (request, outcomes) in enumerate(jobs)
             if isinstance(request, ImageRequest)
             and not request.batched
+            and request.output_format == "json"
             and isinstance(outcomes[0], Detections)
         }
         try:
@@ -205,31 +200,37 @@ class DetectionService:
             if isinstance(outcome, RequestError):
                 raise type(outcome)(f"instances[{index}]: {outcome}") if request.batched else outcome
             detections.append(outcome)
-        if request.output_format != "json":
-            # Decoded a second time: few requests need it, and the others need not keep their pixels.
-            reduced = reduce_image(request.images[0], config)
-            with self._drawing_budget.reserve(
-                reduced.decoding_bytes + DRAWING_BYTES_PER_PIXEL * reduced.pixels
-            ):
-                self.detector.time_budget.check()  # waiting for the memory takes time too
-                image = decode_reduced(reduced, config)
-                body = draw_detections(
-                    image,
-                    detections[0],
-                    config.class_names,
-                    request.output_format,
-                    config.jpeg_quality,
-                    config.max_response_bytes,
-                )
+        if is_drawn(request.output_format):
+            body = self._draw(request.images[0], detections[0], request.output_format)
         elif text is not None:
             body = text
-        elif request.batched:
-            body = format_json_predictions(detections, config.class_names)
         else:
-            body = format_json(detections[0], config.class_names)
+            body = format_answer(
+                detections,
+                config.class_names,
+                request.output_format,
+                batched=request.batched,
+                image_id=request.image_id,
+            )
         if len(body) > config.max_response_bytes:
             raise answer_too_large(request.output_format, config.max_response_bytes)
         return Answer(body, CONTENT_TYPES[request.output_format])
+
+    def _draw(self, encoded: EncodedImage, detections: Detections, output_format: DrawnFormat) -> bytes:
+        config = self.detector.config
+        # Decoded a second time: few requests need it, and the others need not keep their pixels.
+        reduced = reduce_image(encoded, config)
+        with self._drawing_budget.reserve(reduced.decoding_bytes + DRAWING_BYTES_PER_PIXEL * reduced.pixels):
+            self.detector.time_budget.check()  # waiting for the memory takes time too
+            return draw_detections(
+                decode_reduced(reduced, config),
+                detections,
+                config.class_names,
+                output_format,
+                config.jpeg_quality,
+                config.max_response_bytes,
+                config.class_colours,
+            )
 
     def close(self) -> None:
         """End the threads."""

@@ -72,3 +72,19 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a detector did: images decoded by the CPU and by the GPU, and detections found in them."""
+
+    cpu_images: int = 0
+    gpu_images: int = 0
+    detections: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.cpu_images + other.cpu_images,
+            self.gpu_images + other.gpu_images,
+            self.detections + other.detections,
+        )

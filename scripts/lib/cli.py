@@ -1,4 +1,4 @@
-"""The parser, argument types, errors and exit codes of all commands.
+"""What all commands share: parser, argument types, errors and exit codes; those of the client, and more.
 
 Imports neither torch nor anything that imports it, so that `--help` and usage errors are immediate. Commands
 import what they work with in the function that does the work.
@@ -9,25 +9,44 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import io
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
 
 from damoyolo.errors import DamoYoloError
+from damoyolo_client import command_line
+from damoyolo_client.command_line import DEFAULT_MODEL as DEFAULT_MODEL
+from damoyolo_client.command_line import DEFAULT_RETRY_S as DEFAULT_RETRY_S
+from damoyolo_client.command_line import DEFAULT_URL as DEFAULT_URL
+from damoyolo_client.command_line import INTERRUPTED as INTERRUPTED
+from damoyolo_client.command_line import Options, add_address
+from damoyolo_client.command_line import RenamedOption as RenamedOption
+from damoyolo_client.command_line import add_model as add_model
+from damoyolo_client.command_line import add_retry as add_retry
+from damoyolo_client.command_line import add_url as add_url
+from damoyolo_client.command_line import command_parser as command_parser
+from damoyolo_client.command_line import fraction as fraction
+from damoyolo_client.command_line import name_list as name_list
+from damoyolo_client.command_line import positive_int as positive_int
+from damoyolo_client.command_line import positive_number as positive_number
+from damoyolo_client.command_line import positive_seconds as positive_seconds
+from damoyolo_client.command_line import printable as printable
+from damoyolo_client.command_line import seconds as seconds
+from damoyolo_client.errors import ClientError
 
-MAX_SHOWN = 2000
 # What requirements.txt leaves out, and how to get it.
 EXTRA_PACKAGES = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "pycocotools")
 OPTION_NEEDS = {"plot": "matplotlib", "voc": "pycocotools", "coco": "pycocotools"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 INSTALL_EXTRAS = "`python -m pip install -r requirements-dev.txt` installs it"
+DEFAULT_MANAGEMENT_URL = "http://127.0.0.1:8081"
+DEFAULT_METRICS_URL = "http://127.0.0.1:8082"
 
 
-class ScriptError(Exception):
-    """A command cannot do what it was asked to; the message says what was found and what is accepted."""
+# A command cannot do what it was asked to; the message says what was found and what is accepted. It is the
+# client's class: the commands handle its errors like their own.
+ScriptError = ClientError
 
 
 def run_command(
@@ -36,33 +55,19 @@ def run_command(
     argv: Sequence[str] | None,
     error_code: int = 1,
 ) -> int:
-    """Parse the arguments and run the command; the exit code.
+    """As that of the client, with the errors of this project and for want of a package."""
 
-    The one place where an expected error becomes a line on stderr and `error_code`. Ctrl-C gives 130.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of file names that are no text, say
-    arguments = parser.parse_args(argv)
-    try:
+    def checked(arguments: argparse.Namespace) -> int | None:
         _check_common_options(arguments)
-        return command(arguments) or 0
-    except BrokenPipeError:  # of `| head`: nobody reads on
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
-        return error_code
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
-            raise
-        print(f"{Path(parser.prog).stem}: {error}; {INSTALL_EXTRAS}", file=sys.stderr)
-        return error_code
-    except (ScriptError, DamoYoloError, OSError) as error:
-        lines = str(error).split("\n")  # the traceback of a worker has several
-        print(f"{Path(parser.prog).stem}: " + "\n".join(map(printable, lines)), file=sys.stderr)
-        return error_code
-    except KeyboardInterrupt:
-        print(f"{Path(parser.prog).stem}: interrupted", file=sys.stderr)
-        return 130
+        try:
+            return command(arguments)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+                raise
+            raise ScriptError(f"{error}; {INSTALL_EXTRAS}") from error
+
+    expected = (ScriptError, DamoYoloError, OSError)
+    return command_line.run_command(checked, parser, argv, error_code, expected)
 
 
 def _check_common_options(arguments: argparse.Namespace) -> None:
@@ -77,91 +82,33 @@ def _check_common_options(arguments: argparse.Namespace) -> None:
         )
 
 
-def printable(text: str) -> str:
-    """Text from elsewhere as one line that a terminal shows and cannot obey; cut at MAX_SHOWN characters.
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, where a command has something to finish."""
 
-    Control characters, line ends, marks that turn the direction of writing, and bytes of file names that are
-    no text become escape sequences of Python.
-    """
-    shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in shown
-    )
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
 
-
-def command_parser(
-    description: str | None, renamed_options: Mapping[str, str] | None = None
-) -> argparse.ArgumentParser:
-    """A parser that shows the description as it is written.
-
-    renamed_options: former names of options; each is refused with its present name.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for former, present in (renamed_options or {}).items():
-        parser.add_argument(former, action=_RenamedOption, present=present)
-    return parser
-
-
-class _RenamedOption(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, present: str) -> None:
-        super().__init__(option_strings, dest, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        self.present = present
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is now called {self.present}")
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_local_server(parser: argparse.ArgumentParser) -> None:
     """Options that name a model of a server on this machine, whose processes the command looks at."""
-    parser.add_argument("--inference-url", default="http://127.0.0.1:8080", help="default: %(default)s")
-    parser.add_argument("--management-url", default="http://127.0.0.1:8081", help="default: %(default)s")
-    parser.add_argument("--model", default="damoyolo", help="default: %(default)s")
+    parser.add_argument("--inference-url", action=RenamedOption, present="--url")
+    add_url(parser)
+    add_management_url(parser)
+    add_model(parser)
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a whole number from 1 up")
-    return int(text)
+def add_management_url(parser: Options, default: str | None = DEFAULT_MANAGEMENT_URL) -> None:
+    """Where the server's management API is."""
+    add_address(parser, "--management-url", default, "address of its management port")
 
 
-def positive_seconds(text: str) -> float:
-    """A finite duration above 0, in seconds."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number of seconds above 0")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A finite duration, in seconds; 0 is accepted."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number of seconds from 0 up")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1, both included."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number from 0 to 1")
-    return value
-
-
-def name_list(text: str) -> tuple[str, ...]:
-    """Names separated by commas, without the blanks around them."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted are names separated by single commas")
-    return names
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan  # outside every range
+def add_metrics_url(parser: Options, default: str | None = DEFAULT_METRICS_URL) -> None:
+    """Where the server's metrics are."""
+    add_address(parser, "--metrics-url", default, "address of its metrics port")

@@ -19,7 +19,7 @@ def interrupt_while_waiting(command, project_dir):
 
     with StandInServer(silent) as server:
         with subprocess.Popen(
-            [sys.executable, *command, "--url", server.url],
+            [sys.executable, *command, "--url", server.base_url],
             cwd=project_dir,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -88,7 +88,8 @@ class StandInServer(ThreadingHTTPServer):
 
     def __init__(self, answer, port=0):
         super().__init__(("127.0.0.1", port), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/predictions/damoyolo"
+        self.base_url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"{self.base_url}/predictions/damoyolo"
         self.asked = []
         self.connections = set()
         self.open_sockets = weakref.WeakSet()
@@ -125,12 +126,15 @@ class StandInServer(ThreadingHTTPServer):
         self._thread.join()
 
 
-METRICS_PAGE = """# HELP batches_total Torchserve prometheus counter metric with unit: Count
-# TYPE batches_total counter
-batches_total{{ModelName="m",Level="Model",Hostname="h",}} {batches}
-batched_requests_total{{ModelName="m",Level="Model",Hostname="h",}} {requests}
-batched_requests_total{{ModelName="other",Level="Model",Hostname="h",}} 7.0
-stage_seconds_total{{ModelName="m",Level="Model",Stage="network",Hostname="h",}} {network_s}
+METRICS_PAGE = """# HELP damoyolo_batch_size Requests of a batch.
+# TYPE damoyolo_batch_size histogram
+damoyolo_batch_size_sum{{model_name="m",model_version="1.0",}} {requests}
+damoyolo_batch_size_count{{model_name="m",model_version="1.0",}} {batches}
+damoyolo_batch_size_bucket{{model_name="m",model_version="1.0",le="+Inf",}} {batches}
+damoyolo_batch_size_sum{{model_name="other",model_version="1.0",}} 7.0
+# HELP damoyolo_stage_duration_seconds Time of a stage for a whole batch.
+# TYPE damoyolo_stage_duration_seconds histogram
+damoyolo_stage_duration_seconds_sum{{model_name="m",model_version="1.0",stage="network",}} {network_s}
 ts_inference_requests_total{{model_name="m",model_version="default",hostname="h",}} 1.5E3
 """
 
@@ -140,7 +144,6 @@ class StandInModel(StandInServer):
 
     def __init__(self):
         super().__init__(self._model_answer)
-        self.base_url = self.url.removesuffix("/predictions/damoyolo")
         self.workers = 1
         self.worker_status = "READY"
 

@@ -82,7 +82,7 @@ def served(first_archive, project_dir, tmp_path_factory):
 def served_by(server, store, logs):
     options = ["--model-store", store, "--management-url", server.management_url]
     options += ["--metrics-url", server.metrics_url]
-    change = ["--inference-url", server.inference_url, "--server-log", logs / "torchserve.log"]
+    change = ["--url", server.inference_url, "--server-log", logs / "torchserve.log"]
     return SimpleNamespace(
         store=store,
         management_url=server.management_url,

@@ -81,7 +81,15 @@ def test_every_image_is_answered_once_whatever_happens_to_the_server(
     serving, images, project_dir, tmp_path, disturb
 ):
     found = tmp_path / "found.jsonl"
-    command = [sys.executable, "scripts/detect.py", str(images), "--url", serving.url, "--jsonl", str(found)]
+    command = [
+        sys.executable,
+        "scripts/detect.py",
+        str(images),
+        "--url",
+        serving.addresses[0],
+        "--output",
+        str(found),
+    ]
     detect = subprocess.Popen(
         command, cwd=project_dir, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

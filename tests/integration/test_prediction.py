@@ -65,14 +65,14 @@ def test_64_concurrent_images_of_different_sizes_equal_the_in_process_results(se
         source = Image.open(io.BytesIO(smears[SMEAR_NAMES[index % 3]][0]))
         size = int(random.integers(200, 1600)), int(random.integers(200, 1200))
         images.append(encode(source.resize(size), "JPEG" if index % 4 else "PNG"))
-    batches_before = counter_value(server, "batches_total")
+    batches_before = counter_value(server, "damoyolo_batch_size_count")
     with ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda encoded: predict(url, encoded), images * 4))
     expected = [detect_in_process(detector, encoded) for encoded in images]
     for index, answer in enumerate(answers):
         assert_same_detections(answer, expected[index % len(images)])
     # They did share batches: 64 requests in batches of at most 8.
-    assert wait_for_counter(server, "batches_total", batches_before + 8) < batches_before + 40
+    assert wait_for_counter(server, "damoyolo_batch_size_count", batches_before + 8) < batches_before + 40
 
 
 def counter_value(server, name, **labels):
@@ -94,17 +94,16 @@ def wait_for_counter(server, name, at_least, **labels):
 
 def test_stage_times_and_errors_arrive_as_metrics(server, url, smear):
     before = {
-        stage: counter_value(server, "stage_seconds_total", Stage=stage)
+        stage: counter_value(server, "damoyolo_stage_duration_seconds_sum", stage=stage)
         for stage in ("parse", "preprocess", "network", "postprocess", "respond")
     }
-    errors = counter_value(server, "request_errors_total", Kind="UnsupportedImage")
+    errors = counter_value(server, "damoyolo_request_errors_total", reason="UnsupportedImage")
     predict(url, smear)
     assert requests.post(url, data=b"no image", timeout=TIMEOUT_S).status_code == 415
-    wait_for_counter(server, "request_errors_total", errors + 1, Kind="UnsupportedImage")
+    wait_for_counter(server, "damoyolo_request_errors_total", errors + 1, reason="UnsupportedImage")
     for stage, seconds in before.items():
-        assert (
-            wait_for_counter(server, "stage_seconds_total", np.nextafter(seconds, 1e9), Stage=stage) > seconds
-        )
+        more = np.nextafter(seconds, 1e9)
+        assert wait_for_counter(server, "damoyolo_stage_duration_seconds_sum", more, stage=stage) > seconds
 
 
 def as_base64(data):
@@ -310,7 +309,7 @@ def test_corrupt_neighbours_in_a_batch_cost_only_themselves(server, url, smear, 
         b"\xff\xd8\xff",
         smear,
     ] * 2
-    batches_before = counter_value(server, "batches_total")
+    batches_before = counter_value(server, "damoyolo_batch_size_count")
     with ThreadPoolExecutor(len(bodies)) as pool:
         responses = list(pool.map(lambda body: requests.post(url, data=body, timeout=TIMEOUT_S), bodies))
     for body, response in zip(bodies, responses, strict=True):
@@ -321,7 +320,9 @@ def test_corrupt_neighbours_in_a_batch_cost_only_themselves(server, url, smear, 
             ]
         else:
             assert response.status_code in (415, 422), response.text
-    assert wait_for_counter(server, "batches_total", batches_before + 2) < batches_before + len(bodies)
+    assert wait_for_counter(server, "damoyolo_batch_size_count", batches_before + 2) < batches_before + len(
+        bodies
+    )
 
 
 def test_a_batch_of_bad_requests_only_is_answered(url):

@@ -69,7 +69,9 @@ def test_torchserve_s_own_command_works_from_the_project_root(archive, project_d
         curl = readme_curl(project_dir, addresses[0])
         answer = subprocess.run(curl, cwd=project_dir, capture_output=True, text=True, timeout=240)
         assert len(json.loads(answer.stdout)["detections"]) == 21, answer.stderr
-        assert "stage_seconds_total" in requests.get(f"{addresses[2]}/metrics", timeout=60).text
+        assert (
+            "damoyolo_stage_duration_seconds_sum" in requests.get(f"{addresses[2]}/metrics", timeout=60).text
+        )
         # The front end of deploy/ is in place.
         answer = requests.post(
             f"{addresses[0]}/predictions/damoyolo",

@@ -82,7 +82,7 @@ def test_the_benchmark_gives_each_gpu_the_same_workers_and_load(two_gpus, idle_a
         "0.5",
         "--processes",
         "1",
-        "--json",
+        "--jsonl",
         str(rows),
     ]
     assert benchmark_server.main(command) == 0

@@ -5,6 +5,7 @@ import json
 import logging
 import operator
 import os
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -19,8 +20,9 @@ from ts.service import Service
 
 from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
+from damoyolo.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
-from damoyolo_handler import COUNTERS, DamoYoloHandler, _share_machine
+from damoyolo_handler import DamoYoloHandler, _leave_out_undeclared_times, _share_machine
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,9 @@ def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(ser
     class StubDetector:
         config = ServingConfig(class_names=("cell",), warmup_batch_sizes=(1, 3))
         pipeline = SimpleNamespace(name="openvino", precision="bf16")
+
+        def read_work(self):
+            pass
 
         def warm_up(self, batch_sizes):
             events.append(("warm up", batch_sizes, "ready" if handler.initialized else "not ready"))
@@ -249,49 +254,75 @@ def test_every_status_line_and_content_type_is_plain_ascii():
     assert all(content_type.isascii() for content_type in CONTENT_TYPES.values())
 
 
-def test_counters_name_the_model_and_carry_every_stage(service, project_dir, monkeypatch):
+def test_a_batch_is_counted_with_its_stages_images_and_errors(service, project_dir, monkeypatch):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
-    handler = service.handler
-    handler.counters.flush()
+    totals = service.handler.metrics.totals
+    monkeypatch.setattr(totals, "_interval_s", 3600.0)
+    totals.flush()
     sent = {}
-    monkeypatch.setattr(
-        handler.counters, "_send", lambda name, dimensions, value: sent.update({(name, dimensions): value})
-    )
+    monkeypatch.setattr(totals, "_send", lambda name, labels, value: sent.update({(name, labels): value}))
     service.predict([wire_request("a", image), wire_request("b", b"broken")])
-    handler.counters.flush()
-    assert sent[("batches_total", ())] == 1
-    assert sent[("batched_requests_total", ())] == 2
-    assert sent[("request_errors_total", ("UnsupportedImage",))] == 1
-    stages = {dimensions[0] for name, dimensions in sent if name == "stage_seconds_total"}
+    totals.flush()
+    model = ("damoyolo", "unknown")
+    assert sent["damoyolo_requests_total", model] == 2
+    assert sent["damoyolo_images_total", (*model, "cpu")] == 1
+    assert sent["damoyolo_detections_total", model] == 21
+    assert sent["damoyolo_request_errors_total", (*model, "UnsupportedImage", "415")] == 1
+    assert sent["damoyolo_batch_size_sum", model] == 2
+    stages = {labels[2] for name, labels in sent if name == "damoyolo_stage_duration_seconds_count"}
     assert stages == {"parse", "preprocess", "network", "postprocess", "respond"}
 
 
-def test_every_counter_is_declared_to_the_server(project_dir):
-    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]["counter"]
-    assert {metric["name"]: (metric["unit"], metric["dimensions"]) for metric in declared} == {
-        name: (unit, ["ModelName", "Level", *dimensions]) for name, (unit, dimensions) in COUNTERS.items()
+def test_every_metric_is_declared_to_the_server_and_a_histogram_as_three_counters(project_dir):
+    declared = yaml.safe_load((project_dir / "deploy/metrics.yaml").read_text())["model_metrics"]
+    found = {
+        kind: {metric["name"]: (metric["unit"], tuple(metric["dimensions"])) for metric in metrics}
+        for kind, metrics in declared.items()
     }
+    counters = {name: (metric.unit, metric.labels) for name, metric in COUNTERS.items()}
+    for name, metric in HISTOGRAMS.items():
+        counters[f"{name}_sum"] = (metric.unit, metric.labels)
+        counters[f"{name}_count"] = ("Count", metric.labels)
+        counters[f"{name}_bucket"] = ("Count", (*metric.labels, "le"))
+    gauges = {name: (metric.unit, metric.labels) for name, metric in GAUGES.items()}
+    assert found == {"counter": counters, "gauge": gauges}
 
 
-def test_a_server_with_its_own_metrics_file_gets_the_same_lines(service, monkeypatch, caplog):
+def test_the_start_of_a_worker_is_one_line_per_series(service, caplog):
     caplog.set_level("INFO", "ts.metrics.caching_metric")
-    lines = []
-    for metrics in (service.handler.metrics, _stock_metrics()):
-        caplog.clear()
-        monkeypatch.setattr(service.handler, "metrics", metrics)
-        for name, (_, dimensions) in COUNTERS.items():
-            service.handler._send_counter(name, ("x",) * len(dimensions), 1.0)
-        lines.append([message.rpartition(",")[0] for message in caplog.messages if "[METRICS]" in message])
-    assert len(lines[0]) == len(COUNTERS)
-    assert lines[0] == lines[1]
+    service.handler.metrics.report_start()
+    lines = [message for message in caplog.messages if message.startswith("[METRICS]")]
+    assert len(lines) == len(set(lines)) > len(COUNTERS) + len(HISTOGRAMS)
+    # As TorchServe's front end reads them (org.pytorch.serve.metrics.Metric).
+    pattern = r"\[METRICS\]([\w\s]+)\.([\w\s]+):([0-9\-,.e]+)\|#([^|]*)\|#type:(\w+)\|#hostname:[^,]+,\d+"
+    assert all(re.fullmatch(pattern, line) for line in lines)
+    assert not [line for line in lines if "le:inf" in line]
+
+
+def test_a_server_with_its_own_metrics_file_gets_no_lines(service, monkeypatch, caplog):
+    caplog.set_level("INFO", "ts.metrics.caching_metric")
+    monkeypatch.setattr(service.handler, "server_metrics", _stock_metrics())
+    service.handler.metrics.report_start()
+    assert "[METRICS]" not in caplog.text
+
+
+def test_torchserve_s_time_of_a_batch_is_printed_only_where_the_server_knows_it(service, caplog):
+    caplog.set_level("INFO", "ts.metrics.caching_metric")
+    stock = _stock_metrics()
+    _leave_out_undeclared_times(stock)
+    stock.add_time("PredictionTime", 1.0)
+    assert "PredictionTime" in caplog.text
+    caplog.clear()
+    service.predict([wire_request("a", b"")])
+    assert "PredictionTime" not in caplog.text
 
 
 @pytest.mark.parametrize("metrics", [None, "stock"])
 def test_metrics_that_the_server_lacks_fail_no_request(service, project_dir, monkeypatch, metrics):
     image = (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
-    monkeypatch.setattr(service.handler, "metrics", _stock_metrics() if metrics else None)
-    monkeypatch.setattr(service.handler.counters, "_sent_at", float("-inf"))
+    monkeypatch.setattr(service.handler, "server_metrics", _stock_metrics() if metrics else None)
     ((_, status, _, _),) = read_answers(service.predict([wire_request("a", image)]))
+    service.handler.metrics.totals.flush()
     assert status == 200
 
 
@@ -334,7 +365,7 @@ PLACES = [
     ("service", "_respond_to_all", [500, 500]),
     ("clock", "_mark", [500, 500]),
     ("clock", "read_seconds", [200, 415]),
-    ("counters", "add", [200, 415]),
+    ("metrics", "count_batch", [200, 415]),
 ]
 
 

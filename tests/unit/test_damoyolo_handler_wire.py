@@ -19,7 +19,7 @@ from ts.service import Service
 
 from damoyolo.detector import SETTINGS_FILE
 from damoyolo.errors import CorruptImageError, ImageTooLargeError
-from damoyolo.structures import Detections
+from damoyolo.structures import Detections, Work
 from damoyolo_handler import DamoYoloHandler
 from doubles.tiny_archive import write_tiny_archive
 
@@ -48,6 +48,9 @@ class ScriptedDetector:
         count = image[0]
         boxes = np.full((count, 4), np.nan, np.float32)
         return Detections(boxes, np.full(count, np.inf, np.float32), np.ones(count, np.int64), (10, 10))
+
+    def read_work(self):
+        return Work()
 
     def close(self):
         """Nothing is held."""
@@ -85,8 +88,9 @@ class _Metrics:
     def add_time(self, *_):
         """TorchServe's own, after each batch."""
 
-    def get_metric(self, *_):
-        raise RuntimeError("no metrics")
+    def get_metric(self, name, *_):
+        if name != "PredictionTime":
+            raise RuntimeError("no metrics")
 
 
 def wire_request(number, fields, headers):

@@ -70,6 +70,14 @@ def test_what_it_writes_is_a_data_set(tmp_path):
             assert opened.size == (320, 240)
 
 
+def test_the_annotations_of_the_samples_are_those_of_their_boxes(project_dir, tmp_path):
+    samples = project_dir / "tests" / "data" / "smears"
+    for path in samples.glob("smear_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert main([str(tmp_path), "--annotate"]) == 0
+    assert (tmp_path / "annotations.json").read_text() == (samples / "annotations.json").read_text()
+
+
 def test_a_size_it_cannot_draw_is_a_usage_error(tmp_path):
     for size in (["100", "100"], ["640"], ["0", "480"]):
         with pytest.raises(SystemExit) as exit_info:

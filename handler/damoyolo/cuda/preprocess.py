@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 from damoyolo.config import ServingConfig
 from damoyolo.cuda.jpeg import JpegHeader, decode_jpegs, read_plain_jpeg_header
 from damoyolo.cuda.kernels.resize import resize_images
-from damoyolo.decode import jpeg_divisor
 from damoyolo.errors import RequestError
 from damoyolo.failures import Failure, classify
 from damoyolo.formats import EncodedImage
@@ -86,16 +86,18 @@ class DevicePreprocessor(ImagePreprocessor):
             for slot, encoded in enumerate(encoded_images)
             if (header := self._header_for_device(encoded)) is not None
         }
-        self._share_with_pool(headers)
+
+        decoded_on_device: list[int] = []
 
         def load(slots: Sequence[int], rows: Tensor) -> Loaded:
-            return self._load(encoded_images, slots, headers, reduced, rows)
+            return self._load(encoded_images, slots, headers, reduced, rows, decoded_on_device)
 
         for_pool = {slot: encoded for slot, encoded in enumerate(encoded_images) if slot not in headers}
         reduced, errors = self._reduce_all(for_pool)
         needed = {slot: self._bytes_needed(image) for slot, image in reduced.items()}
         needed |= {slot: 3 * header.height * header.width for slot, header in headers.items()}
-        return self._prepare_in_groups(needed, errors, out, load)
+        batch = self._prepare_in_groups(needed, errors, out, load)
+        return replace(batch, on_device=len(decoded_on_device))
 
     def _load(
         self,
@@ -104,11 +106,16 @@ class DevicePreprocessor(ImagePreprocessor):
         headers: Mapping[int, JpegHeader],
         reduced: Mapping[int, EssentialImage],
         rows: Tensor,
+        decoded_on_device: list[int],
     ) -> Loaded:
-        """Decode the images of some slots, on the device if they have a header, and resize them."""
+        """Decode the images of some slots, on the device if they have a header, and resize them.
+
+        decoded_on_device: the slots of those that the device decoded are appended.
+        """
         in_pool = {slot: self._pool.submit(self._decode, reduced[slot]) for slot in slots if slot in reduced}
         for_device = {slot: headers[slot] for slot in slots if slot in headers}
         on_device = self._decode_on_device(encoded_images, for_device)
+        decoded_on_device += on_device
         for slot in for_device.keys() - on_device.keys():
             in_pool[slot] = self._pool.submit(self._reduce_and_decode, encoded_images[slot])
         try:
@@ -129,20 +136,6 @@ class DevicePreprocessor(ImagePreprocessor):
     def _reduce_and_decode(self, encoded: EncodedImage) -> NDArray[np.uint8] | RequestError:
         image = self._reduce(encoded)
         return image if isinstance(image, RequestError) else self._decode(image)
-
-    def _share_with_pool(self, headers: dict[int, JpegHeader]) -> None:
-        """Leave some of the large images to the threads, which decode them in part.
-
-        The GPU's decoder has a rate of its own, which is less than the network's for large images.
-        """
-        share = self.config.cpu_jpeg_share
-        if not share:
-            return
-        large = [
-            slot for slot, head in headers.items() if jpeg_divisor(head.shown_size_hw, self._least_hw) > 1
-        ]
-        for slot in large[: round(share * len(large))]:
-            del headers[slot]
 
     def _header_for_device(self, encoded: EncodedImage) -> JpegHeader | None:
         """None if the image is for the threads, which also report the limits that it exceeds."""

@@ -64,16 +64,18 @@ def read_dataset(
 ) -> DetectionDataset | None:
     """The data set that a command was given, in one of the formats; None if it was given none.
 
+    coco_images: folder of the images of `coco`; None for its own.
+
     Raises:
-        ScriptError: it cannot be read, or the folder of the COCO images is missing.
+        ScriptError: it cannot be read, or a folder of images is given without `coco`.
     """
     if voc is not None:
         return read_voc(voc, split)
     if coco is None and coco_images is None:
         return None
-    if coco is None or coco_images is None:
-        raise ScriptError("--coco needs the folder of its images, and that folder needs --coco")
-    return read_coco(coco, coco_images)
+    if coco is None:
+        raise ScriptError("the folder of the images of --coco needs --coco")
+    return read_coco(coco, coco_images or coco.parent)
 
 
 def read_coco(annotations_file: Path, image_dir: Path) -> DetectionDataset:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +15,7 @@ from lib.accuracy.datasets import DetectionDataset, read_dataset
 from lib.accuracy.tolerances import TOLERANCES, Tolerances
 from lib.cli import ScriptError
 from lib.images import read_images
+from lib.json_file import write_json
 from lib.paths import SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def add_parity_arguments(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument(
         "--coco", type=Path, metavar="FILE", help="instances file of a data set in COCO format instead"
     )
-    group.add_argument("--coco-images", type=Path, metavar="DIR", help="folder of the images of --coco")
+    group.add_argument("--coco-images", type=Path, metavar="DIR", help="of --coco (its own folder)")
     for field in dataclasses.fields(Tolerances):
         group.add_argument(f"--{field.name.replace('_', '-')}-tolerance", type=float, metavar="MOST")
-    group.add_argument("--report", type=Path, metavar="FILE", help="write all figures as JSON")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
 
 
 class Evidence(NamedTuple):
@@ -114,7 +114,6 @@ def check_parity(
         reference.close()
         candidate.close()
     print("\n".join(report.lines()))
-    if arguments.report is not None:
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(json.dumps(report.to_mapping(), indent=2) + "\n")
+    if arguments.json is not None:
+        write_json(arguments.json, report.to_mapping())
     report.require_passed()

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from lib.accuracy.coco_metrics import CocoPrediction
 from lib.accuracy.datasets import DetectionDataset
 from lib.cli import ScriptError
-from lib.server.client import DetectionClient, RequestOptions
 
 from damoyolo.detector import Detector
 from damoyolo.structures import DetectionOptions, Detections
+from damoyolo_client.client import Client, RequestOptions
 
 # All published accuracies use these; they are also the defaults of `evaluate.py`.
 EVALUATION_OPTIONS = DetectionOptions(score_threshold=0.05, iou_threshold=0.7, max_detections=500)
@@ -34,7 +34,7 @@ class LabelledBox(NamedTuple):
 Predictor = Callable[[Sequence[Path]], Iterator[list[LabelledBox]]]
 
 
-def server_predictor(client: DetectionClient, options: RequestOptions, in_flight: int) -> Predictor:
+def server_predictor(client: Client, options: RequestOptions, in_flight: int) -> Predictor:
     """Detects with a running server, with up to `in_flight` requests at a time."""
 
     def predict(paths: Sequence[Path]) -> Iterator[list[LabelledBox]]:

@@ -7,7 +7,6 @@ correctly: backend, precision, device, batches. Known objects tell whether it is
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
 
+from lib.accuracy import agreement
+from lib.accuracy.agreement import Rules, overlap
 from lib.accuracy.tolerances import TOLERANCES, Tolerances
 from lib.cli import ScriptError
-from lib.server.answers import HttpAnswer, answer_error, detection_result
 from lib.server.local_http import direct_session
+
+from damoyolo_client.answers import HttpAnswer, answer_error, detection_result
 
 if TYPE_CHECKING:
     from damoyolo.structures import Detections
@@ -39,7 +41,6 @@ MIN_KNOWN = 0.8  # of the detections
 # every pixel, scores of the demo weights changed by up to 0.08 (S; Ns 0.02) and boxes by 0.8 px.
 PIXEL_SCORE = 0.2
 PIXEL_BOX_PX = 2.0
-ROUNDING_PX = 0.01  # answers have two decimals
 ROUNDS = 3  # times that the images of all workers' full batches are sent
 
 Box = tuple[float, float, float, float]
@@ -193,15 +194,6 @@ def count_found(objects: Sequence[KnownObject], answer: Sequence[Mapping[str, An
     return hits
 
 
-def overlap(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes, x1, y1, x2, y2."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return shared / (sum(areas) - shared) if shared else 0.0
-
-
 def tolerances_of(card: Mapping[str, Any]) -> Tolerances:
     """How far a version's answers may differ from float32, by the precision and device of its model card."""
     base = TOLERANCES.get(str(card.get("precision")), TOLERANCES["bf16"])
@@ -211,38 +203,24 @@ def tolerances_of(card: Mapping[str, Any]) -> Tolerances:
 
 
 def differences(
-    answer: Mapping[str, Any], expected: Expectation, class_names: Sequence[str], allowed: Tolerances
+    answer: Mapping[str, Any],
+    expected: Expectation,
+    class_names: Sequence[str],
+    allowed: Tolerances,
+    max_detections: int = MAX_DETECTIONS,
 ) -> list[str]:
-    """Where an answer differs from the expectation by more than allowed.
-
-    A detection may be in one alone if its score is within the tolerance of the threshold.
-    """
+    """Where an answer differs from the expectation by more than allowed (see lib.accuracy.agreement)."""
     height, width = expected.found.image_size_hw
     if (answer.get("width"), answer.get("height")) != (width, height):
         return [f"a size of {answer.get('width')}x{answer.get('height')} instead of {width}x{height}"]
-    box_px = allowed.box_px * expected.input_scale + ROUNDING_PX
-    left = as_answer(expected.found, class_names)
-    certain = SCORE_THRESHOLD + allowed.score
-    problems = []
-    for found in answer["detections"]:
-        same = [each for each in left if each["label"] == found["label"]]
-        match = min(same, key=lambda each: _distance(each["bbox"], found["bbox"]), default=None)
-        off_px = math.inf if match is None else _distance(match["bbox"], found["bbox"])
-        if match is not None and off_px <= box_px and abs(match["score"] - found["score"]) <= allowed.score:
-            left.remove(match)
-        elif found["score"] > certain:
-            problems.append(f"{_shown(found)} was not expected")
-    problems += [f"{_shown(each)} is missing" for each in left if each["score"] > certain]
-    return problems
-
-
-def _distance(first: Sequence[float], second: Sequence[float]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
-
-
-def _shown(found: Mapping[str, Any]) -> str:
-    box = ", ".join(f"{side:.1f}" for side in found["bbox"])
-    return f"{found['label']} {found['score']:.3f} at [{box}]"
+    rules = Rules(
+        SCORE_THRESHOLD,
+        IOU_THRESHOLD,
+        max_detections,
+        score=allowed.score,
+        box_px=allowed.box_px * expected.input_scale,
+    )
+    return agreement.differences(answer["detections"], as_answer(expected.found, class_names), rules)
 
 
 def check_served(
@@ -267,7 +245,7 @@ def check_served(
         if stopped.is_set():
             return
         answer = _post(url, expected.image, golden.max_detections, token, timeout_s)
-        if problems := differences(answer, expected, golden.class_names, allowed):
+        if problems := differences(answer, expected, golden.class_names, allowed, golden.max_detections):
             raise ScriptError(
                 f"{url} answers {expected.image.name} not as its archive does in float32: "
                 f"{'; '.join(problems[:5])} (tolerances: score {allowed.score:g}, box {allowed.box_px:g} px "

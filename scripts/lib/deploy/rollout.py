@@ -65,7 +65,7 @@ class Rollout:
         if model["modelName"] != self._store.model_name:
             raise ScriptError(
                 f"{archive} is of the model {model['modelName']!r}, --model is {self._store.model_name!r}; "
-                f"build it with --model-name {self._store.model_name}"
+                f"build it with --model {self._store.model_name}"
             )
         source = file_sha256(archive)
         self._management.require_registration()

@@ -13,6 +13,7 @@ from typing import Any
 
 import requests
 
+from lib.accuracy.agreement import differences
 from lib.cli import ScriptError
 from lib.server.local_http import direct_session
 from lib.server.process import describe_model
@@ -106,7 +107,7 @@ class HostileClient:
         seconds = time.perf_counter() - start
         for index, neighbour in enumerate(neighbours):
             try:
-                if not same_answer(neighbour.result(), self._expected[index]):
+                if differences(neighbour.result()["detections"], self._expected[index]["detections"]):
                     problems.append("a neighbour got another answer than alone")
             except ScriptError as error:
                 problems.append(f"a neighbour failed: {error}")
@@ -152,21 +153,6 @@ class HostileClient:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
-
-
-def same_answer(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether two answers have the same detections.
-
-    Labels, order and number must be equal; scores to 0.02 and boxes to 2 pixels, the rounding of a 16-bit
-    network whose batch size varies.
-    """
-    pairs = list(zip(found["detections"], expected["detections"], strict=False))
-    return len(found["detections"]) == len(expected["detections"]) and all(
-        a["label"] == b["label"]
-        and abs(a["score"] - b["score"]) <= 0.02
-        and max(abs(x - y) for x, y in zip(a["bbox"], b["bbox"], strict=True)) <= 2.0
-        for a, b in pairs
-    )
 
 
 def _resident_bytes(pid: int, reset_peak: bool = False) -> int:

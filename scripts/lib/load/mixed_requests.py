@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib.accuracy.agreement import DEFAULT_RULES, Rules, differences
 from lib.archive.reader import load_detector
-from lib.load.hostile import same_answer
 
+from damoyolo.request import RequestParser
 from damoyolo.service import Answer, DetectionService
 
 FORMATS = ("JPEG", "JPEG", "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -35,14 +36,18 @@ OCTETS = "application/octet-stream"
 
 @dataclass(frozen=True)
 class MixedRequest:
-    """A request and the answer that it must get; `error` of the answer is None where it succeeds."""
+    """A request and the answer that it must get; `error` of the answer is None where it succeeds.
+
+    rules: how far an answer with detections may differ. Batches of another size round otherwise.
+    """
 
     body: bytes
     headers: Mapping[str, str]
     expected: Answer
+    rules: Rules = DEFAULT_RULES
 
     def problem_with(self, status: int, content_type: str, body: bytes) -> str:
-        """What is wrong with a server's answer; empty if nothing is."""
+        """What is wrong with a server's answer, with details in brackets; empty if nothing is."""
         wanted = 200 if self.expected.error is None else self.expected.error.status
         if status != wanted:
             return f"status {status} in place of {wanted}"
@@ -52,8 +57,10 @@ class MixedRequest:
             same = Image.open(io.BytesIO(body)).size == Image.open(io.BytesIO(self.expected.body)).size
             return "" if same else "a drawn image of another size"
         found, expected = json.loads(body), json.loads(self.expected.body)
-        same = found == expected if self.expected.error is not None else same_answer(found, expected)
-        return "" if same else "other content than in process"
+        if self.expected.error is not None:
+            return "" if found == expected else f"other content than in process ({found})"
+        details = differences(found["detections"], expected["detections"], self.rules)
+        return f"other content than in process ({'; '.join(details)})" if details else ""
 
 
 def mixed_requests(
@@ -67,11 +74,30 @@ def mixed_requests(
     service = DetectionService(load_detector(archive, device))
     try:
         return [
-            MixedRequest(body, headers, service.answer([row], [headers])[0])
+            MixedRequest(body, headers, *_expected(service, row, headers))
             for body, headers, row in _forms(images, count, bad_share, np.random.default_rng(seed))
         ]
     finally:
         service.close()
+
+
+def _expected(
+    service: DetectionService, row: Mapping[str, Any], headers: Mapping[str, str]
+) -> tuple[Answer, Rules]:
+    answer = service.answer([row], [headers])[0]
+    if answer.error is not None or answer.content_type != "application/json":
+        return answer, DEFAULT_RULES
+    options = RequestParser(service.detector.config).parse(row, headers).options
+    size = json.loads(answer.body)
+    input_height, input_width = service.detector.input_size_hw
+    scale = max(1.0, size["width"] / input_width, size["height"] / input_height)
+    return answer, Rules(
+        options.score_threshold,
+        options.iou_threshold,
+        options.max_detections,
+        options.class_agnostic,
+        box_px=DEFAULT_RULES.box_px * scale,
+    )
 
 
 def _forms(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,12 @@ from lib.server.local_http import direct_session
 from lib.server.process import describe_model
 from lib.server.served_archive import ServedModel
 
+from damoyolo_client.threads import DaemonThreads
+
 MEMORY_INTERVAL_S = 5.0
 TIMEOUT_S = 120.0
+MAX_EXAMPLES = 20
+ABANDONED_AFTER_S = 5.0  # requests under way when the soak is interrupted
 PAUSE_S = 1.0  # of a client whose request was not answered
 MINUTE_S = 60.0
 BYTES_PER_MB = 1e6
@@ -39,11 +44,21 @@ class SoakRecord:
     answers: (seconds since the start, latency in ms) of each. problems: what was wrong, with the number of
     times: wrong answers, requests without an answer, failed samples of the memory.
     memory_mb: (seconds since the start, resident memory in 10^6 bytes by kind: worker, java, gpu).
+    examples: details of the first problems. interrupted: whether Ctrl-C ended it.
     """
 
     answers: list[tuple[float, float]] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
     memory_mb: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    def add_problem(self, problem: str) -> None:
+        """Count a problem; what is in brackets is detail. Nothing is counted for an empty text."""
+        if problem:
+            self.problems[problem.partition(" (")[0]] += 1
+            if len(self.examples) < MAX_EXAMPLES:
+                self.examples.append(problem)
 
     def latencies_by_minute(self) -> list[dict[str, float] | None]:
         """Percentiles of each full minute up to the last answer, in ms; None for one without answers."""
@@ -82,12 +97,14 @@ class SoakRecord:
     def to_json(self) -> dict[str, Any]:
         """The record and its figures."""
         return {
+            "interrupted": self.interrupted,
             "answers": len(self.answers),
             "problems": dict(self.problems),
             "by_minute_ms": self.latencies_by_minute(),
             "p99_growth": self.p99_growth(),
             "slopes_of_the_second_half_mb_per_h": self.late_slopes_mb_per_h(),
             "memory_mb": self.memory_mb,
+            "examples": self.examples,
         }
 
 
@@ -100,8 +117,10 @@ def soak(
 ) -> SoakRecord:
     """Send the requests again and again from several clients, each one after another.
 
-    rate_per_s: requests of all clients together; a client that is behind does not catch up. None: as many as
-    the server answers.
+    rate_per_s: requests of all clients together, above 0; a client that is behind does not catch up. None: as
+    many as the server answers.
+
+    Ctrl-C (KeyboardInterrupt in this thread) ends the soak early, with the record of the time until then.
 
     Raises:
         ScriptError: the first request gets no answer. Later failures are in the record.
@@ -130,7 +149,7 @@ def soak(
                 problem = _problem_with(response, request)
                 with lock:
                     record.answers.append((answered - start, (answered - sent) * 1e3))
-                    record.problems.update([problem] if problem else [])
+                    record.add_problem(problem)
 
     def sample_memory() -> None:
         try:
@@ -141,17 +160,22 @@ def soak(
         else:
             record.memory_mb.append((time.monotonic() - start, sizes))
 
-    with ThreadPoolExecutor(clients) as pool:
+    running: list[Future[None]] = []
+    with DaemonThreads(clients) as threads:
         try:
-            running = [pool.submit(send_all, client) for client in range(clients)]
+            running += [threads.submit(functools.partial(send_all, client)) for client in range(clients)]
             while wait(running, timeout=0).not_done:
                 sample_memory()
                 wait(running, timeout=MEMORY_INTERVAL_S)
+        except KeyboardInterrupt:
+            record.interrupted = True
         finally:
             stop.set()
-        for each in running:
+        # What hangs in a request may stay there for as long as TIMEOUT_S.
+        for each in wait(running, ABANDONED_AFTER_S if record.interrupted else None).done:
             each.result()
-    return record
+    with lock:  # a copy: what was abandoned may go on recording
+        return replace(record, answers=list(record.answers), problems=Counter(record.problems))
 
 
 def _require_answer(served: ServedModel, request: MixedRequest) -> None:
@@ -161,7 +185,7 @@ def _require_answer(served: ServedModel, request: MixedRequest) -> None:
     except requests.RequestException as error:
         raise ScriptError(
             f"no answer from {served.predictions_url} ({type(error).__name__}); start a server with "
-            "`python scripts/serve.py`, or name another with --inference-url"
+            "`python scripts/serve.py`, or name another with --url"
         ) from error
 
 

@@ -13,6 +13,7 @@ import random
 import re
 import select
 import selectors
+import signal
 import socket
 import sys
 import time
@@ -324,6 +325,7 @@ class LoadLoop:
 
 def work() -> None:
     """Serve the parent over the standard streams: task in, ready out, start time in, statistics out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     task: WorkerTask = pickle.load(sys.stdin.buffer)
     sys.stdout.buffer.write(b"R")
     sys.stdout.buffer.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -67,6 +68,7 @@ def run_tasks(
 
 def _work(function: Callable[[Any], Any], connection: Connection) -> None:
     """The main function of a process, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     while True:
         try:
             task = connection.recv()

@@ -77,7 +77,7 @@ def build_archive(request: ArchiveRequest) -> ArchiveReport:
     Raises:
         ScriptError, DamoYoloError: with what has to change.
     """
-    for option, text in (("--model-name", request.model_name), ("--version", request.version)):
+    for option, text in (("--model", request.model_name), ("--version", request.version)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", text):
             raise ScriptError(
                 f"{option} is {text!r}; accepted are up to 100 letters, digits, points, - and _, "

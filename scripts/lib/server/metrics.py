@@ -17,19 +17,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from lib.server.local_http import direct_session
 
 HTTP_TIMEOUT_S = 10.0
-# The handler sends its counters at most once a second; what it holds back follows within another.
+# A worker sends its counters at most once a second; what it holds back follows within another.
 COUNTERS_LAG_S = 1.5
 SAMPLE_INTERVAL_S = 0.2
 
 
 def parse_counters(text: str, model_name: str) -> dict[str, float]:
-    """The samples of a Prometheus page that belong to a model; those of a stage as `name/stage`."""
+    """The samples of a Prometheus page that belong to a model, without buckets.
+
+    Those of a stage stand apart as `name/stage`; those that differ in another label are added up.
+    """
     totals: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = sample.labels
-            if model_name in (labels.get("ModelName"), labels.get("model_name")):
-                name = f"{sample.name}/{labels['Stage']}" if "Stage" in labels else sample.name
+            if labels.get("model_name") == model_name and "le" not in labels:
+                name = f"{sample.name}/{labels['stage']}" if "stage" in labels else sample.name
                 totals[name] += sample.value
     return dict(totals)
 
@@ -64,14 +67,14 @@ class CounterWindow:
     @property
     def mean_batch_size(self) -> float | None:
         """Requests per batch; None where the model does not count its batches."""
-        batches = self.growth.get("batches_total", 0.0)
-        return self.growth.get("batched_requests_total", 0.0) / batches if batches else None
+        batches = self.growth.get("damoyolo_batch_size_count", 0.0)
+        return self.growth.get("damoyolo_batch_size_sum", 0.0) / batches if batches else None
 
     @property
     def stage_ms(self) -> dict[str, float]:
         """Mean milliseconds per batch of each stage."""
-        batches = self.growth.get("batches_total", 0.0)
-        prefix = "stage_seconds_total/"
+        batches = self.growth.get("damoyolo_batch_size_count", 0.0)
+        prefix = "damoyolo_stage_duration_seconds_sum/"
         return {
             name.removeprefix(prefix): seconds / batches * 1e3
             for name, seconds in self.growth.items()

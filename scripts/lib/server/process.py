@@ -73,6 +73,15 @@ def read_properties(path: Path) -> dict[str, str]:
     return {**DEFAULT_ADDRESSES, **{key.strip(): value.strip() for key, value in pairs}}
 
 
+def ports_from(first: int, properties: Mapping[str, str]) -> dict[str, str]:
+    """Settings of five ports in a row: inference, management, metrics, and gRPC; hosts as in `properties`."""
+    addresses = {
+        key: f"{properties[key].rsplit(':', 1)[0]}:{first + index}" for index, key in enumerate(ADDRESS_KEYS)
+    }
+    grpc = {key: str(first + len(ADDRESS_KEYS) + index) for index, key in enumerate(GRPC_PORT_KEYS)}
+    return {**addresses, **grpc}
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on, all different."""
     with contextlib.ExitStack() as stack:
@@ -232,7 +241,7 @@ class TorchServeProcess:
         if busy:
             raise ScriptError(
                 f"another program listens on port {', '.join(map(str, busy))} of 127.0.0.1; stop it, or take "
-                "other ports (the addresses in config.properties, or --any-port here)"
+                "other ports (the addresses in config.properties, or --port or --any-port here)"
             )
 
     def _server_environment(self, private_dir: Path) -> dict[str, str]:

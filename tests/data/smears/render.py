@@ -1,6 +1,7 @@
 """Draw synthetic blood smears whose boxes are known exactly: sample images, test data, varied load.
 
     python tests/data/smears/render.py output/smears --count 8 --size 1920 1080
+    python tests/data/smears/render.py tests/data/smears --annotate     annotations.json of the sample images
 
 A seed always gives the same image. Cells are as large as in 640x480 micrographs, whatever the size of the
 image.
@@ -227,27 +228,12 @@ def varied_counts(seed, size_wh=BASE_SIZE_WH):
     )
 
 
-def main(argv=None):
-    """Write smears as JPEG files, and their boxes as annotations.json in COCO form."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--count", type=int, default=8, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first (%(default)s)")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=BASE_SIZE_WH, metavar=("W", "H"), help="in pixels"
-    )
-    arguments = parser.parse_args(argv)
-    if min(arguments.size) < MIN_SIDE_PX:
-        parser.error(f"both sides of --size must be at least {MIN_SIDE_PX} px")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    width, height = arguments.size
+def coco_document(smears):
+    """Annotations in COCO form. smears: (seed, size_wh, boxes) of each image, smear_SEED.jpg."""
     images = []
     annotations = []
-    for seed in tqdm(range(arguments.first_seed, arguments.first_seed + arguments.count), disable=None):
-        image, boxes = smear(seed, arguments.size, varied_counts(seed, arguments.size))
-        file_name = f"smear_{seed}.jpg"
-        image.save(arguments.folder / file_name, quality=JPEG_QUALITY)
-        images.append({"id": seed, "file_name": file_name, "width": width, "height": height})
+    for seed, (width, height), boxes in smears:
+        images.append({"id": seed, "file_name": f"smear_{seed}.jpg", "width": width, "height": height})
         for box in boxes:
             box_wh = (box.x2 - box.x1, box.y2 - box.y1)
             annotations.append(
@@ -261,10 +247,47 @@ def main(argv=None):
                 }
             )
     categories = [{"id": index, "name": name} for index, name in enumerate(CLASS_NAMES, start=1)]
-    (arguments.folder / "annotations.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def drawn_smears(arguments):
+    """Draw and save the images; yields what `coco_document` takes."""
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.count)
+    for seed in tqdm(seeds, disable=None):
+        image, boxes = smear(seed, arguments.size, varied_counts(seed, arguments.size))
+        image.save(arguments.folder / f"smear_{seed}.jpg", quality=JPEG_QUALITY)
+        yield seed, arguments.size, boxes
+
+
+def annotated_smears(folder):
+    """What `coco_document` takes, of the images whose boxes are in a file NAME.json beside them."""
+    for path in sorted(folder.glob("smear_*.jpg")):
+        with Image.open(path) as image:
+            size_wh = image.size
+        boxes = [CellBox(*box) for box in json.loads(path.with_suffix(".json").read_text())]
+        yield int(path.stem.removeprefix("smear_")), size_wh, boxes
+
+
+def main(argv=None):
+    """Write smears as JPEG files, and their boxes as annotations.json in COCO form."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="images (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="of the first (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=BASE_SIZE_WH, metavar=("W", "H"), help="in pixels"
     )
-    print(f"{len(images)} smears of {width}x{height} with {len(annotations)} cells in {arguments.folder}")
+    parser.add_argument(
+        "--annotate", action="store_true", help="draw nothing: annotate the images by their .json files"
+    )
+    arguments = parser.parse_args(argv)
+    if min(arguments.size) < MIN_SIDE_PX:
+        parser.error(f"both sides of --size must be at least {MIN_SIDE_PX} px")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    smears = annotated_smears(arguments.folder) if arguments.annotate else drawn_smears(arguments)
+    document = coco_document(smears)
+    (arguments.folder / "annotations.json").write_text(json.dumps(document) + "\n")
+    print(f"{len(document['images'])} smears with {len(document['annotations'])} cells in {arguments.folder}")
     return 0
 
 

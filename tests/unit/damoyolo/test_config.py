@@ -1,6 +1,9 @@
 """Serving settings: refusals, round trip, and the batch sizes that are captured."""
 
+import re
+
 import pytest
+import yaml
 
 from damoyolo.config import ServingConfig, graph_batch_sizes_up_to
 from damoyolo.errors import ConfigError
@@ -9,6 +12,7 @@ from damoyolo.errors import ConfigError
 def test_the_mapping_of_a_config_gives_the_same_config_back():
     config = ServingConfig.from_mapping(
         {"class_names": ["a", "b"], "input_size_hw": [320, 640], "score_threshold": 1, "precision": "bf16"}
+        | {"class_colours": ["#00FF7f"]}
     )
     assert config.input_size_hw == (320, 640)
     assert config.score_threshold == 1.0
@@ -35,12 +39,26 @@ def test_the_mapping_of_a_config_gives_the_same_config_back():
         ({"precision": "int4"}, "fp16"),
         ({"image_formats": ["SVG"]}, "JPEG"),
         ({"warmup_batch_sizes": [0]}, "1 to 1024"),
+        ({"class_colours": ["red"]}, "#RRGGBB"),
+        ({"class_colours": ["#12345"]}, "#RRGGBB"),
+        ({"class_colours": ["#12345g"]}, "#RRGGBB"),
+        ({"class_colours": ["#112233\n"]}, "#RRGGBB"),
+        ({"class_colours": "#112233"}, "list"),
+        ({"class_colours": [None]}, "needs quotes"),  # what `- #112233` is in YAML
+        ({"class_colours": ["#112233"] * 2, "class_names": ["a"]}, "2 colours for 1 classes"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_is_accepted(settings, mentions):
     with pytest.raises(ConfigError, match=next(iter(settings))) as raised:
         ServingConfig.from_mapping(settings)
     assert mentions in str(raised.value)
+
+
+def test_the_documented_colours_are_accepted(project_dir):
+    text = (project_dir / "docs/output-formats.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    config = ServingConfig.from_mapping(yaml.safe_load(block)["handler"])
+    assert config.class_colours[0] == "#E69F00"
 
 
 def test_a_request_without_options_gets_the_settings():

@@ -12,7 +12,7 @@ from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import ConfigError, CorruptImageError
 from damoyolo.pipeline import CPU_BATCH_SIZE, EagerPipeline
 from damoyolo.preprocess import PreparedBatch
-from damoyolo.structures import Detections, RawPredictions
+from damoyolo.structures import Detections, RawPredictions, Work
 from damoyolo.time_budget import TimeBudget
 
 
@@ -45,6 +45,23 @@ def test_a_batch_equals_its_images_alone_and_a_corrupt_neighbour_costs_only_itse
     assert outcomes[3].__class__.__name__ == "UnsupportedImageError"
     for slot, image in ((0, smears[0]), (2, smears[1]), (4, smears[2])):
         assert_equal(outcomes[slot], detector.detect([image], [options])[0], 1e-5, 1e-2)
+
+
+def test_work_is_counted_until_it_is_read_and_a_failed_call_counts_nothing(detector, smears, monkeypatch):
+    detector.read_work()
+    options = detector.config.default_options()
+    found = sum(len(detector.detect([image], [options])[0]) for image in smears[:2])
+    detector.detect([b"no image"], [options])
+    with monkeypatch.context() as patch:
+        patch.setattr(detector.pipeline, "start", _fail)
+        with pytest.raises(RuntimeError):
+            detector.detect(smears[:1], [options])
+    assert detector.read_work() == Work(cpu_images=2, detections=found)
+    assert detector.read_work() == Work()
+
+
+def _fail(*_):
+    raise RuntimeError("out of memory")
 
 
 def test_a_batch_of_bad_images_only_and_an_empty_one_are_answered(detector):
@@ -174,7 +191,9 @@ class RecordedParts:
 
 
 def detect_in_parts(parts, images, time_budget=None):
-    detector = SimpleNamespace(pipeline=parts, preprocessor=parts, time_budget=time_budget or TimeBudget())
+    detector = SimpleNamespace(
+        pipeline=parts, preprocessor=parts, time_budget=time_budget or TimeBudget(), _work=Work()
+    )
     detector._start_batch = functools.partial(Detector._start_batch, detector)
     return Detector.detect(detector, images, list(range(len(images))))
 

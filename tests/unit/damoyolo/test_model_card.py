@@ -11,6 +11,8 @@ import torch
 from damoyolo.config import ServingConfig
 from damoyolo.detector import Detector
 from damoyolo.model_card import describe_model
+from damoyolo.request import OPTION_NAMES
+from damoyolo.response import CONTENT_TYPES
 from doubles.tiny_archive import write_tiny_archive
 
 
@@ -32,7 +34,8 @@ def test_the_card_names_model_limits_options_and_versions(archive):
     limits = {name for name in vars(ServingConfig()) if name.startswith("max_")} - {"max_detections"}
     assert set(card["limits"]) == limits
     assert card["options"]["max_detections"] == {"default": 300, "minimum": 1, "maximum": 1000}
-    assert card["options"]["format"]["accepted"] == ["json", "jpeg", "png"]
+    assert card["options"]["format"]["accepted"] == list(CONTENT_TYPES)
+    assert set(card["options"]) == set(OPTION_NAMES)
     assert card["versions"]["archive"] == "1.7"
     assert card["versions"]["torch"] == torch.__version__.split("+")[0]
     assert card["versions"]["pytorch"] == torch.__version__

@@ -6,6 +6,7 @@ import pytest
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ImageTooLargeError, InvalidOptionError, MissingImageError, RequestError
 from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser, asks_for_model_card
+from damoyolo.response import CONTENT_TYPES
 from damoyolo.structures import DetectionOptions
 
 IMAGE = b"\xff\xd8\xff\xe0" + bytes(range(256))
@@ -281,7 +282,7 @@ def test_every_option_comes_through_every_channel(channel, name, text, value, fi
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
-@pytest.mark.parametrize("output_format", ["json", "jpeg", "png"])
+@pytest.mark.parametrize("output_format", CONTENT_TYPES)
 def test_the_output_format_comes_through_every_channel(channel, output_format):
     assert channel("format", output_format, output_format).output_format == output_format
     assert channel("format", output_format.upper(), output_format.upper()).output_format == output_format
@@ -547,6 +548,8 @@ def test_a_form_field_that_is_not_text_is_refused():
         ("image/jpeg;q=nan", "json"),
         ("image/jpeg;q=2", "json"),
         ("image/jpeg;q=", "json"),
+        ("text/plain", "json"),
+        ("application/json, text/plain, */*", "json"),
         (",;,q=1", "json"),
         # What browsers send for a page, and for an image in a page:
         ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8", "json"),
@@ -564,11 +567,44 @@ def test_the_format_option_takes_precedence_over_the_accept_header():
         assert parse(row, headers).output_format == "json"
 
 
-@pytest.mark.parametrize("headers", [{"Accept": "image/png"}, {"X-Detect-Format": "png"}])
-def test_a_drawn_image_answers_a_request_of_one_image_only(headers):
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Accept": "image/png"}, "png"),
+        ({"X-Detect-Format": "png"}, "png"),
+        ({"X-Detect-Format": "yolo"}, "yolo"),
+    ],
+)
+def test_a_drawn_image_and_a_text_file_answer_a_request_of_one_image_only(headers, expected):
     instance = {"b64": IMAGE_BASE64}
-    assert parse({"body": {"instances": [instance]}}, headers).output_format == "png"
+    assert parse({"body": {"instances": [instance]}}, headers).output_format == expected
     error = refusal({"body": {"instances": [instance, instance]}}, headers)
     assert type(error) is InvalidOptionError
-    assert "2 images" in str(error)
-    assert "json" in str(error)
+    assert f"format is {expected} for 2 images" in str(error)
+    assert "json, coco, arrays, supervision" in str(error)
+
+
+@pytest.mark.parametrize("output_format", ["json", "coco", "arrays", "supervision"])
+def test_several_images_are_answered_in_the_formats_that_can_hold_them(output_format):
+    document = {"instances": [{"b64": IMAGE_BASE64}] * 2, "format": output_format}
+    assert parse({"body": document}).output_format == output_format
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("139", 139), (str(2**53), 2**53)])
+def test_the_image_id_comes_through_every_channel(channel, text, value):
+    assert channel("image_id", text, value).image_id == value
+
+
+def test_an_image_has_the_id_zero_unless_another_is_given():
+    assert parse({"body": IMAGE}).image_id == 0
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("-1", -1), ("1.0", 1.0), ("a.jpg", "7"), ("", True), (str(2**53 + 1), 2**53 + 1), ("1e3", [1])],
+)
+def test_an_image_id_that_is_no_whole_number_in_range_is_refused(channel, text, value):
+    with pytest.raises(InvalidOptionError, match=r"image_id is .*; a whole number from 0 to"):
+        channel("image_id", text, value)

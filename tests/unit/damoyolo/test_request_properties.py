@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from damoyolo.config import ServingConfig
 from damoyolo.errors import RequestError
 from damoyolo.request import OPTION_NAMES, ImageRequest, RequestParser
+from damoyolo.response import CONTENT_TYPES, SINGLE_IMAGE_FORMATS
+from damoyolo.response_formats import MAX_IMAGE_ID
 
 CONFIG = ServingConfig(class_names=("cell", "traffic light", "7"), max_instances=3)
 PARSER = RequestParser(CONFIG)
@@ -65,7 +67,9 @@ def parse(row, head=None):
     assert 0 <= options.iou_threshold <= 1
     assert 1 <= options.max_detections <= CONFIG.max_detections_limit
     assert options.class_ids is None or all(0 <= each < 3 for each in options.class_ids)
-    assert request.output_format in ("json", "jpeg", "png")
+    assert request.output_format in CONTENT_TYPES
+    assert len(request.images) == 1 or request.output_format not in SINGLE_IMAGE_FORMATS
+    assert 0 <= request.image_id <= MAX_IMAGE_ID
     return request
 
 

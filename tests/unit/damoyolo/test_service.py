@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from damoyolo.config import ServingConfig
 from damoyolo.errors import CorruptImageError, DeviceLostError
+from damoyolo.response import CONTENT_TYPES
 from damoyolo.service import DetectionService
 from damoyolo.structures import Detections
 from damoyolo.time_budget import TimeBudget
@@ -188,6 +190,33 @@ def test_drawn_and_plain_answers_share_a_batch(services):
     assert [each.content_type for each in answers] == ["image/jpeg", "application/json", "image/png"]
     assert answers[0].body[:2] == b"\xff\xd8"
     assert answers[2].body[:4] == b"\x89PNG"
+
+
+def test_every_format_shares_a_batch_with_the_others(services):
+    formats = ["json", "coco", "arrays", "supervision", "yolo", "json", "json"]
+    rows = [{"body": bytearray(IMAGE)}] * len(formats)
+    heads = [{"X-Detect-Format": name, "X-Detect-Image-Id": "5"} for name in formats]
+    service = services()
+    answers = service.answer(rows, heads)
+    assert [each.error for each in answers] == [None] * len(formats)
+    assert service.detector.batch_sizes == [len(formats)]
+    assert [each.content_type for each in answers] == [CONTENT_TYPES[name] for name in formats]
+    json_answer, coco, arrays, supervision, yolo, *others = [each.body for each in answers]
+    assert [json_answer] * 2 == others
+    assert json.loads(json_answer)["detections"][0]["bbox"] == [1, 2, 30, 40]
+    assert json.loads(coco) == [{"image_id": 5, "category_id": 2, "bbox": [1, 2, 29, 38], "score": 0.25}]
+    assert json.loads(arrays)["boxes"] == [[1, 2, 30, 40]]
+    assert json.loads(supervision)["predictions"][0]["x"] == 15.5
+    assert yolo == b"1 0.242188 0.437500 0.453125 0.791667 0.250000\n"
+    alone = [service.answer([row], [head])[0] for row, head in zip(rows, heads, strict=True)]
+    assert alone == answers
+
+
+def test_boxes_are_drawn_in_the_colours_of_the_settings(services):
+    service = services(class_colours=["#ff0000", "#0000ff"])
+    (drawn,) = answer(service, IMAGE, Accept="image/png")
+    pixels = np.asarray(Image.open(io.BytesIO(drawn.body)))
+    assert pixels[30, 1].tolist() == [0, 0, 255]  # a dog
 
 
 def test_a_failure_to_write_one_answer_costs_only_that_answer(services, monkeypatch):

@@ -55,7 +55,7 @@ def built(monkeypatch):
 
 def test_every_row_of_the_device_is_in_the_table_with_figures_or_a_reason(built, tmp_path, capsys):
     file = tmp_path / "new" / "rows.jsonl"
-    assert benchmark_backends.main(["--json", str(file), "--batch-sizes", "4"]) == 0
+    assert benchmark_backends.main(["--jsonl", str(file), "--batch-sizes", "4"]) == 0
     assert built == ["pytorch fp32", "onnxruntime fp32"]
     output = capsys.readouterr()
     assert "onnxruntime fp32: too large" in output.err
@@ -103,7 +103,7 @@ def test_archives_are_built_and_measured_from_end_to_end(tmp_path):
     file = tmp_path / "rows.jsonl"
     command = ["--weights", str(weights), "--class-names", str(names), "--onnx", str(int8_file)]
     command += ["--threads", "1", "--batch-sizes", "2", "--rounds", "2", "--slice-s", "0.01"]
-    assert benchmark_backends.main([*command, "--json", str(file)]) == 0
+    assert benchmark_backends.main([*command, "--jsonl", str(file)]) == 0
     rows = {row["backend"]: row for row in map(json.loads, file.read_text().splitlines())}
     measured = ["pytorch fp32", "onnxruntime fp32", "onnxruntime int8"]
     assert [name for name, row in rows.items() if "not_run" not in row] == measured

@@ -18,7 +18,7 @@ def test_steps_are_printed_and_appended_with_the_environment(tmp_path, monkeypat
     row = {"step": "float32", "ap": 0.5}
     monkeypatch.setattr(benchmark_detector, "measure_network", lambda *_: [row])
     file = tmp_path / "new" / "rows.jsonl"
-    assert main(["--device", "cpu", "--json", str(file)]) == 0
+    assert main(["--device", "cpu", "--jsonl", str(file)]) == 0
     environment, heading, line = capsys.readouterr().out.splitlines()
     assert environment.startswith("python 3.")
     assert heading.startswith("step")
@@ -36,7 +36,7 @@ def test_the_whole_detector_is_measured_in_each_precision(tmp_path, monkeypatch)
 
     monkeypatch.setattr("lib.measure.timing.interleaved_medians_s", run_once)
     command = ["--detector", "--archive", str(write_tiny_archive(tmp_path / "archive")), "--device", "cpu"]
-    command += ["--precisions", "fp32", "amp", "--batch-sizes", "1", "2", "--json", str(tmp_path / "rows")]
+    command += ["--precisions", "fp32", "amp", "--batch-sizes", "1", "2", "--jsonl", str(tmp_path / "rows")]
     assert main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [(row["batch_size"], row["precision"]) for row in rows] == [

@@ -1,6 +1,10 @@
 """The command that measures a server, against a stand-in."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from lib.server import metrics
 
 import benchmark_server
+from doubles.real_server import wait_until
 from doubles.stand_in_server import StandInModel
 
 
@@ -19,7 +24,7 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(tmp_path, monkeyp
     monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
     rows, plot = tmp_path / "rows.json", tmp_path / "p.png"
     options = ["--concurrency", "2", "--rates", "20", "--limit-network", "1000", "--processes", "1"]
-    options += ["--duration", "0.4", "--warm-up", "0.05", "--json", str(rows), "--plot", str(plot)]
+    options += ["--duration", "0.4", "--warm-up", "0.05", "--jsonl", str(rows), "--plot", str(plot)]
     with StandInModel() as model:
         assert benchmark_server.main([*addresses(model.base_url), *options]) == 0
     written = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -29,6 +34,33 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(tmp_path, monkeyp
     assert "torch" in written[0]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "closed 2" in capsys.readouterr().out
+
+
+def test_a_quiet_command_prints_the_table_alone(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
+    options = ["--concurrency", "1", "--processes", "1", "--duration", "0.2", "--warm-up", "0.05"]
+    with StandInModel() as model:
+        assert benchmark_server.main([*addresses(model.base_url), *options, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "closed 1:" not in out
+    assert "requests/s" in out
+
+
+def test_ctrl_c_is_one_line_although_the_load_comes_from_processes_of_their_own(project_dir):
+    options = ["--concurrency", "2", "--processes", "2", "--duration", "60"]
+    with StandInModel() as model:
+        process = subprocess.Popen(
+            [sys.executable, "scripts/benchmark_server.py", *addresses(model.base_url), *options],
+            cwd=project_dir,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a group of its own, as in a terminal
+        )
+        wait_until(lambda: sum(asked.method == "POST" for asked in list(model.asked)) > 10, "the load")
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "benchmark_server: interrupted\n")
 
 
 def test_a_server_that_is_not_there_is_one_line(capsys):

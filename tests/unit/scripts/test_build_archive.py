@@ -41,7 +41,7 @@ def test_options_become_a_request_and_what_is_not_given_stays_the_default(tmp_pa
         (["--variant", "XL"], "XL"),
         (["--version", "1\n2"], r"--version is '1\n2'"),
         (["--version", ""], "--version is ''"),
-        (["--model-name", "../x"], "--model-name is '../x'"),
+        (["--model", "../x"], "--model is '../x'"),
     ],
 )
 def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys, options, message):

@@ -47,7 +47,7 @@ def command(onnx_file, store, *options):
 
 def test_a_right_engine_gets_an_archive_that_detects_as_pytorch_does(onnx_file, tmp_path, smears, capsys):
     report = tmp_path / "report.json"
-    assert build_tensorrt.main(command(onnx_file, tmp_path / "store", "--report", str(report))) == 0
+    assert build_tensorrt.main(command(onnx_file, tmp_path / "store", "--json", str(report))) == 0
     out = capsys.readouterr().out
     assert "AP not compared" in out
     assert [each["batch_size"] for each in json.loads(report.read_text())["parities"]] == [1, 2, 3]

@@ -23,7 +23,7 @@ def test_an_archive_passes_and_its_figures_are_written(tmp_path, capsys):
     (tmp_path / SETTINGS_FILE).write_text(yaml.safe_dump({"handler": SETTINGS}))
     report = tmp_path / "new" / "report.json"
     command = ["--archive", str(tmp_path), "--device", "cpu", "--batch-sizes", "2"]
-    assert main([*command, "--report", str(report)]) == 0
+    assert main([*command, "--json", str(report)]) == 0
     assert "passed" in capsys.readouterr().out
     content = json.loads(report.read_text())
     assert content["failures"] == []

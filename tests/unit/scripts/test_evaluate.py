@@ -1,10 +1,12 @@
 """The evaluation command, with a stand-in server and with a stand-in detector."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from lib.accuracy.predictors import EVALUATION_OPTIONS
 
@@ -31,7 +33,14 @@ def data(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
         for label, (x1, y1, x2, y2) in objects:
             box = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append({"image_id": image_id, "category_id": NAMES.index(label), "bbox": box})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": NAMES.index(label),
+                    "bbox": box,
+                }
+            )
     content = {
         "images": [{"id": image_id, "file_name": name} for image_id, name in enumerate(TRUTH, start=1)],
         "categories": [{"id": index, "name": name} for index, name in enumerate(NAMES)],
@@ -53,7 +62,17 @@ def perfect(asked):
 def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_path, capsys):
     rows, plot = tmp_path / "new" / "rows.jsonl", tmp_path / "other" / "plot.png"
     with StandInServer(perfect) as server:
-        command = [*data, "--url", server.url, "--json", str(rows), "--plot", str(plot), "--note", "fp32"]
+        command = [
+            *data,
+            "--url",
+            server.base_url,
+            "--jsonl",
+            str(rows),
+            "--plot",
+            str(plot),
+            "--note",
+            "fp32",
+        ]
         assert evaluate.main(command) == 0
         assert evaluate.main([*command, "--progress"]) == 0
     out, err = capsys.readouterr()
@@ -75,7 +94,7 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_p
         "max_detections": 500,
         "in_flight": 8,
         "note": "fp32",
-        "url": server.url,
+        "url": server.base_url,
     }
     assert {name: first[name] for name in expected} == expected
     assert {"python", "torch", "torchvision", "pycocotools"} <= first["versions"].keys()
@@ -84,9 +103,55 @@ def test_a_perfect_server_is_reported_with_all_settings_and_versions(data, tmp_p
         assert image.format == "PNG"
 
 
+def test_results_load_with_pycocotools_and_have_the_ids_of_the_data_set(data, tmp_path):
+    results = tmp_path / "new" / "results.json"
+    with StandInServer(perfect) as server:
+        # The images are beside the annotations file.
+        assert evaluate.main([*data[:2], "--url", server.base_url, "--results", str(results)]) == 0
+    loaded = COCO(data[1]).loadRes(str(results))
+    assert [(each["image_id"], each["category_id"]) for each in loaded.anns.values()] == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 0),
+    ]
+    assert not results.with_name("results.images.json").exists()
+
+
+def test_results_of_a_data_set_without_ids_come_with_a_list_of_its_images(tmp_path):
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<xmin>10</xmin><ymin>10</ymin><xmax>60</xmax><ymax>70</ymax>"
+    objects = f"<object><name>RBC</name><bndbox>{box}</bndbox></object>"
+    (tmp_path / "Annotations/a.xml").write_text(f"<annotation>{objects}</annotation>")
+    (tmp_path / "JPEGImages/a.jpg").write_bytes(b"a.jpg")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("a\n")
+    results = tmp_path / "results.json"
+
+    def one_cell(_asked):
+        return found({"class_id": 0, "label": "RBC", "score": 0.9, "bbox": [10, 10, 60, 70]})
+
+    with StandInServer(one_cell) as server:
+        command = ["--voc", str(tmp_path), "--url", server.base_url, "--results", str(results)]
+        assert evaluate.main(command) == 0
+    index = COCO(str(tmp_path / "results.images.json"))
+    assert index.imgs[1]["file_name"] == "a.jpg"
+    assert index.loadRes(str(results)).anns[1]["category_id"] == 1
+
+
+@pytest.mark.slow
+def test_the_sample_smears_are_a_data_set_that_the_demo_network_knows(project_dir, demo_archive_dir, capsys):
+    annotations = project_dir / "tests/data/smears/annotations.json"
+    assert evaluate.main(["--coco", str(annotations), "--archive", str(demo_archive_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "3 images, 61 objects" in out
+    for label in ("RBC", "WBC"):  # the platelets are drawn smaller than those it has learned from
+        assert float(re.search(rf"{label} +[\d.]+ +([\d.]+)", out)[1]) > 0.9  # AP50
+
+
 def test_the_default_options_are_those_of_all_accuracies_and_reach_the_server(data):
     with StandInServer(perfect) as server:
-        evaluate.main([*data, "--url", server.url, "--classes", "RBC,WBC,Platelets"])
+        evaluate.main([*data, "--url", server.base_url, "--classes", "RBC,WBC,Platelets"])
     for asked in server.asked:
         assert asked.headers["X-Detect-Score-Threshold"] == str(EVALUATION_OPTIONS.score_threshold)
         assert asked.headers["X-Detect-Iou-Threshold"] == str(EVALUATION_OPTIONS.iou_threshold)
@@ -99,7 +164,7 @@ def test_a_failed_image_means_no_figures(data, tmp_path, capsys):
         return failed(422, "CorruptImage", "cut off") if asked.body == b"b.jpg" else perfect(asked)
 
     with StandInServer(refuse_b) as server:
-        assert evaluate.main([*data, "--url", server.url, "--json", str(tmp_path / "rows")]) == 1
+        assert evaluate.main([*data, "--url", server.base_url, "--jsonl", str(tmp_path / "rows")]) == 1
     out, err = capsys.readouterr()
     assert "b.jpg: 422 CorruptImage: cut off" in err
     assert "AP50" not in out
@@ -115,7 +180,7 @@ def test_a_worker_that_dies_costs_no_image(data, capsys):
         return perfect(asked)
 
     with StandInServer(dying) as server:
-        assert evaluate.main([*data, "--url", server.url]) == 0
+        assert evaluate.main([*data, "--url", server.base_url]) == 0
     out, err = capsys.readouterr()
     assert "4 detections in" in out
     assert "2 requests were sent again" in err
@@ -128,7 +193,7 @@ def test_an_interrupt_ends_the_command_at_once_in_one_line(data, project_dir):
 
 def test_a_server_that_detects_nothing_is_reported_in_words(data, capsys):
     with StandInServer(lambda asked: found()) as server:
-        assert evaluate.main([*data, "--url", server.url]) == 1
+        assert evaluate.main([*data, "--url", server.base_url]) == 1
     assert "nothing was detected in the 3 images" in capsys.readouterr().err
 
 
@@ -141,7 +206,7 @@ def test_a_data_set_without_images_is_reported_in_words(tmp_path, capsys):
 
 def test_without_a_server_the_message_says_what_to_start(data, capsys):
     with StandInServer(perfect) as server:
-        url = server.url
+        url = server.base_url
     assert evaluate.main([*data, "--url", url]) == 1
     assert "scripts/serve.py" in capsys.readouterr().err
 
@@ -150,7 +215,7 @@ def test_without_a_server_the_message_says_what_to_start(data, capsys):
     "arguments",
     [
         [],
-        ["--coco", "a.json"],
+        ["--images", "dir"],
         ["--images", "dir", "--voc", "dir"],
         ["--voc", "dir", "--coco", "a.json", "--images", "dir"],
         ["--voc", "dir", "--precision", "fp16"],
@@ -205,7 +270,7 @@ IN_PROCESS = ["--archive", "damoyolo.mar", "--device", "cpu"]
 
 def test_an_archive_is_evaluated_in_batches(data, detector, tmp_path):
     rows = tmp_path / "rows"
-    assert evaluate.main([*data, *IN_PROCESS, "--batch-size", "2", "--json", str(rows)]) == 0
+    assert evaluate.main([*data, *IN_PROCESS, "--batch-size", "2", "--jsonl", str(rows)]) == 0
     row = json.loads(rows.read_text())
     assert (row["ap"], row["backend"], row["precision"]) == (pytest.approx(1), "pytorch", "fp32")
     assert row["batch_size"] == 2

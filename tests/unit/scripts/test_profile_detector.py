@@ -13,7 +13,7 @@ def test_the_table_is_printed_and_rows_plot_and_trace_are_written(tmp_path, caps
     rows, plot, trace = tmp_path / "rows.json", tmp_path / "p.png", tmp_path / "trace.json"
     command = ["--archive", str(write_tiny_archive(tmp_path / "archive")), "--device", "cpu"]
     command += ["--batch-sizes", "1", "2", "--batches", "2", "--warm-up", "1"]
-    command += ["--json", str(rows), "--plot", str(plot), "--trace", str(trace)]
+    command += ["--jsonl", str(rows), "--plot", str(plot), "--trace", str(trace)]
     assert profile_detector.main(command) == 0
     printed = capsys.readouterr().out
     assert "batch 2" in printed

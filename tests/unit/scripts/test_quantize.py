@@ -24,7 +24,7 @@ def test_the_command_writes_file_report_and_plot(project_dir, tmp_path, capsys):
     output, report, plot = tmp_path / "new" / "int8.onnx", tmp_path / "a" / "b.json", tmp_path / "c" / "d.png"
     command = ["--calibration", str(project_dir / "tests/data/smears"), "--input-size", "256", "320"]
     command += ["--keep-float", ",".join(ALL_BUT_ONE_STAGE), "--max-loss", "0.5", "--no-progress"]
-    command += ["--output", str(output), "--report", str(report), "--plot", str(plot)]
+    command += ["--output", str(output), "--json", str(report), "--plot", str(plot)]
     assert quantize.main(command) == 0
     out, err = capsys.readouterr()
     assert "backbone.block_list.2.block_list.4" in out

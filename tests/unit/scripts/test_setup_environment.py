@@ -1,15 +1,24 @@
 """The environment that demo.sh and test.sh make: once, and never in the place of one that is not theirs."""
 
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 
 import pytest
+
+from doubles.real_server import wait_until
 
 # Stands for Python: knows the calls that setup_environment.sh makes, and writes down those that take long.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
     "-m venv") echo venv >>calls; sleep 0.3; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-    "-m pip") echo pip >>calls; sleep 0.3 ;;
+    "-m pip") echo pip >>calls
+        echo "Collecting pinned==1"
+        if [ -n "${PIP_FAILS:-}" ]; then echo "ERROR: no such version"; exit 1; fi
+        if [ -n "${PIP_HANGS:-}" ]; then sleep 60; fi
+        sleep 0.3 ;;
     "-c "*) exit 0 ;;
     --version*) echo "Python 3.12.0" ;;
     *java.py*) echo "$PWD/java" ;;
@@ -32,12 +41,13 @@ def project(project_dir, tmp_path):
     return tmp_path
 
 
-def start(project):
+def start(project, **environment):
     command = "set -eu; . scripts/setup_environment.sh; setup_environment requirements.txt; command -v python"
     return subprocess.Popen(
         ["bash", "-c", command],
         cwd=project,
-        env={**os.environ, "PYTHON": str(project / "python")},
+        env={**os.environ, "PYTHON": str(project / "python"), **environment},
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,3 +99,37 @@ def test_an_own_environment_that_was_left_half_done_is_made_again(project):
     assert calls(project) == ["venv", "pip"]
     assert not (project / ".venv/bin/half").exists()
     assert (project / ".venv/made-by-setup_environment").exists()
+
+
+def test_what_pip_says_is_shown_when_it_fails(project):
+    process = start(project, PIP_FAILS="yes")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "ERROR: no such version\n"
+    assert not (project / ".venv/requirements.txt.installed").exists()
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(project):
+    process = start(project, PIP_HANGS="yes")
+    wait_until(lambda: "pip" in calls(project), "pip")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "setup: interrupted\n"
+
+
+def test_a_terminal_gets_a_line_of_progress(project):
+    """`script` gives the command a terminal."""
+    if shutil.which("script") is None:
+        pytest.skip("no `script` (Debian: bsdutils)")
+    pip = "echo Collecting a; echo Collecting b; sleep 2.5"
+    source = f". scripts/setup_environment.sh; ({pip}) | show_progress"
+    done = subprocess.run(
+        ["script", "--quiet", "--return", "--command", f"bash -c {shlex.quote(source)}", "/dev/null"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "collecting, 2 packages" in done.stdout

@@ -111,7 +111,7 @@ def test_the_command_writes_the_recommendation_and_its_plot(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(batch_sweep, "measure_batch", measure_batch)
     written, plot, rows = tmp_path / "new" / "model-config.yaml", tmp_path / "p.png", tmp_path / "rows.json"
-    command = ["--p99-ms", "100", "--write", str(written), "--plot", str(plot), "--json", str(rows)]
+    command = ["--p99-ms", "100", "--output", str(written), "--plot", str(plot), "--jsonl", str(rows)]
     command += ["--gpus", "1", "2", "--workers", "1", "3"]
     assert tune.main(command) == 0
     chosen = [row for row in map(json.loads, rows.read_text().splitlines()) if row.get("chosen")]

@@ -15,7 +15,6 @@ from damoyolo.config import ServingConfig
 from damoyolo.cuda import preprocess as device_preprocess
 from damoyolo.cuda.jpeg import JpegHeader, read_plain_jpeg_header
 from damoyolo.cuda.preprocess import DevicePreprocessor
-from damoyolo.decode import decode_reduced
 from damoyolo.errors import CorruptImageError, ImageTooLargeError, UnsupportedImageError
 from damoyolo.preprocess import ImagePreprocessor
 from damoyolo.time_budget import TimeBudget
@@ -91,6 +90,7 @@ def test_kinds_go_their_ways_and_the_order_is_kept(preprocessor, plain_preproces
     batch = preprocessor.prepare(MIXED + oriented)
     expected = plain_preprocessor.prepare(MIXED + oriented)
     assert decoder.batch_sizes == [4 + 8]
+    assert (batch.on_device, expected.on_device) == (4 + 8, 0)
     assert batch.slots == list(range(16))
     assert batch.image_sizes_hw == expected.image_sizes_hw
     assert batch.errors == {}
@@ -116,6 +116,7 @@ def test_a_corrupt_neighbour_costs_only_itself(preprocessor, plain_preprocessor,
     with caplog.at_level(logging.WARNING):
         batch = preprocessor.prepare(images)
     assert decoder.refused == 1
+    assert batch.on_device == 0
     assert "refused a batch of 4" in caplog.text
     assert batch.slots == [1, 3, 5]
     assert list(batch.errors) == [0, 2, 4, 6]
@@ -143,30 +144,6 @@ def test_the_limits_hold_for_images_decoded_on_the_device(decoder, settings, err
     assert [type(found) for found in batch.errors.values()] == ([error] if error else [])
     assert errors_of(batch) == errors_of(expected)
     assert decoder.batch_sizes == ([] if error else [1])
-
-
-def test_the_threads_take_their_share_of_the_large_images_and_decode_it_in_part(decoder, monkeypatch):
-    decoded_hw = []
-
-    def decode(*arguments):
-        decoded_hw.append((pixels := decode_reduced(*arguments)).shape[:2])
-        return pixels
-
-    monkeypatch.setattr("damoyolo.preprocess.decode_reduced", decode)
-    large, odd = encode_jpeg(make_pixels(192, 256)), encode_jpeg(make_pixels(193, 256))
-    shared = DevicePreprocessor(
-        ServingConfig(scaled_jpeg_decoding=1.0, cpu_jpeg_share=0.5), INPUT_SIZE_HW, CPU
-    )
-    alone = DevicePreprocessor(CONFIG, INPUT_SIZE_HW, CPU)
-    images = [PLAIN, large, odd, large, PLAIN, large, large]
-    found = shared.prepare(images)
-    assert decoder.batch_sizes == [5]
-    assert decoded_hw == [(96, 128)] * 2
-    expected = alone.prepare(images)
-    assert found.image_sizes_hw == expected.image_sizes_hw
-    assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 8
-    shared.close()
-    alone.close()
 
 
 @pytest.mark.parametrize("encoded_images", [[], [b"bad"], [b"bad", b"", CORRUPT]])

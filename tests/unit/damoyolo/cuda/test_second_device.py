@@ -134,7 +134,7 @@ def test_the_evaluation_gives_the_same_on_both_devices(
     }
     (tmp_path / "smears.json").write_text(json.dumps(content))
     command = ["--coco", str(tmp_path / "smears.json"), "--images", str(folder), "--precision", "fp16"]
-    command += ["--archive", str(demo_archive_dir), "--json", str(tmp_path / "rows.json")]
+    command += ["--archive", str(demo_archive_dir), "--jsonl", str(tmp_path / "rows.json")]
     for device in ("cuda:0", "cuda:1"):
         assert evaluate.main([*command, "--device", device]) == 0
     first, second = map(json.loads, (tmp_path / "rows.json").read_text().splitlines())

@@ -58,6 +58,20 @@ def test_an_option_whose_package_is_missing_is_refused_before_the_work(capsys, m
     assert "--plot needs the package matplotlib" in capsys.readouterr().err
 
 
+def test_a_folder_in_place_of_a_file_is_refused_before_the_work(tmp_path, capsys):
+    made = parser()
+    made.add_argument("--output")
+    assert run_command(lambda _: pytest.fail("worked"), made, ["--output", str(tmp_path)]) == 1
+    assert "which is a folder; accepted is a file" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_file_is_made_before_the_work(tmp_path):
+    made = parser()
+    made.add_argument("--plot")
+    file = tmp_path / "new" / "plot.png"
+    assert run_command(lambda _: file.write_bytes(b""), made, ["--plot", str(file)]) == 0
+
+
 def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys):
     made = parser()
     made.add_argument("--plot")

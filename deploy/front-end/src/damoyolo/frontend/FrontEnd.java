@@ -58,7 +58,9 @@ public final class FrontEnd extends ModelServerEndpoint {
                 new ClassPatch(serve + "http/api/rest/ManagementRequestHandler", job), PrometheusMetricsRequestHandler.class);
         // After the handlers, which it names.
         patches.put(
-                new ClassPatch(serve + "ServerInitializer", Map.of(serve + "http/HttpRequestHandler", RequestHandler.class)),
+                new ClassPatch(serve + "ServerInitializer", Map.of(
+                        serve + "http/HttpRequestHandler", RequestHandler.class,
+                        serve + "http/api/rest/PrometheusMetricsRequestHandler", MetricsPage.class)),
                 ModelServer.class);
         // By name: the class extends InferenceImpl, which must not be loaded before it is patched.
         patches.put(
@@ -71,6 +73,7 @@ public final class FrontEnd extends ModelServerEndpoint {
                 new ClassPatch(serve + "grpcimpl/InferenceImpl", Map.of(serve + "job/GRPCJob", GrpcJob.class)),
                 GRPCInterceptor.class);
         ModelQueue.require();
+        ServerMetrics.require();
         GrpcLog.limit();
         // Every patch was made and checked before the first is used, so a TorchServe that looks different keeps all
         // its classes. What remains is a class that is loaded already: then those defined before it stay.

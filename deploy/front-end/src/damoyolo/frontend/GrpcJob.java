@@ -54,8 +54,15 @@ public final class GrpcJob extends GRPCJob {
     }
 
     @Override
+    public void setScheduled() {
+        super.setScheduled();
+        pending.taken();
+    }
+
+    @Override
     public void sendError(int code, String message) {
         if (pending.claim()) {
+            pending.measure(code);
             fail(code, message);
         }
     }

@@ -32,8 +32,15 @@ public final class HttpJob extends RestJob {
     }
 
     @Override
+    public void setScheduled() {
+        super.setScheduled();
+        pending.taken();
+    }
+
+    @Override
     public void sendError(int code, String message) {
         if (pending.claim()) {
+            pending.measure(code == 413 ? 507 : code); // as RestJob answers
             super.sendError(code, message);
         }
     }

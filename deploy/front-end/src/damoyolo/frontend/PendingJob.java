@@ -58,23 +58,50 @@ final class PendingJob {
         }
     }
 
+    /** A worker took the job out of the queue. */
+    void taken() {
+        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE) {
+            ServerMetrics.waited(model, job.getScheduled() - job.getBegin());
+        }
+    }
+
+    /** Called with the status of any answer that a client gets. */
+    void measure(int status) {
+        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE) {
+            ServerMetrics.answered(model, status, System.nanoTime() - job.getBegin());
+        }
+    }
+
     /** Called with the status of an answer of a worker. */
     void answered(int status) {
+        measure(status);
         // A description is written without the network.
         if (model != null && job.getCmd() != WorkerCommands.DESCRIBE && status >= 200 && status < 300) {
             ModelHealth.of(model).succeeded();
         }
     }
 
-    /** Why the queue did not take the job, for the client; null if that is not known. */
+    /** Counts that the queue did not take the job; why, for the client, or null if that is not known. */
     String whyNotQueued() {
         if (model == null) {
             return null;
         }
+        ServerMetrics.refused(model, 503);
         String reason = whyHopeless(model);
         return reason != null ? reason : "The queue of model \"" + model.getModelName() + "\" is full: "
                 + (model.getPendingRequestsInJobQueue() + model.getJobQueueRemainingCapacity())
                 + " requests wait (jobQueueSize in its model-config.yaml). Send the request again later.";
+    }
+
+    /** The number of open jobs of each model. */
+    static Map<Model, Integer> countByModel() {
+        Map<Model, Integer> counts = new HashMap<>();
+        for (PendingJob pending : ALL) {
+            if (pending.model != null) {
+                counts.merge(pending.model, 1, Integer::sum);
+            }
+        }
+        return counts;
     }
 
     static void refuseAll(String reason) {

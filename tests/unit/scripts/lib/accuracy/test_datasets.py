@@ -221,8 +221,9 @@ def test_a_command_gets_the_data_set_that_its_options_name(tmp_path):
         ((None, "test", None, None), None),
         ((voc, "test", None, None), "cells:test"),
         ((None, "test", coco, tmp_path), "instances"),
+        ((None, "test", coco, None), "instances"),  # with the images beside it
     ):
         dataset = read_dataset(*options)
         assert (None if dataset is None else dataset.name) == name
-    with pytest.raises(ScriptError, match="folder of its images"):
-        read_dataset(None, "test", coco, None)
+    with pytest.raises(ScriptError, match="needs --coco"):
+        read_dataset(None, "test", None, tmp_path)

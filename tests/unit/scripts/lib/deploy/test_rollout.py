@@ -240,7 +240,7 @@ def test_other_classes_need_an_option(server, deploy, tmp_path, monkeypatch):
 
 
 def test_an_archive_of_another_model_is_refused_before_anything_is_touched(server, deploy, tmp_path):
-    with pytest.raises(ScriptError, match="--model-name m"):
+    with pytest.raises(ScriptError, match="--model m"):
         deploy().update(write_archive(tmp_path / "new.mar", name="other"), None)
     assert server.events == []
 

@@ -50,12 +50,14 @@ def test_the_growth_of_p99_is_that_from_the_second_minute_to_the_last():
 def test_a_record_of_nothing_is_json():
     record = SoakRecord().to_json()
     assert json.loads(json.dumps(record, allow_nan=False)) == {
+        "interrupted": False,
         "answers": 0,
         "problems": {},
         "by_minute_ms": [],
         "p99_growth": None,
         "slopes_of_the_second_half_mb_per_h": {},
         "memory_mb": [],
+        "examples": [],
     }
 
 
@@ -74,11 +76,15 @@ DRAWN = MixedRequest(b"", {}, Answer(encode_jpeg(make_pixels(48, 64)), "image/jp
     ("request_", "answer", "problem"),
     [
         (SUCCESS, (200, JSON, as_json({**BOX, "score": 0.51})), ""),
-        (SUCCESS, (200, JSON, as_json()), "other content than in process"),
+        (
+            SUCCESS,
+            (200, JSON, as_json()),
+            "other content than in process (cat 0.500 at [1.0, 2.0, 3.0, 4.0] is missing)",
+        ),
         (SUCCESS, (503, JSON, b"{}"), "status 503 in place of 200"),
         (SUCCESS, (200, "text/plain", as_json(BOX)), "text/plain in place of application/json"),
         (REFUSAL, (422, JSON, b'{"code": 422}'), ""),
-        (REFUSAL, (422, JSON, b'{"code": 415}'), "other content than in process"),
+        (REFUSAL, (422, JSON, b'{"code": 415}'), "other content than in process ({'code': 415})"),
         (REFUSAL, (200, JSON, as_json(BOX)), "status 200 in place of 422"),
         (DRAWN, (200, "image/jpeg", encode_jpeg(make_pixels(48, 64, seed=1))), ""),
         (DRAWN, (200, "image/jpeg", encode_jpeg(make_pixels(64, 48))), "a drawn image of another size"),
@@ -175,15 +181,49 @@ def test_the_soak_goes_on_when_the_management_api_fails(serve):
     json.dumps(record.to_json(), allow_nan=False)
 
 
-def test_the_end_of_the_command_ends_its_clients(serve, monkeypatch):
+@pytest.fixture
+def interrupt_at_second_sample(monkeypatch):
+    """Ctrl-C while the memory is sampled for the second time."""
+    samples = []
+
     def interrupted(_served):
-        raise KeyboardInterrupt
+        samples.append({"worker": 1.0})
+        if len(samples) > 1:
+            time.sleep(0.5)  # for some answers
+            raise KeyboardInterrupt
+        return samples[0]
 
     monkeypatch.setattr(soak_module, "memory_mb", interrupted)
+
+
+def test_an_interrupt_ends_the_clients_and_keeps_the_record(serve, interrupt_at_second_sample):
     start = time.monotonic()
-    with serve() as served, pytest.raises(KeyboardInterrupt):
-        soak(served, [SUCCESS], clients=2, duration_s=60)
+    with serve() as served:
+        record = soak(served, [SUCCESS], clients=2, duration_s=60)
     assert time.monotonic() - start < 10
+    assert record.interrupted
+    assert record.answers
+    assert len(record.memory_mb) == 1
+
+
+def test_an_interrupt_does_not_wait_for_a_silent_server(serve, interrupt_at_second_sample, monkeypatch):
+    monkeypatch.setattr(soak_module, "ABANDONED_AFTER_S", 0.1)
+    release, asked = threading.Event(), []
+
+    def answer(_asked):
+        asked.append(1)
+        if len(asked) > 1:
+            release.wait(60)
+        return Reply(body=as_json(BOX), headers={"Content-Type": JSON})
+
+    start = time.monotonic()
+    with serve(answer) as served:
+        record = soak(served, [SUCCESS], clients=2, duration_s=60)
+        took_s = time.monotonic() - start
+        release.set()
+    assert took_s < 10
+    assert record.interrupted
+    assert record.answers == []
 
 
 def test_a_client_without_an_answer_pauses(serve):
@@ -228,7 +268,7 @@ def command(serve, monkeypatch, tmp_path):
 
     def run(*further, **server):
         with serve(**server) as served:
-            urls = ["--inference-url", served.inference_url, "--management-url", served.management_url]
+            urls = ["--url", served.inference_url, "--management-url", served.management_url]
             file = tmp_path / "new" / "soak.json"
             options = ["--archive", "a.mar", "--minutes", "0.005", "--clients", "1", "--json", str(file)]
             code = soak_server.main([*urls, *options, *further])
@@ -250,6 +290,26 @@ def test_the_command_sends_a_share_of_the_rate_and_draws_the_plot(command, capsy
     assert code == 0
     assert "50% of what the server answers" in capsys.readouterr().out
     assert (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_the_command_sends_at_a_given_rate_but_not_at_two(command, capsys):
+    assert command("--rate", "20")[0] == 0
+    with pytest.raises(SystemExit):
+        command("--rate", "20", "--rate-share", "0.5")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_interrupted_command_writes_and_prints_what_it_saw(
+    command, capsys, tmp_path, interrupt_at_second_sample
+):
+    code, record = command("--plot", str(tmp_path / "new" / "soak.png"), "--minutes", "5")
+    assert code == 130
+    assert record["interrupted"]
+    assert record["answers"] > 0
+    out, err = capsys.readouterr()
+    assert "no problems" in out
+    assert err == "soak_server: interrupted; the figures are those until then\n"
+    assert (tmp_path / "new" / "soak.png").stat().st_size > 1000
 
 
 def test_the_command_fails_if_p99_grew(command, capsys, monkeypatch):

@@ -12,9 +12,9 @@ from doubles.stand_in_server import METRICS_PAGE
 def test_counters_are_those_of_the_model_and_stages_stand_apart():
     counters = parse_counters(METRICS_PAGE.format(batches=3.0, requests="1.2E1", network_s=0.5), "m")
     assert counters == {
-        "batches_total": 3.0,
-        "batched_requests_total": 12.0,
-        "stage_seconds_total/network": 0.5,
+        "damoyolo_batch_size_count": 3.0,
+        "damoyolo_batch_size_sum": 12.0,
+        "damoyolo_stage_duration_seconds_sum/network": 0.5,
         "ts_inference_requests_total": 1500.0,
     }
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import urllib3
 from urllib3.exceptions import DecodeError
 
-from lib.cli import ScriptError, printable
+from damoyolo_client.command_line import printable
+from damoyolo_client.errors import ClientError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # A full queue or no worker; a proxy in front says 502 and 504 for a server that is starting.
 PASSING_STATUSES = (502, 503, 504)
@@ -21,7 +26,7 @@ CHUNK_BYTES = 2**20
 WORKER_DIED = "Worker died."  # TorchServe's message of a 500 or 507
 
 
-class RequestFailedError(ScriptError):
+class RequestFailedError(ClientError):
     """A request that the client could not get a result for.
 
     passes: whether another attempt may succeed. lost: whether the server had the image when it failed.
@@ -112,7 +117,7 @@ def answer_error(response: HttpAnswer, sent_bytes: int) -> ServerAnswerError:
     body = json_of(response)
     if 300 <= status < 400:
         target = response.headers.get("Location", "an unnamed place")
-        message = f"redirects to {target}, which is not followed; give that as --url"
+        message = f"redirects to {target}, which is not followed; if that is the server, name it"
     elif isinstance(body, dict) and "message" in body:
         kind, message = str(body.get("type", "")), str(body["message"])
     elif status == 413:
@@ -133,7 +138,8 @@ def json_of(response: HttpAnswer) -> Any:
 
 
 def detection_result(response: HttpAnswer) -> dict[str, Any]:
-    """The body as a result: `width`, `height` and `detections`, each with label, score and four box sides.
+    """The body as a result: `width`, `height` and `detections`, each with class_id, label,
+    score and four box sides.
 
     Raises:
         ServerAnswerError: it is something else.
@@ -150,6 +156,7 @@ def _is_detection(found: Any) -> bool:
     return (
         isinstance(found, dict)
         and isinstance(found.get("label"), str)
+        and isinstance(found.get("class_id"), int)
         and isinstance(found.get("bbox"), list)
         and len(found["bbox"]) == 4
         and all(_is_finite(number) for number in (found.get("score"), *found["bbox"]))
@@ -163,3 +170,29 @@ def _is_finite(value: Any) -> bool:
 def text_of(response: HttpAnswer) -> str:
     """The beginning of the body."""
     return response.data[:200].decode(errors="replace")
+
+
+class Arrays(NamedTuple):
+    """The N detections of an image as arrays, by descending score.
+
+    boxes_xyxy: (N, 4) float32, in pixels of the image as a viewer shows it. scores: (N,) float32, 0..1.
+    class_ids: (N,) int64. labels: N names of classes.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    class_ids: NDArray[np.int64]
+    labels: tuple[str, ...]
+
+
+def as_arrays(answer: Mapping[str, Any]) -> Arrays:
+    """An answer of `Client.detect` as arrays."""
+    import numpy as np
+
+    found = answer["detections"]
+    return Arrays(
+        np.array([each["bbox"] for each in found], np.float32).reshape(-1, 4),
+        np.array([each["score"] for each in found], np.float32),
+        np.array([each["class_id"] for each in found], np.int64),
+        tuple(each["label"] for each in found),
+    )

@@ -1,7 +1,9 @@
 """The command that sends images, against a stand-in server."""
 
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,10 +11,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from pycocotools.coco import COCO
 
-from lib.images import find_images
-
-import detect
+from damoyolo_client import detect
+from damoyolo_client.images import find_images
 from doubles.interrupt import interrupt_while_waiting
 from doubles.stand_in_server import Reply, StandInServer, failed, found
 
@@ -45,7 +47,7 @@ def test_a_folder_gives_its_images_in_order_and_sub_folders_only_when_recursive(
 
 def test_drawn_images_have_names_of_their_own(slides):
     images = [Path("x/a.jpg"), Path("y/a.jpg"), Path("a.png"), Path("a_detections.jpg")]
-    names = detect.drawn_names(images)
+    names = detect.drawn_names([image.name for image in images])
     assert len(set(names)) == 4
     assert not {image.name for image in images} & set(names)
 
@@ -53,12 +55,14 @@ def test_drawn_images_have_names_of_their_own(slides):
 def test_the_table_has_a_row_for_each_detection_and_each_empty_image(slides, capsys):
     (slides / "c.jpg").write_bytes(b"empty")
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--url", server.url]) == 0
+        assert detect.main([str(slides), "--url", server.base_url]) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["image", "class", "score", "x1", "y1", "x2", "y2"]
     assert rows[2] == [str(slides / "b.jpg"), "RBC", "0.912", "1.0", "2.0", "30.5", "40.0"]
     assert rows[3] == [str(slides / "c.jpg"), "(nothing)"]
+    assert out.splitlines()[4] == "3 images, 0 failed; 2 detections: RBC 2"
+    assert re.fullmatch(r"\d+\.\d s, [\d.]+ images/s, latency p50 \d+ ms", out.splitlines()[5])
     assert err == ""
 
 
@@ -66,12 +70,14 @@ def test_a_failed_image_is_named_and_the_others_are_answered(slides, capsys):
     (slides / "a.PNG").write_bytes(b"bad")
     json_lines = slides.parent / "new" / "out.jsonl"
     with StandInServer(answer_by_content) as server:
-        code = detect.main([str(slides), "--recursive", "--url", server.url, "--jsonl", str(json_lines)])
+        code = detect.main(
+            [str(slides), "--recursive", "--url", server.base_url, "--output", str(json_lines)]
+        )
     out, err = capsys.readouterr()
     assert code == 1
     assert "1 of 3 images failed" in err
     assert f"{slides / 'a.PNG'}: 415 UnsupportedImage: no image" in err
-    assert out.count("RBC") == 2
+    assert out.count(" RBC ") == 3  # two detections and the summary
     rows = [json.loads(line) for line in json_lines.read_text().splitlines()]
     assert [row["image"] for row in rows] == [str(slides / name) for name in ("a.PNG", "b.jpg", "more/b.jpg")]
     assert rows[0]["error"] == {"code": 415, "type": "UnsupportedImage", "message": "no image"}
@@ -86,7 +92,7 @@ def test_a_label_cannot_steer_the_terminal(slides, capsys):
 
     json_lines = slides / "out.jsonl"
     with StandInServer(hostile) as server:
-        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 1
+        assert detect.main([str(slides), "--url", server.base_url, "--output", str(json_lines)]) == 1
     out, err = capsys.readouterr()
     for text in (out, err, json_lines.read_text()):
         assert all(character.isprintable() or character == "\n" for character in text)
@@ -99,7 +105,7 @@ def test_a_file_name_that_is_no_text_is_sent_and_shown(slides, capsys):
     (slides / os.fsdecode(b"\xff\x1b.jpg")).write_bytes(b"image")
     json_lines = slides / "out.jsonl"
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--url", server.url, "--jsonl", str(json_lines)]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--output", str(json_lines)]) == 0
     assert r"\udcff\x1b.jpg" in capsys.readouterr().out
     assert len(json_lines.read_text().splitlines()) == 3
 
@@ -111,16 +117,16 @@ def test_a_server_that_starts_again_costs_no_image_and_is_mentioned(slides, caps
         return failed(500, "InternalServerException", "Worker died.") if next(counter) < 2 else found(CELL)
 
     with StandInServer(starting) as server:
-        assert detect.main([str(slides), "--url", server.url, "--in-flight", "1"]) == 0
-        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--in-flight", "1"]) == 0
+        assert detect.main([str(slides), "--url", server.base_url, "--retry-seconds", "0"]) == 0
     out, err = capsys.readouterr()
-    assert out.count("RBC") == 4
+    assert out.count(" RBC ") == 4 + 2  # and two summaries
     assert err == "detect: 2 requests were sent again\n"
 
 
 def test_what_is_sent_again_for_too_long_is_named(slides, capsys):
     with StandInServer(lambda asked: failed(503, "ServiceUnavailableException", "full")) as server:
-        assert detect.main([str(slides), "--url", server.url, "--retry-seconds", "0"]) == 1
+        assert detect.main([str(slides), "--url", server.base_url, "--retry-seconds", "0"]) == 1
     assert "2 of 2 images failed" in capsys.readouterr().err
 
 
@@ -133,7 +139,7 @@ def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):
     with StandInServer(answer_by_content) as server, socket.create_server(("127.0.0.1", 0)) as proxy:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
-        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.url]
+        command = [sys.executable, "scripts/detect.py", str(slides), "--url", server.base_url]
         environment = {**os.environ, **dict.fromkeys(names, url), "no_proxy": "", "NO_PROXY": ""}
         subprocess.run(
             command, cwd=project_dir, env=environment, stdout=subprocess.DEVNULL, timeout=60, check=True
@@ -146,7 +152,10 @@ def test_a_proxy_of_the_environment_is_not_used(slides, project_dir):
 def test_drawn_images_are_written_beside_nothing_else(slides):
     output = slides.parent / "drawn"
     with StandInServer(answer_by_content) as server:
-        assert detect.main([str(slides), "--recursive", "--url", server.url, "--draw", str(output)]) == 0
+        assert (
+            detect.main([str(slides), "--recursive", "--url", server.base_url, "--output-dir", str(output)])
+            == 0
+        )
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {
         "a_detections.jpg": b"drawn a.PNG",
         "b_detections.jpg": b"drawn b.jpg",
@@ -158,8 +167,8 @@ def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides):
     options = ["--score-threshold", "0.5", "--iou-threshold", "0.6", "--max-detections", "7"]
     options += ["--classes", "RBC, 2", "--class-agnostic"]
     with StandInServer(answer_by_content) as server:
-        detect.main([str(slides / "b.jpg"), "--url", server.url, *options])
-        detect.main([str(slides / "b.jpg"), "--url", server.url])
+        detect.main([str(slides / "b.jpg"), "--url", server.base_url, *options])
+        detect.main([str(slides / "b.jpg"), "--url", server.base_url])
     with_options, without = (
         {name: value for name, value in asked.headers.items() if name.startswith("X-Detect-")}
         for asked in server.asked
@@ -175,15 +184,141 @@ def test_options_reach_the_server_as_headers_and_unset_ones_do_not(slides):
     }
 
 
+def test_many_images_are_not_listed_unless_asked_for(slides, capsys):
+    for number in range(detect.FEW_IMAGES):
+        (slides / f"{number}.jpg").write_bytes(b"image")
+    with StandInServer(answer_by_content) as server:
+        command = [str(slides), "--url", server.base_url]
+        assert detect.main(command) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert detect.main([*command, "--verbose"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1 + 12 + 2
+
+
+def test_a_quiet_command_prints_failures_alone(slides, capsys):
+    (slides / "a.PNG").write_bytes(b"bad")
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(slides), "--url", server.base_url, "--quiet"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("detect: 1 of 2 images failed:\n")
+
+
+def test_of_many_failures_the_first_are_shown(slides, capsys):
+    for number in range(30):
+        (slides / f"{number}.jpg").write_bytes(b"bad")
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(slides), "--url", server.base_url]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + detect.MAX_FAILURES_SHOWN + 1
+    assert lines[-1] == "  and 10 more"
+
+
+def test_a_quoted_pattern_an_address_and_standard_input_are_images(slides, capsys, monkeypatch):
+    sent = []
+
+    def answer(asked):
+        if asked.method == "GET":
+            return Reply(body=b"downloaded")
+        sent.append(asked.body)
+        return found(CELL)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    with StandInServer(answer) as server:
+        named = [f"{slides}/**/*.jpg", f"{server.base_url}/a/image.png?x=1", "-"]
+        output = slides.parent / "drawn"
+        command = [*named, "--url", server.base_url, "--in-flight", "1", "--output-dir", str(output)]
+        assert detect.main(command) == 0
+    assert sent[::2] == [b"b.jpg", b"more/b.jpg", b"downloaded", b"piped"]
+    assert {path.stem for path in output.iterdir()} == {
+        "b_detections",
+        "b_detections_2",
+        "image_detections",
+        "stdin_detections",
+    }
+
+
+def test_an_address_that_answers_an_error_fails_its_own_image(slides, capsys):
+    with StandInServer(lambda asked: Reply(404) if asked.method == "GET" else found(CELL)) as server:
+        address = f"{server.base_url}/image.jpg"
+        assert detect.main([address, str(slides / "b.jpg"), "--url", server.base_url]) == 1
+    out, err = capsys.readouterr()
+    assert "1 failed; 1 detections" in out
+    assert f"{address} answers 404" in err
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (["*.nothing"], "matches no file"),
+        (["-"], "standard input, which is empty"),
+        (["-", "-"], "given twice"),
+    ],
+)
+def test_what_names_no_image_is_refused(capsys, monkeypatch, named, said):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert detect.main(named) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output", "x.txt"], "accepted are .jsonl"),
+        (["--format", "coco"], "--output, which is missing"),
+        (["--coco", "x.json"], "--output, which is missing"),
+        (["--output", "x.jsonl", "--coco", "x.json"], "--coco is for COCO results"),
+        (["--url", "http://127.0.0.1:1/predictions/damoyolo"], "without /predictions"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(slides, capsys, options, said):
+    assert detect.main([str(slides), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_results_load_with_pycocotools_by_the_list_of_images_beside_them(slides, capsys):
+    results = slides.parent / "new" / "found.json"
+    (slides / "c.jpg").write_bytes(b"bad")
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(slides), "--url", server.base_url, "--output", str(results)]) == 1
+    truth = COCO(str(results.with_name("found.images.json")))
+    loaded = truth.loadRes(str(results))
+    assert [truth.imgs[each["image_id"]]["file_name"] for each in loaded.anns.values()] == [
+        str(slides / "a.PNG"),
+        str(slides / "b.jpg"),
+    ]
+    assert {each["category_id"] for each in loaded.anns.values()} == {2}
+    assert truth.cats == {2: {"id": 2, "name": "RBC"}}
+    assert loaded.anns[1]["bbox"] == [1.0, 2.0, 29.5, 38.0]
+
+
+def test_results_have_the_ids_of_an_annotations_file(slides, capsys):
+    annotations = slides / "annotations.json"
+    images = [{"id": 70 + index, "file_name": f"any/{name}"} for index, name in enumerate(("a.PNG", "b.jpg"))]
+    categories = [{"id": 5, "name": "rbc"}]
+    annotations.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    results = slides / "found.results"
+    with StandInServer(answer_by_content) as server:
+        command = ["--url", server.base_url, "--output", str(results), "--format", "coco"]
+        assert detect.main([str(slides), *command, "--coco", str(annotations)]) == 0
+        found_in = json.loads(results.read_text())
+        assert [(each["image_id"], each["category_id"]) for each in found_in] == [(70, 5), (71, 5)]
+        asked = len(server.asked)
+        (slides / "c.jpg").write_bytes(b"image")
+        assert detect.main([str(slides), *command, "--coco", str(annotations)]) == 2
+        assert "c.jpg is not among the images of" in capsys.readouterr().err
+        assert len(server.asked) == asked
+
+
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(slides, capsys):
     with StandInServer(answer_by_content) as server:
-        detect.main([str(slides), "--url", server.url, "--progress"])
+        detect.main([str(slides), "--url", server.base_url, "--progress"])
     assert "2/2" in capsys.readouterr().err
 
 
 def test_without_a_server_the_error_names_the_command_that_starts_one(slides, capsys):
     with StandInServer(answer_by_content) as server:
-        url = server.url
+        url = server.base_url
     assert detect.main([str(slides), "--url", url]) == 2
     assert "scripts/serve.py" in capsys.readouterr().err
 

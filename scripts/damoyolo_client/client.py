@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import certifi
 import urllib3
@@ -25,9 +25,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
 )
 
-from lib.cli import ScriptError
-from lib.server import DEFAULT_RETRY_S, DEFAULT_URL
-from lib.server.answers import (
+from damoyolo_client.answers import (
     HttpAnswer,
     NoAnswerError,
     ServerAnswerError,
@@ -35,8 +33,14 @@ from lib.server.answers import (
     detection_result,
     read_answer,
 )
-from lib.server.retry import FIRST_PAUSE_S, Attempts, Outage
-from lib.server.threads import DaemonThreads
+from damoyolo_client.command_line import DEFAULT_MODEL, DEFAULT_RETRY_S, DEFAULT_URL
+from damoyolo_client.errors import ClientError
+from damoyolo_client.images import encoded
+from damoyolo_client.retry import FIRST_PAUSE_S, Attempts, Outage
+from damoyolo_client.threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from damoyolo_client.images import Image
 
 MAX_CONNECT_S = 5.0  # a reachable server accepts a connection at once
 MAX_CONNECTIONS = 256  # kept open for the next request
@@ -60,11 +64,11 @@ class RequestOptions:
         """The request headers that carry the options.
 
         Raises:
-            ScriptError: a class name does not fit into a header.
+            ClientError: a class name does not fit into a header.
         """
         for name in self.classes or ():
             if not name.isascii() or not name.isprintable() or "," in name:
-                raise ScriptError(
+                raise ClientError(
                     f"class {name!r} does not fit into a request header: it takes printable ASCII without "
                     "commas; give the class id instead"
                 )
@@ -80,16 +84,20 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one image: an answer (and the drawn image, where requested), or an error."""
+    """The result of one image: an answer (and the drawn image, where requested), or an error.
+
+    seconds: from the first attempt to the answer.
+    """
 
     index: int
     answer: dict[str, Any] | None = None
     drawn: bytes | None = None
-    error: ScriptError | OSError | None = None
+    error: ClientError | OSError | None = None
+    seconds: float = 0.0
 
 
-class DetectionClient:
-    """Client of one model address; safe to use from several threads.
+class Client:
+    """Client of one model of a server; safe to use from several threads.
 
     Proxies of the environment and passwords in ~/.netrc are not used.
 
@@ -97,9 +105,10 @@ class DetectionClient:
     nothing. Such are a full queue or a missing worker (502, 503, 504), a worker that died (500 or 507 of
     TorchServe), a refused or dropped connection, and silence.
 
-    url: address of the model's predictions.
+    url: address of the server's inference port.
+    model: name of the served model.
     timeout_s: longest silence of the server in one attempt.
-    retry_s: how long an image is sent again after such failures (lib.server.retry); 0 for a single attempt.
+    retry_s: how long an image is sent again after such failures (retry.py); 0 for a single attempt.
     pause_s: the first pause between attempts.
 
     repeated: how many requests were sent again so far.
@@ -108,16 +117,17 @@ class DetectionClient:
     def __init__(
         self,
         url: str = DEFAULT_URL,
+        model: str = DEFAULT_MODEL,
         timeout_s: float = 60.0,
         retry_s: float = DEFAULT_RETRY_S,
         pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        self.url = url
+        self._host_port = _host_and_port(url)
+        self.url = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}"
         self.timeout_s = timeout_s
         self.retry_s = retry_s
         self.pause_s = pause_s
         self.repeated = 0
-        self._host_port = _host_and_port(url)
         self._connect_s = min(MAX_CONNECT_S, timeout_s)
         self._outage = Outage()
         self._lock = threading.Lock()
@@ -128,7 +138,7 @@ class DetectionClient:
             ca_certs=certifi.where(),
         )
 
-    def __enter__(self) -> DetectionClient:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(
@@ -140,7 +150,7 @@ class DetectionClient:
         """Check that something listens at the address.
 
         Raises:
-            ScriptError: nothing does.
+            ClientError: nothing does.
         """
         try:
             socket.create_connection(self._host_port, timeout=self._connect_s).close()
@@ -149,41 +159,42 @@ class DetectionClient:
 
     def detect(
         self,
-        encoded: bytes,
+        image: Image,
         options: RequestOptions | None = None,
         cancelled: threading.Event | None = None,
     ) -> dict[str, Any]:
-        """The server's answer for one encoded image: `width`, `height` and `detections`.
+        """The server's answer for one image: `width`, `height` and `detections`; `as_arrays` converts it.
 
         cancelled: once set, no further attempt is made.
 
         Raises:
             ServerAnswerError: the server answered with an error, or with something that is no result.
-            ScriptError: it gave no answer.
+            ClientError: it gave no answer, or the image cannot be downloaded or encoded.
+            OSError: the image cannot be read.
         """
-        return detection_result(self._post(encoded, options, "json", cancelled))
+        return detection_result(self._post(encoded(image), options, "json", cancelled))
 
     def draw(
         self,
-        encoded: bytes,
+        image: Image,
         options: RequestOptions | None = None,
         cancelled: threading.Event | None = None,
     ) -> bytes:
         """The image with boxes and labels drawn on it, as JPEG.
 
         Raises:
-            ServerAnswerError, ScriptError: as `detect`.
+            ServerAnswerError, ClientError, OSError: as `detect`.
         """
-        return self._post(encoded, options, "jpeg", cancelled).data
+        return self._post(encoded(image), options, "jpeg", cancelled).data
 
     def detect_many(
         self,
-        images: Iterable[Path | bytes],
+        images: Iterable[Image],
         options: RequestOptions | None = None,
         in_flight: int = 8,
         draw: bool = False,
     ) -> Generator[Outcome, None, None]:
-        """Detect in many images, files or encoded bytes, with up to `in_flight` requests at a time.
+        """Detect in many images, with up to `in_flight` requests at a time.
 
         Takes from `images` only as far as it is about to send. Yields one outcome per image in the order
         given; an image that fails does not affect the others. With `draw` every image is sent a second time,
@@ -193,7 +204,7 @@ class DetectionClient:
         pending: deque[Future[Outcome]] = deque()
         cancelled = threading.Event()
 
-        def outcome(index: int, image: Path | bytes) -> Outcome:
+        def outcome(index: int, image: Image) -> Outcome:
             return self._outcome(index, image, options, draw, cancelled)
 
         with DaemonThreads(in_flight) as threads:
@@ -212,21 +223,24 @@ class DetectionClient:
     def _outcome(
         self,
         index: int,
-        image: Path | bytes,
+        image: Image,
         options: RequestOptions | None,
         draw: bool,
         cancelled: threading.Event,
     ) -> Outcome:
         try:
-            encoded = image.read_bytes() if isinstance(image, Path) else image
-            answer = self.detect(encoded, options, cancelled)
-            return Outcome(index, answer, self.draw(encoded, options, cancelled) if draw else None)
-        except (ScriptError, OSError) as error:
+            data = encoded(image)
+            start_s = time.perf_counter()
+            answer = self.detect(data, options, cancelled)
+            seconds = time.perf_counter() - start_s
+            drawn = self.draw(data, options, cancelled) if draw else None
+            return Outcome(index, answer, drawn, seconds=seconds)
+        except (ClientError, OSError) as error:
             return Outcome(index, error=error)
 
     def _post(
         self,
-        encoded: bytes,
+        data: bytes,
         options: RequestOptions | None,
         output_format: str,
         cancelled: threading.Event | None,
@@ -240,7 +254,7 @@ class DetectionClient:
         attempts = Attempts(self.retry_s, self._outage, cancelled or threading.Event(), self.pause_s)
         while True:
             try:
-                answer = self._exchange(encoded, headers)
+                answer = self._exchange(data, headers)
             except (ServerAnswerError, NoAnswerError) as error:
                 if not error.passes:
                     if isinstance(error, ServerAnswerError):
@@ -255,18 +269,18 @@ class DetectionClient:
                 self._outage.answered()
                 return answer
 
-    def _exchange(self, encoded: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+    def _exchange(self, data: bytes, headers: Mapping[str, str]) -> HttpAnswer:
         """One attempt; the answer of status 200."""
         try:
             # Images go to the host that was named and nowhere else: no redirects.
             response = self._pool.request(
-                "POST", self.url, body=encoded, headers=headers, redirect=False, preload_content=False
+                "POST", self.url, body=data, headers=headers, redirect=False, preload_content=False
             )
             answer = read_answer(response)
         except HTTPError as error:
-            raise self._failure(error, len(encoded)) from error
+            raise self._failure(error, len(data)) from error
         if answer.status != 200:
-            raise answer_error(answer, len(encoded))
+            raise answer_error(answer, len(data))
         return answer
 
     def _failure(self, error: HTTPError, sent_bytes: int) -> NoAnswerError:
@@ -299,7 +313,7 @@ def _host_and_port(url: str) -> tuple[str, int]:
     """What the address names.
 
     Raises:
-        ScriptError: it is not one of HTTP.
+        ClientError: it is not one of HTTP, or not that of the port alone.
     """
     try:
         parts = urlsplit(url)
@@ -307,5 +321,10 @@ def _host_and_port(url: str) -> tuple[str, int]:
     except ValueError:  # of a port that is no number, or an unfinished IPv6 address
         host = None
     if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
-        raise ScriptError(f"the address is {url!r}; accepted is http(s)://host:port/predictions/model")
+        raise ClientError(f"the address is {url!r}; accepted is http(s)://host:port")
+    if "/predictions" in parts.path or parts.query:
+        raise ClientError(
+            f"the address is {url!r}; accepted is http(s)://host:port, that of the inference port without "
+            "/predictions/...; the model is named apart"
+        )
     return host, port or (443 if parts.scheme == "https" else 80)

@@ -1,0 +1,1 @@
+../../handler/damoyolo/coco_categories.py
