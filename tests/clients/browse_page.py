@@ -170,9 +170,11 @@ def use_keyboard(visit, smears):
     page.keyboard.press("ArrowRight")
     found["slider"] = [before, page.input_value("#score_threshold"), visit.text("#position")]
     page.keyboard.press("ArrowLeft")
-    found["unnamed"] = page.evaluate("""() => [...document.querySelectorAll("button, input:not([hidden])")].filter(
+    found["unnamed"] = (
+        page.evaluate("""() => [...document.querySelectorAll("button, input:not([hidden])")].filter(
         control => !(control.getAttribute("aria-label") || (control.labels || []).length || control.textContent.trim())
     ).map(control => control.id)""")
+    )
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from damoyolo.config import ServingConfig
-from damoyolo.response import class_colour_rgb
+from damoyolo.drawing import class_colour_rgb
 
 CONTENT_TYPE = "text/html; charset=utf-8"
 FOLDER = Path(__file__).parent
@@ -58,7 +58,7 @@ def _facts(config: ServingConfig) -> dict[str, Any]:
     return {
         "variant": config.variant,
         "classes": [
-            {"name": name, "colour": "#%02x%02x%02x" % class_colour_rgb(class_id)}
+            {"name": name, "colour": "#%02x%02x%02x" % class_colour_rgb(class_id, config.class_colours)}
             for class_id, name in enumerate(config.class_names)
         ],
         "score_threshold": config.score_threshold,

@@ -12,7 +12,13 @@ from damoyolo.config import ServingConfig
 from damoyolo.page import asks_for_page, build_page
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
-ODD_NAMES = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "<!--", "a\u2028b", "\U0001f9ec &amp;")
+ODD_NAMES = (
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)</script>",
+    "<!--",
+    "a\u2028b",
+    "\U0001f9ec &amp;",
+)
 
 
 class Elements(HTMLParser):
