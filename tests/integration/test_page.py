@@ -1,4 +1,4 @@
-"""The page for browsers of a real TorchServe, used in Chromium, directly and behind the front of deploy/production."""
+"""The page for browsers of a real TorchServe, used in Chromium, directly and behind deploy/production."""
 
 import json
 import subprocess
@@ -210,7 +210,7 @@ def test_the_front_lets_nothing_but_the_page_through_without_a_token(front, smea
     model = "/predictions/damoyolo"
     assert front.request("GET", model, token=None, **HTML)[0] == 200
     assert front.request("GET", model, token=None)[0] == 401
-    assert front.request("GET", model, smear, token=None, **HTML)[0] == 401  # with an image
+    assert front.request("GET", model, b"x", token=None, **HTML)[0] == 401  # with a body
     assert front.request("POST", model, smear, token=None, **HTML)[0] == 401
     assert front.request("GET", model, token=None, describe="True", **HTML)[0] == 401
     assert front.request("GET", "/models", token=None, **HTML)[0] == 401

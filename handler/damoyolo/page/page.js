@@ -32,7 +32,7 @@ function key() {
 function headers() {
   const all = { "Content-Type": "application/octet-stream" };
   for (const [name, value] of Object.entries(options())) {
-    all["X-Detect-" + name.replace("_", "-")] = value;
+    all["X-Detect-" + name.split("_").map(word => word[0].toUpperCase() + word.slice(1)).join("-")] = value;
   }
   return token ? { ...all, Authorization: "Bearer " + token } : all;
 }
@@ -333,9 +333,9 @@ function classSwitch({ name, colour }) {
 }
 
 function showRequest(item) {
-  const quoted = text => `'${text.replaceAll("'", "'\\''")}'`;
-  const file = item ? item.name : "image.jpg";
-  const lines = [`curl --max-time 60 -T ${/^[\w.][\w.-]*$/.test(file) ? file : quoted("./" + file)} ${quoted(url)}`];
+  const quoted = text => (/^[\w.:/-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+  const file = item ? item.name : "image.jpg"; // one that begins with - would be an option
+  const lines = [`curl --max-time 60 -T ${quoted(file.startsWith("-") ? "./" + file : file)}`, quoted(url)];
   for (const [name, value] of Object.entries(headers())) {
     if (name.startsWith("X-Detect-")) {
       lines.push(`-H '${name}: ${value}'`);

@@ -26,14 +26,18 @@ class Elements(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.found = []
+        self.found, self.inside = [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.found.append([tag, dict(attributes), ""])
+        self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = False
 
     def handle_data(self, data):
-        if self.found:
+        if self.inside:
             self.found[-1][2] += data
 
     def named(self, tag):
