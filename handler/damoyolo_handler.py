@@ -27,6 +27,7 @@ from damoyolo.cuda.startup_lock import exclusive_device_lock
 from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
 from damoyolo.failures import is_alive
+from damoyolo.inference_answer import ModelIdentity
 from damoyolo.metrics import GAUGES, WorkerMetrics
 from damoyolo.model_card import describe_model
 from damoyolo.server_settings import read_max_response_size
@@ -81,7 +82,9 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         manifest = context.manifest["model"]
         version = str(manifest.get("modelVersion", ""))
         card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
-        self.service = DetectionService(detector, json.dumps(card).encode("ascii"))
+        self.service = DetectionService(
+            detector, json.dumps(card).encode("ascii"), ModelIdentity(str(context.model_name), version)
+        )
         self.clock = StageClock(device)
         self.server_metrics = context.metrics
         _leave_out_undeclared_times(context.metrics)

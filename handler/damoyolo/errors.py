@@ -5,6 +5,9 @@ A message says what was found, what is accepted, and which setting changes that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class DamoYoloError(Exception):
     """Base of everything that this package raises on purpose."""
@@ -92,3 +95,13 @@ class DeviceMemoryError(RequestError):
 
 class DeviceLostError(DamoYoloError):
     """The device context is broken for good; only a new process can serve again."""
+
+
+def quoted(value: Any) -> str:
+    """What a client sent, for a message: ASCII, escaped, at most 60 characters."""
+    if isinstance(value, list | Mapping):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        value = str(value[:60]) if isinstance(value, str) else bytes(value[:60])
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -19,6 +19,13 @@ from damoyolo.errors import (
 )
 from damoyolo.failures import Failure, classify, free_cached_memory
 from damoyolo.formats import EncodedImage, reduce_image
+from damoyolo.inference_answer import (
+    BINARY_CONTENT_TYPE,
+    JSON_LENGTH_HEADER,
+    ModelIdentity,
+    TensorRequest,
+    format_tensors,
+)
 from damoyolo.memory_budget import MemoryBudget
 from damoyolo.page import CONTENT_TYPE as PAGE_CONTENT_TYPE
 from damoyolo.page import asks_for_page, build_page
@@ -31,10 +38,16 @@ from damoyolo.structures import DetectionOptions, Detections
 
 logger = logging.getLogger(__name__)
 
+UNNAMED_MODEL = ModelIdentity("damoyolo", "")
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back for one request; `error` is None if it succeeded. `headers`: beside the content type."""
+    """What is sent back for one request.
+
+    error: None if it succeeded.
+    headers: beside the content type.
+    """
 
     body: bytes
     content_type: str
@@ -50,13 +63,20 @@ class DetectionService:
     """Answers batches of requests with a detector.
 
     model_card: JSON that answers a request for the model's description.
+    model: for answers that name it.
 
     Not for several threads at once: one batch at a time.
     """
 
-    def __init__(self, detector: Detector, model_card: bytes = b"{}") -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        model_card: bytes = b"{}",
+        model: ModelIdentity = UNNAMED_MODEL,
+    ) -> None:
         self.detector = detector
         self._model_card = model_card
+        self._model = model
         self._parser = RequestParser(detector.config)
         self._page = build_page(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
@@ -198,8 +218,10 @@ class DetectionService:
         detections: list[Detections] = []
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, RequestError):
-                raise type(outcome)(f"instances[{index}]: {outcome}") if request.batched else outcome
+                raise type(outcome)(f"{request.place(index)}: {outcome}") if request.batched else outcome
             detections.append(outcome)
+        if request.tensors is not None:
+            return self._tensor_answer(request.tensors, detections)
         if is_drawn(request.output_format):
             body = self._draw(request.images[0], detections[0], request.output_format)
         elif text is not None:
@@ -231,6 +253,15 @@ class DetectionService:
                 config.max_response_bytes,
                 config.class_colours,
             )
+
+    def _tensor_answer(self, request: TensorRequest, detections: Sequence[Detections]) -> Answer:
+        config = self.detector.config
+        body, json_length = format_tensors(detections, config.class_names, request, self._model)
+        if len(body) > config.max_response_bytes:
+            raise answer_too_large("json", config.max_response_bytes)
+        if json_length is None:
+            return Answer(body, CONTENT_TYPES["json"])
+        return Answer(body, BINARY_CONTENT_TYPE, headers={JSON_LENGTH_HEADER: str(json_length)})
 
     def close(self) -> None:
         """End the threads."""

@@ -2,7 +2,7 @@
 
 python browse_page.py visit URL FOLDER [SCREENSHOT]   the page at URL with the sample smears in FOLDER
 python browse_page.py enter URL IMAGE TOKEN           the page behind a front that asks for a token
-python browse_page.py names HTML HEADERS LABEL        a page from a file, and an answer with a class of this name
+python browse_page.py names HTML HEADERS LABEL        a page from a file, and an answer with this class
 """
 
 import base64
@@ -29,6 +29,11 @@ GIVE = """([kind, files]) => {
     const event = kind === "drop" ? new DragEvent(kind, settings) : new ClipboardEvent(kind, settings);
     document.getElementById("stage").dispatchEvent(event);
 }"""
+
+# Controls that a screen reader could not name.
+UNNAMED = """() => [...document.querySelectorAll("button, input:not([hidden])")].filter(control =>
+    !control.getAttribute("aria-label") && !(control.labels || []).length && !control.textContent.trim()
+).map(control => control.id)"""
 
 
 class Visit:
@@ -178,11 +183,7 @@ def use_keyboard(visit, smears):
     page.keyboard.press("ArrowRight")
     found["slider"] = [before, page.input_value("#score_threshold"), visit.text("#position")]
     page.keyboard.press("ArrowLeft")
-    found["unnamed"] = (
-        page.evaluate("""() => [...document.querySelectorAll("button, input:not([hidden])")].filter(
-        control => !(control.getAttribute("aria-label") || (control.labels || []).length || control.textContent.trim())
-    ).map(control => control.id)""")
-    )
+    found["unnamed"] = page.evaluate(UNNAMED)
     return found
 
 

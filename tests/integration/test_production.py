@@ -1,5 +1,6 @@
 """What the front of deploy/production refuses, and that it serves others meanwhile."""
 
+import base64
 import contextlib
 import json
 import select
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MODEL = "/predictions/damoyolo"
+V2_MODEL = "/v2/models/damoyolo"
 EVIL_URL = "url=http://127.0.0.1:9/evil.mar"
 # `timeout http-request` and `timeout client` of haproxy.cfg; its timers have a resolution of a second.
 PATIENCE_S = 10.0
@@ -49,6 +51,18 @@ REFUSALS = {
     "backslashes": ("POST", "/predictions/..\\..\\models", "inference", 404, "NotFound"),
     "two slashes": ("POST", "//predictions/damoyolo", "inference", 404, "NotFound"),
     "a null byte": ("POST", "/predictions/damoyolo%00.mar", "inference", 404, "NotFound"),
+    "GET of a prediction by the Open Inference Protocol": (
+        "GET",
+        f"{V2_MODEL}/infer",
+        "inference",
+        405,
+        None,
+    ),
+    "POST of metadata": ("POST", V2_MODEL, "inference", 405, "MethodNotAllowed"),
+    "Triton's repository": ("POST", "/v2/repository/models/damoyolo/load", "inference", 404, "NotFound"),
+    "dots in the other protocol": ("POST", "/v2/models/../infer", "inference", 404, "NotFound"),
+    "encoded dots in the other protocol": ("POST", "/v2/models/%2e%2e/infer", "inference", 404, "NotFound"),
+    "metadata without a token": ("GET", V2_MODEL, None, 401, "NoToken"),
     "dots without a token": ("POST", "/predictions/../models", None, 401, "NoToken"),
     "an unknown model": ("POST", "/predictions/other", "inference", 404, None),
 }
@@ -99,6 +113,24 @@ def test_an_image_with_a_token_gets_the_servers_own_answer(front, url, smear):
         status, headers, body = front.request(method, path, smear)
         assert (status, body) == (200, direct.content)
         assert headers["Strict-Transport-Security"]
+    text = base64.b64encode(smear).decode()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+    for path, document in (
+        (f"{V2_MODEL}/infer", {"inputs": [tensor]}),
+        (f"{V2_MODEL}/versions/1.0/infer", {"inputs": [tensor]}),
+        ("/v1/models/damoyolo:predict", {"instances": [{"b64": text}]}),
+    ):
+        sent = json.dumps(document).encode()
+        assert front.request("POST", path, sent)[0] == 200
+    for path in (
+        "/v1/models",
+        "/v1/models/damoyolo",
+        "/v2",
+        V2_MODEL,
+        f"{V2_MODEL}/ready",
+        f"{V2_MODEL}/versions/1.0/config",
+    ):
+        assert front.request("GET", path)[0] == 200
     status, _, body = front.request("POST", f"{MODEL}?max_detections=1", smear)
     assert (status, len(json.loads(body)["detections"])) == (200, 1)
 

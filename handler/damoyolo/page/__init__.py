@@ -1,7 +1,7 @@
 """The page that a browser gets at the prediction URL: one HTML file that needs nothing else.
 
-Its policy lets nothing run or load but what is inside, and lets it send to this server alone. The names of the classes
-come from whoever built the archive: they are data in it, and the script shows them as text.
+Its policy lets nothing run or load but what is inside, and lets it send to this server alone. The names of the
+classes come from whoever built the archive: they are data in it, and the script shows them as text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _facts(config: ServingConfig) -> dict[str, Any]:
     return {
         "variant": config.variant,
         "classes": [
-            {"name": name, "colour": "#%02x%02x%02x" % class_colour_rgb(class_id, config.class_colours)}
+            {"name": name, "colour": "#" + bytes(class_colour_rgb(class_id, config.class_colours)).hex()}
             for class_id, name in enumerate(config.class_names)
         ],
         "score_threshold": config.score_threshold,

@@ -1,5 +1,6 @@
 import base64
 import json
+import re
 
 import pytest
 
@@ -97,6 +98,30 @@ def test_instances_keep_their_order_and_get_predictions(row_of, count):
 
 
 @pytest.mark.parametrize(
+    ("document", "batched"),
+    [
+        ({"image": {"b64": IMAGE_BASE64}}, False),
+        ({"data": IMAGE_BASE64}, False),
+        ({"data": {"b64": IMAGE_BASE64}}, False),
+        ({"instances": [{"image": {"b64": IMAGE_BASE64}}]}, True),
+        ({"instances": [{"image": IMAGE_BASE64}]}, True),
+        ({"instances": [{"data": IMAGE_BASE64}]}, True),
+        ({"instances": [{"data": {"b64": IMAGE_BASE64}}]}, True),
+    ],
+)
+def test_the_forms_of_kserve_v1_and_of_torchserves_handlers_are_read(document, batched):
+    assert parse({"body": document}) == ImageRequest((IMAGE,), DEFAULTS, "json", batched)
+    with_option = parse({"body": {**document, "max_detections": 3}})
+    assert with_option.options.max_detections == 3
+
+
+def test_instances_of_several_forms_keep_their_order():
+    texts = [base64.b64encode(bytes([i]) * 5).decode() for i in range(3)]
+    instances = [{"b64": texts[0]}, {"image": {"b64": texts[1]}}, {"data": texts[2]}]
+    assert parse({"body": {"instances": instances}}).images == tuple(bytes([i]) * 5 for i in range(3))
+
+
+@pytest.mark.parametrize(
     "text",
     [
         f"data:image/jpeg;base64,{IMAGE_BASE64}",
@@ -124,11 +149,14 @@ def test_data_urls_and_wrapped_base64_are_read(text):
         17,
         True,
         [IMAGE_BASE64],
-        {"b64": IMAGE_BASE64},
+        {"b64": 5},
+        {"b64": IMAGE_BASE64, "x": 1},
+        {"image": IMAGE_BASE64},
     ],
 )
 def test_anything_but_base64_is_refused(text):
-    assert "image is " in str(refusal({"body": {"image": text}}))
+    assert re.match(r"image(\.b64)? is ", str(refusal({"body": {"image": text}})))
+    assert re.match(r"data(\.b64)? is ", str(refusal({"body": {"data": text}})))
     error = refusal({"body": {"instances": [{"b64": IMAGE_BASE64}, {"b64": text}]}})
     assert error.status == 400
     assert "instances[1].b64" in str(error)
@@ -182,6 +210,7 @@ def test_two_image_fields_are_refused():
     assert "exactly one" in str(
         refusal({"body": {"image": IMAGE_BASE64, "instances": [{"b64": IMAGE_BASE64}]}})
     )
+    assert "exactly one" in str(refusal({"body": {"image": IMAGE_BASE64, "data": IMAGE_BASE64}}))
 
 
 @pytest.mark.parametrize("document", [5, "text", [1], True, IMAGE_BASE64])
@@ -193,7 +222,17 @@ def test_text_and_json_that_is_not_an_object_are_refused(document):
 
 @pytest.mark.parametrize(
     "instances",
-    [5, "text", {"b64": IMAGE_BASE64}, [IMAGE_BASE64], [{}], [{"b64": IMAGE_BASE64, "x": 1}]],
+    [
+        5,
+        "text",
+        {"b64": IMAGE_BASE64},
+        [IMAGE_BASE64],
+        [{}],
+        [{"b64": IMAGE_BASE64, "x": 1}],
+        [{"b64": IMAGE_BASE64, "image": IMAGE_BASE64}],
+        [{"image": IMAGE_BASE64, "data": IMAGE_BASE64}],
+        [{"x": IMAGE_BASE64}],
+    ],
 )
 def test_instances_of_another_form_are_refused(instances):
     assert '{"b64": "..."}' in str(refusal({"body": {"instances": instances}}))

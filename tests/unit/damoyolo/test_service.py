@@ -99,6 +99,57 @@ def test_requests_of_a_batch_keep_their_options(services):
     assert [json.loads(each.body)["detections"][0]["score"] for each in answers] == [0.1, 0.5, 0.9]
 
 
+def tensors_of(*images, **more):
+    inputs = [
+        {"name": "image", "datatype": "BYTES", "shape": [len(images)], "data": list(map(base64_of, images))}
+    ]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def base64_of(image):
+    return base64.b64encode(image).decode()
+
+
+def test_protocols_share_a_batch_and_each_gets_its_own_answer(services):
+    plain, failing = tensors_of(IMAGE, IMAGE, id="a"), tensors_of(IMAGE, CORRUPT)
+    instances = json.dumps({"instances": [{"b64": base64_of(IMAGE)}]}).encode()
+    binary = tensors_of(IMAGE, parameters={"binary_data_output": True, "score_threshold": 0.75})
+    service = services()
+    answers = answer(service, IMAGE, plain, instances, b"", failing, binary, tensors_of())
+    assert service.detector.batch_sizes == [1 + 2 + 1 + 2 + 1]
+    assert [each.error.status if each.error else 200 for each in answers] == [
+        200,
+        200,
+        200,
+        400,
+        422,
+        200,
+        400,
+    ]
+    assert json.loads(answers[0].body)["detections"][0]["label"] == "dog"
+    tensors = json.loads(answers[1].body)
+    assert (tensors["model_name"], tensors["id"]) == ("damoyolo", "a")
+    assert [output["data"] for output in tensors["outputs"]] == [
+        [1, 1],
+        [1, 2, 30, 40] * 2,
+        [0.25] * 2,
+        [1, 1],
+        ["dog"] * 2,
+    ]
+    assert len(json.loads(answers[2].body)["predictions"]) == 1
+    assert json.loads(answers[4].body)["message"] == "inputs[0].data[1]: broken"
+    length = int(answers[5].headers["Inference-Header-Content-Length"])
+    assert answers[5].content_type == "application/octet-stream"
+    assert answers[5].body[length:].endswith(b"\x03\0\0\0dog")
+    assert np.float32(0.75).tobytes() in answers[5].body[length:]
+    assert all(not each.headers for index, each in enumerate(answers) if index != 5)
+
+
+def test_tensors_larger_than_the_server_sends_are_refused(services):
+    (refused,) = answer(services(max_response_bytes=200), tensors_of(IMAGE))
+    assert refused.error.status == 413
+
+
 def test_only_bad_requests_do_not_reach_the_detector(services):
     service = services()
     assert [each.error is not None for each in answer(service, b"", b"")] == [True, True]

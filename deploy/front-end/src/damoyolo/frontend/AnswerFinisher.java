@@ -36,6 +36,10 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
                     && response instanceof FullHttpResponse && !((FullHttpResponse) response).content().isReadable()) {
                 finished = tooLarge((FullHttpResponse) response);
             }
+            if (response.status().code() >= HttpResponseStatus.BAD_REQUEST.code() && finished instanceof FullHttpResponse
+                    && context.pipeline().get(RequestGate.class).hasProtocolErrors()) {
+                finished = InferenceProtocol.withError((FullHttpResponse) finished);
+            }
         }
         context.write(finished, promise);
     }

@@ -32,6 +32,7 @@ final class RequestGate extends ChannelDuplexHandler {
     private boolean receiving;
     private boolean hasHeaders; // of the request that is being received
     private ChannelFuture refusal; // not null: the rest of the request is discarded
+    private boolean hasProtocolErrors; // the last request; the next one follows its answer
 
     @Override
     public void handlerAdded(ChannelHandlerContext context) {
@@ -44,6 +45,11 @@ final class RequestGate extends ChannelDuplexHandler {
     /** Whether the connection belongs to the port for inference (there may be one port for all). */
     boolean isInference() {
         return isInference;
+    }
+
+    /** Whether an error is answered as InferenceProtocol says. */
+    boolean hasProtocolErrors() {
+        return hasProtocolErrors;
     }
 
     /** Called with the first bytes of each request. */
@@ -68,6 +74,7 @@ final class RequestGate extends ChannelDuplexHandler {
     public void channelRead(ChannelHandlerContext context, Object message) throws Exception {
         if (message instanceof HttpRequest) {
             hasHeaders = true;
+            hasProtocolErrors = isInference && InferenceProtocol.isAddress(((HttpRequest) message).uri());
             if (refusal == null) {
                 open(context, (HttpRequest) message);
             }

@@ -64,6 +64,10 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             if (gate.isInference() && Pages.answer(context, request, uri.path())) {
                 return;
             }
+            if (gate.isInference() && ModelMetadata.answer(context, request, segments)) {
+                return;
+            }
+            segments = InferenceProtocol.route(request, segments);
             Registration.check(request, uri, segments);
             QueryOptions.moveToHeaders(request, uri, segments);
             BodyType.settle(request);
