@@ -1,6 +1,6 @@
 """The page that a browser gets at the prediction URL: one HTML file that needs nothing else.
 
-Its policy lets nothing run or load but what is inside, and lets it send to this server alone. The names of the
+Its policy lets nothing run or load but what is inside, and lets it send to this server alone. The names of
 classes come from whoever built the archive: they are data in it, and the script shows them as text.
 """
 
