@@ -328,6 +328,14 @@ def test_other_methods_and_addresses_are_refused_in_the_protocols_form(server, m
         assert answer.json()["error"]
 
 
+def test_the_root_is_still_torchserves(server):
+    assert requests.options(f"{server.inference_url}/", timeout=TIMEOUT_S).status_code == 200
+    for method in ("GET", "POST"):
+        answer = requests.request(method, f"{server.inference_url}/", timeout=TIMEOUT_S)
+        assert answer.status_code in (404, 405)
+        assert set(answer.json()) == {"code", "type", "message"}
+
+
 def test_models_and_readiness_have_the_addresses_of_both_protocols(server):
     expected = {
         "/v2/models": {"models": ["damoyolo"]},

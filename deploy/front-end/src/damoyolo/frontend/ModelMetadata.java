@@ -40,6 +40,9 @@ final class ModelMetadata {
 
     /** Answers a question about the server or a model, readiness as Health does; false for other requests. */
     static boolean answer(ChannelHandlerContext context, FullHttpRequest request, String[] segments) throws ModelException {
+        if (segments.length < 2) { // "/" has none
+            return false;
+        }
         boolean isV2 = segments[1].equals("v2");
         if (!isV2 && !segments[1].equals("v1") || segments.length > 2 && !segments[2].equals("models")) {
             return false;
