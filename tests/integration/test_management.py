@@ -62,7 +62,7 @@ def test_scaling_up_under_load_and_down_in_a_pause_of_it_fails_no_request(server
         enough = len(before) + 8
         wait_until(lambda: len(before) >= enough, "answers of two workers")
     # Down only without requests under way: TorchServe ends a worker whatever it is doing, and what it was
-    # collecting or computing may be lost (README, "Operations").
+    # collecting or computing may be lost (docs/operations.md).
     server.scale(1)
     with load(url, smear, clients=4) as after:
         wait_until(lambda: len(after) >= 4, "answers after scaling down")

@@ -36,9 +36,9 @@ def is_ready(management_url):
     return [worker["status"] for worker in model["workers"]] == ["READY"]
 
 
-def readme_curl(project_dir, address):
-    """The first request of the README after `torchserve --start`, to another address."""
-    lines = (project_dir / "README.md").read_text().splitlines()
+def documented_curl(project_dir, address):
+    """The first request of docs/operations.md after `torchserve --start`, to another address."""
+    lines = (project_dir / "docs/operations.md").read_text().splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("torchserve --start"))
     command = next(line for line in lines[start:] if line.startswith("curl "))
     return shlex.split(command.replace("http://127.0.0.1:8080", address))
@@ -65,8 +65,8 @@ def test_torchserve_s_own_command_works_from_the_project_root(archive, project_d
 
     subprocess.run([*torchserve, "--start", *options], stdout=subprocess.DEVNULL, **started)
     try:
-        # At once, as pasted from the README.
-        curl = readme_curl(project_dir, addresses[0])
+        # At once, as pasted from the page.
+        curl = documented_curl(project_dir, addresses[0])
         answer = subprocess.run(curl, cwd=project_dir, capture_output=True, text=True, timeout=240)
         assert len(json.loads(answer.stdout)["detections"]) == 21, answer.stderr
         assert (

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
+README, README_ZH = PROJECT_DIR / "README.md", PROJECT_DIR / "README.zh-CN.md"
 CHANGELOG = PROJECT_DIR / "CHANGELOG.md"  # names commands and files of former versions
 ARCHITECTURE = PROJECT_DIR / "docs/architecture.md"
 DOCUMENTS = [
-    *(PROJECT_DIR / name for name in ("README.md", "CONTRIBUTING.md", "model_store/weights/README.md")),
+    *(PROJECT_DIR / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")),
+    PROJECT_DIR / "model_store/weights/README.md",
     *sorted((PROJECT_DIR / "docs").glob("*.md")),
 ]
 CREATED = (".venv/", "output/", "logs/", "model_store/damoyolo.mar")
@@ -104,6 +106,26 @@ def test_a_file_that_a_document_names_exists(document):
     for name in sorted(named_files(document)):
         found = (PROJECT_DIR / name).exists() if "/" in name else name in file_names()
         assert found, f"{relative(document)} names {name}"
+
+
+def test_the_first_page_is_short_and_its_pictures_are_small():
+    text = README.read_text()
+    assert len(text.split()) <= 1500
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert pictures[0] in "".join(text.splitlines()[:6])
+    for picture in pictures:
+        assert (PROJECT_DIR / picture).stat().st_size < 150_000, picture
+
+
+def test_both_languages_have_the_same_commands_answers_links_and_figures():
+    english, chinese = README.read_text(), README_ZH.read_text()
+    assert fenced_blocks(README, "bash|json") == fenced_blocks(README_ZH, "bash|json")
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in (english, chinese)]
+    assert links[0] - links[1] == {"README.zh-CN.md"}
+    assert links[1] - links[0] == {"README.md"}
+    # Rates, shares, versions, addresses; whole numbers may be words in one of the languages.
+    figures = [sorted(re.findall(r"\d+(?:[.,]\d+)+", text)) for text in (english, chinese)]
+    assert figures[0] == figures[1]
 
 
 def listed_files(tree):

@@ -82,7 +82,7 @@ def open_backend(
 def choose_backend(config: ServingConfig, device: torch.device) -> str:
     """What "auto" stands for: the fastest installed backend that has the requested precision.
 
-    On a CPU that is OpenVINO (README, "Backends"), elsewhere PyTorch.
+    On a CPU that is OpenVINO (docs/backends.md), elsewhere PyTorch.
     """
     if device.type != "cpu" or config.precision in PYTORCH_PRECISIONS:
         return "pytorch"

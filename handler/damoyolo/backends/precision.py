@@ -32,7 +32,7 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     """The precision of PyTorch on `device`; "auto" becomes a concrete one.
 
     "auto" is the fastest one that kept the AP of the demo weights within 0.003 of float32 in our measurements
-    (README, "Precision"): fp16 on CUDA; on a CPU bf16 where the hardware has it, else fp32.
+    (docs/precision.md): fp16 on CUDA; on a CPU bf16 where the hardware has it, else fp32.
 
     Raises:
         ConfigError: the device cannot run it.

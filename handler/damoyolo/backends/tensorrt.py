@@ -1,6 +1,7 @@
 """Run the network as a TensorRT engine (10.x or 11.x), which is checked before it is loaded.
 
-Never run on TensorRT: written against its documented interface and tested with a stand-in for it (README).
+Never run on TensorRT: written against its documented interface and tested with a stand-in for it
+(docs/tensorrt.md).
 """
 
 from __future__ import annotations
