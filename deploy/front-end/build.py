@@ -1,5 +1,7 @@
 """Compile deploy/front-end/src into front-end.jar; equal sources and an equal compiler give equal bytes.
 
+The jar also holds openapi.yaml, as JSON, which the front end answers at /openapi.json.
+
 python deploy/front-end/build.py        needs a JDK (javac 11 or newer) and the package torchserve
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -15,8 +18,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import yaml
+
 FOLDER = Path(__file__).resolve().parent
 SOURCES = FOLDER / "src"
+DESCRIPTION = FOLDER / "openapi.yaml"
 JAR = FOLDER / "front-end.jar"
 SERVICE = "META-INF/services/org.pytorch.serve.servingsdk.ModelServerEndpoint"
 MANIFEST = "META-INF/MANIFEST.MF"
@@ -39,8 +45,8 @@ def javac_version(javac: str) -> str:
 def sources_digest() -> str:
     """Digest of the names and contents of the sources."""
     digest = hashlib.blake2b(digest_size=24)  # a line of a manifest has at most 72 bytes
-    for path in sorted(SOURCES.rglob("*.java")):
-        digest.update(f"{path.relative_to(SOURCES).as_posix()}\n{path.stat().st_size}\n".encode())
+    for path in [*sorted(SOURCES.rglob("*.java")), DESCRIPTION]:
+        digest.update(f"{path.relative_to(FOLDER).as_posix()}\n{path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -76,6 +82,7 @@ def build(target: Path, javac: str) -> None:
         members = {
             MANIFEST: "".join(f"{name}: {value}\r\n" for name, value in manifest.items()).encode(),
             SERVICE: b"damoyolo.frontend.FrontEnd\n",
+            "openapi.json": json.dumps(yaml.safe_load(DESCRIPTION.read_text()), indent=1).encode(),
         }
         for path in sorted(classes.rglob("*.class")):
             members[path.relative_to(classes).as_posix()] = path.read_bytes()

@@ -27,6 +27,8 @@ from damoyolo.inference_answer import (
     format_tensors,
 )
 from damoyolo.memory_budget import MemoryBudget
+from damoyolo.page import CONTENT_TYPE as PAGE_CONTENT_TYPE
+from damoyolo.page import asks_for_page, build_page
 from damoyolo.request import ImageRequest, RequestParser, asks_for_model_card
 from damoyolo.response import CONTENT_TYPES, DrawnFormat, answer_too_large, format_error, is_drawn
 from damoyolo.response_batch import format_json_each, prepare_tables
@@ -76,6 +78,7 @@ class DetectionService:
         self._model_card = model_card
         self._model = model
         self._parser = RequestParser(detector.config)
+        self._page = build_page(detector.config)
         prepare_tables(detector.config.class_names)  # so that no request pays for them
         self._drawing_budget = MemoryBudget(detector.config.max_decode_bytes)  # nothing else decodes then
         self._drawing_pool = ThreadPoolExecutor(thread_name_prefix="draw")
@@ -140,6 +143,8 @@ class DetectionService:
         try:
             if asks_for_model_card(row, headers):
                 return Answer(self._model_card, CONTENT_TYPES["json"])
+            if asks_for_page(row, headers):
+                return Answer(self._page.body, PAGE_CONTENT_TYPE, headers=self._page.headers)
             return self._parser.parse(row, headers)
         except RequestError as error:
             return error

@@ -24,10 +24,12 @@ class FrontProxy:
     """HAProxy with the shipped configuration, on free ports.
 
     folder: gets the certificate, the tokens and the log. server: a ServedModel, or None for one that is down.
+    environment: further variables.
     """
 
-    def __init__(self, project_dir, folder, server):
+    def __init__(self, project_dir, folder, server, **environment):
         self.project_dir, self.folder, self.server = project_dir, folder, server
+        self.environment = environment
         self.port, self.operations_port = free_ports(2)
         self.tokens = {}
 
@@ -74,6 +76,7 @@ class FrontProxy:
             "DAMOYOLO_OPERATIONS": f"127.0.0.1:{self.operations_port}",
             "DAMOYOLO_CERTIFICATE": str(self.folder / "certificate/server.pem"),
             "DAMOYOLO_TOKENS": str(self.folder / "tokens.map"),
+            **self.environment,
         }
 
     def _make_certificate(self):

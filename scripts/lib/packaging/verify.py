@@ -53,7 +53,11 @@ def verify_archive(archive: Path, checkpoint: Checkpoint, class_names: Sequence[
     """
     with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory(prefix="verify-") as name:
         names = opened.namelist()
-        modules = {str(path.relative_to(HANDLER_DIR)) for path in HANDLER_DIR.rglob("*.py")}
+        modules = {
+            str(path.relative_to(HANDLER_DIR))
+            for path in HANDLER_DIR.rglob("*")
+            if path.suffix in (".py", ".html", ".css", ".js")
+        }
         missing = sorted((modules | {WEIGHTS_FILE, SUMS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
         if missing:
             raise ScriptError(f"{archive} lacks {', '.join(missing)}")

@@ -61,6 +61,9 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             if (gate.isInference() && Health.answer(context, request, uri.path())) {
                 return;
             }
+            if (gate.isInference() && Pages.answer(context, request, uri.path())) {
+                return;
+            }
             if (gate.isInference() && ModelMetadata.answer(context, request, segments)) {
                 return;
             }
