@@ -36,7 +36,6 @@ from lib.cli import (
     fraction,
     positive_int,
     positive_number,
-    positive_seconds,
     run_command,
 )
 from lib.paths import SAMPLE_IMAGES
@@ -289,9 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     shares = "open loops at these shares of the best closed loop, say 0.7"
     add("--rate-shares", nargs="+", type=fraction, default=[], metavar="SHARE", help=shares)
     add("--arrivals", choices=["poisson", "uniform"], default="poisson", help="of open loops (%(default)s)")
-    add("--duration", type=positive_seconds, default=10.0, metavar="S", help="of each load (%(default)s)")
-    add("--warm-up", type=positive_seconds, default=2.0, metavar="S", help="before each load (%(default)s)")
-    add("--timeout", type=positive_seconds, default=30.0, metavar="S", help="of each request (%(default)s)")
+    add("--duration", type=positive_number, default=10.0, metavar="S", help="of each load (%(default)s)")
+    add("--warm-up", type=positive_number, default=2.0, metavar="S", help="before each load (%(default)s)")
+    add("--timeout", type=positive_number, default=30.0, metavar="S", help="of each request (%(default)s)")
     processes = "of the load generator (default: a quarter of the cores, at most 4)"
     add("--processes", type=positive_int, default=0, metavar="N", help=processes)
     add("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files (%(default)s)")
