@@ -28,3 +28,12 @@ def test_other_classes_have_the_category_ids_of_the_server_and_no_two_one_id(cla
     ids = default_category_ids(dict(enumerate(class_names)))
     assert tuple(ids.values()) == coco_category_ids(class_names)
     assert len(set(ids.values())) == len(ids)
+
+
+def test_the_client_and_the_handler_have_the_same_file_of_classes(project_dir):
+    one, other = (
+        project_dir / folder / "coco_categories.py"
+        for folder in ("handler/damoyolo", "scripts/damoyolo_client")
+    )
+    assert one.read_bytes() == other.read_bytes()
+    assert not other.is_symlink()
