@@ -1,7 +1,7 @@
 """The classes of COCO, and the category ids that stand for a network's classes in files of COCO's format.
 
-This file is twice in the project, in handler/damoyolo and in scripts/damoyolo_client: each is distributed without
-the other, and a link is no file in a zip archive of the project. A test compares the two.
+This file is in handler/damoyolo and in scripts/damoyolo_client: each is distributed without the other, and a
+link would be lost in a zip archive of the project. A test compares the two.
 """
 
 from __future__ import annotations
