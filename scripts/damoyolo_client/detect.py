@@ -11,8 +11,8 @@ Prints a line for each detection in up to 10 images (in more with --verbose), an
 
 --output writes JSON lines (.jsonl: a line for each image, with the server's answer or the error) or a COCO
 results file (.json). The ids of images and categories in it are those of --coco. Without that, images are
-numbered from 1, category ids are COCO's own if all classes found are COCO's, and otherwise the class id plus 1;
-NAME.images.json lists both.
+numbered from 1, category ids are COCO's own if all classes found are COCO's, otherwise the class id plus 1,
+and NAME.images.json lists both.
 
 Exit code: 0 if all images were answered, 1 if one failed, 2 if it cannot do what was asked, 130 after Ctrl-C
 or SIGTERM; the results so far are written then, too.
