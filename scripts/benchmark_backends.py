@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, command_parser, positive_int, positive_number, run_command
 from lib.measure.backend_rows import LIBRARIES, Machine, reason_not_run, rows_of
 from lib.paths import DEMO_WEIGHTS, SAMPLE_IMAGES
 
@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each row (%(default)s)")
     parser.add_argument(
-        "--slice-s", type=positive_seconds, default=0.3, help="seconds of a turn (%(default)s)"
+        "--slice-s", type=positive_number, default=0.3, help="seconds of a turn (%(default)s)"
     )
     parser.add_argument("--threads", type=positive_int, help="of every backend (PyTorch's default)")
     parser.add_argument(

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, command_parser, positive_int, positive_number, run_command
 from lib.json_file import write_json
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cuDNN's heuristics whose plans are tried: A, B, F for fallback (%(default)s)",
     )
     parser.add_argument(
-        "--budget", type=positive_seconds, default=600.0, help="seconds for all measurements (%(default)s)"
+        "--budget", type=positive_number, default=600.0, help="seconds for all measurements (%(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")

@@ -13,7 +13,8 @@ number of images/s), and --limit-empty, the same server under the same load with
 With --gpus each number of GPUs gets a server of its own, in this order; a number may come several times. Then
 --workers, --concurrency, --rates and --processes are per GPU: two GPUs get twice of each.
 
-Prints a line for each load as it is measured, and then a table of all.
+Prints a line for each load as it is measured, and then a table of all. --jsonl gets its line at once, too,
+without the ratios to what is measured later (the empty handler, one GPU).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,6 @@ from lib.cli import (
     fraction,
     positive_int,
     positive_number,
-    positive_seconds,
     run_command,
 )
 from lib.paths import SAMPLE_IMAGES
@@ -85,7 +85,14 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
     from lib.images import read_images
     from lib.load.worker import Load
-    from lib.measure.served_load import LoadPlan, add_limits, add_scaling, network_rate
+    from lib.measure.served_load import (
+        LoadPlan,
+        add_empty_limit,
+        add_network_limit,
+        add_scaling,
+        network_rate,
+    )
+    from lib.measure.timing import append_json_rows
     from lib.server.gpus import first_gpus
 
     for gpus in arguments.gpus:
@@ -107,21 +114,31 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     if network_per_s == "measure" and setting is not None:
         network_per_s = network_rate(arguments.archive, images, setting.batch_size, arguments.device)
         print(f"network alone: {network_per_s:.1f} images/s at batch {setting.batch_size}", flush=True)
-    rows = [row for gpus in arguments.gpus or [None] for row in _measure(arguments, setting, plan, gpus)]
+    facts = _facts(arguments, load)
+
+    def record(row: Row) -> None:
+        if not arguments.quiet:
+            _report(row)
+        if arguments.jsonl:
+            append_json_rows(arguments.jsonl, [row], facts)
+
+    def measured(row: Row) -> None:
+        add_network_limit(row, network_per_s)
+        record(row)
+
+    rows = [
+        row for gpus in arguments.gpus or [None] for row in _measure(arguments, setting, plan, gpus, measured)
+    ]
     empty_rows: list[Row] = []
     if arguments.limit_empty and setting is not None:
         answer_bytes = round(max(row["mean_answer_bytes"] for row in rows))
         for gpus in sorted(set(arguments.gpus)) or [None]:
-            empty_rows += _measure(arguments, setting, plan, gpus, answer_bytes)
-    for gpus in set(arguments.gpus) or {None}:
-        measured = [row for row in rows if row["gpus"] == gpus]
-        empty = [row for row in empty_rows if row["gpus"] == gpus and not row["errors"]]
-        empty_per_s = {row["connections"]: row["requests_per_s"] for row in empty}
-        add_limits(measured, network_per_s and network_per_s * (gpus or 1), empty_per_s)
+            empty_rows += _measure(arguments, setting, plan, gpus, record, answer_bytes)
+    add_empty_limit(rows, empty_rows)
     if arguments.gpus:
         add_scaling(rows)
         add_scaling(empty_rows)
-    _show(arguments, rows + empty_rows, _facts(arguments, load))
+    _show(rows + empty_rows, facts)
     if arguments.plot:
         _plot(arguments.plot, rows)
 
@@ -131,27 +148,35 @@ def _measure(
     setting: BatchingSetting | None,
     plan: LoadPlan,
     gpus: int | None,
+    measured: Callable[[Row], None],
     empty_answer_bytes: int | None = None,
 ) -> list[Row]:
-    """The rows of one server. setting, plan: for one GPU; None of `gpus` is all, with settings as they are.
+    """The rows of one server; `measured` gets each as it is measured.
 
-    empty_answer_bytes: measure the empty handler with answers of this size instead.
+    setting, plan: for one GPU; None of `gpus` is all, with settings as they are.
+    empty_answer_bytes: measure the empty handler, with answers of this size, under the closed loops instead.
     """
-    from lib.measure.served_load import measure_empty, measure_plan
-    from lib.server.gpus import gpu_environment
+    from lib.measure.served_load import measure_plan
 
     if gpus is not None and setting is not None:
         setting, plan = replace(setting, workers=gpus * setting.workers), plan.for_gpus(gpus)
-    if empty_answer_bytes is not None and setting is not None:
-        with gpu_environment(gpus, mps=False) as environment:
-            rows, batching = measure_empty(arguments.archive, setting, empty_answer_bytes, plan, environment)
-    else:
-        with _served(arguments, setting, gpus) as served:
-            batching = served.batching()
-            rows = measure_plan(served, plan, _say_nothing if arguments.quiet else _report)
-    # "8+8": so many workers on each GPU.
-    placement = "+".join(map(str, batching["workers_per_gpu"].values())) or str(batching["workers"])
-    return [{**row, **batching, "placement": placement, "gpus": gpus} for row in rows]
+    of_empty: Row = {}
+    if empty_answer_bytes is not None:
+        plan = replace(plan, rates_per_s=(), rate_shares=())
+        of_empty = {"mean_batch_size": None}
+    rows: list[Row] = []
+    with _served(arguments, setting, gpus, empty_answer_bytes) as served:
+        batching = served.batching()
+        # "8+8": so many workers on each GPU.
+        placement = "+".join(map(str, batching["workers_per_gpu"].values())) or str(batching["workers"])
+
+        def add(row: Row) -> None:
+            name = row["load"] if empty_answer_bytes is None else f"empty, {row['load']}"
+            rows.append({**row, "load": name, **of_empty, **batching, "placement": placement, "gpus": gpus})
+            measured(rows[-1])
+
+        measure_plan(served, plan, add)
+    return rows
 
 
 def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:
@@ -170,11 +195,14 @@ def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:
 
 @contextlib.contextmanager
 def _served(
-    arguments: argparse.Namespace, setting: BatchingSetting | None, gpus: int | None
+    arguments: argparse.Namespace,
+    setting: BatchingSetting | None,
+    gpus: int | None,
+    empty_answer_bytes: int | None,
 ) -> Iterator[ServedModel]:
     """The server to measure: the running one, or its own."""
     from lib.server.gpus import gpu_environment
-    from lib.server.served_archive import ServedModel, serve_with_setting
+    from lib.server.served_archive import ServedModel, serve_empty, serve_with_setting
 
     if setting is None:
         yield ServedModel(
@@ -185,6 +213,14 @@ def _served(
         )
         return
     on = "" if gpus is None else f", GPUs {gpus}"
+    if empty_answer_bytes is not None:
+        print(f"starting TorchServe with the empty handler, {setting}{on}", flush=True)
+        with (
+            gpu_environment(gpus, mps=False) as environment,
+            serve_empty(arguments.archive, setting, empty_answer_bytes, environment) as served,
+        ):
+            yield served
+        return
     print(f"starting TorchServe with {arguments.archive}, {setting}{on}", flush=True)
     with (
         gpu_environment(gpus, arguments.mps) as environment,
@@ -200,10 +236,6 @@ def _report(row: Row) -> None:
     print(
         f"  {row['load']}: {row['requests_per_s']:.1f}/s, {row['errors']} errors, {latencies} ms", flush=True
     )
-
-
-def _say_nothing(_row: Row) -> None:
-    """In place of `_report`."""
 
 
 def _facts(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
@@ -225,17 +257,15 @@ def _facts(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
     }
 
 
-def _show(arguments: argparse.Namespace, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
-    """Print the table, and append the rows to the file."""
+def _show(rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+    """Print the table."""
     from lib.measure.served_load import warnings_about
-    from lib.measure.timing import append_json_rows, format_table
+    from lib.measure.timing import format_table
 
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(format_table(rows, COLUMNS))
     for warning in warnings_about(rows):
         print(f"note: {warning}")
-    if arguments.jsonl:
-        append_json_rows(arguments.jsonl, rows, facts)
 
 
 def _plot(path: Path, rows: Sequence[Row]) -> None:
@@ -289,9 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     shares = "open loops at these shares of the best closed loop, say 0.7"
     add("--rate-shares", nargs="+", type=fraction, default=[], metavar="SHARE", help=shares)
     add("--arrivals", choices=["poisson", "uniform"], default="poisson", help="of open loops (%(default)s)")
-    add("--duration", type=positive_seconds, default=10.0, metavar="S", help="of each load (%(default)s)")
-    add("--warm-up", type=positive_seconds, default=2.0, metavar="S", help="before each load (%(default)s)")
-    add("--timeout", type=positive_seconds, default=30.0, metavar="S", help="of each request (%(default)s)")
+    add("--duration", type=positive_number, default=10.0, metavar="S", help="of each load (%(default)s)")
+    add("--warm-up", type=positive_number, default=2.0, metavar="S", help="before each load (%(default)s)")
+    add("--timeout", type=positive_number, default=30.0, metavar="S", help="of each request (%(default)s)")
     processes = "of the load generator (default: a quarter of the cores, at most 4)"
     add("--processes", type=positive_int, default=0, metavar="N", help=processes)
     add("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files (%(default)s)")

@@ -31,7 +31,7 @@ from lib.cli import (
     command_parser,
     ended_like_ctrl_c,
     positive_int,
-    positive_seconds,
+    positive_number,
     run_command,
 )
 from lib.paths import MODEL_STORE, PROJECT_DIR, SAMPLE_IMAGES
@@ -161,8 +161,8 @@ def _add_change_options(parser: argparse.ArgumentParser) -> None:
         help="images that a version has to answer correctly; NAME.json beside one lists "
         "[label, x1, y1, x2, y2] of its objects (default: the sample images)",
     )
-    add("--ready-timeout", type=positive_seconds, default=300.0, metavar="S", help="for workers to start")
-    add("--idle-timeout", type=positive_seconds, default=300.0, metavar="S", help="for a version to get idle")
+    add("--ready-timeout", type=positive_number, default=300.0, metavar="S", help="for workers to start")
+    add("--idle-timeout", type=positive_number, default=300.0, metavar="S", help="for a version to get idle")
     add("--discard", action="store_true", help="remove a version that does not get idle; loses its requests")
     add(
         "--server-log",

@@ -34,7 +34,7 @@ from lib.cli import (
     fraction,
     name_list,
     positive_int,
-    positive_seconds,
+    positive_number,
     printable,
     run_command,
 )
@@ -259,7 +259,7 @@ def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--in-flight", type=positive_int, metavar="N", help="concurrent requests (8)")
     server.add_argument(
         "--timeout",
-        type=positive_seconds,
+        type=positive_number,
         default=60.0,
         metavar="S",
         help="longest wait for a response (%(default)s)",

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.cli import ScriptError, add_local_server, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, add_local_server, command_parser, positive_int, positive_number, run_command
 from lib.json_file import write_json
 from lib.paths import PROJECT_DIR
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--good", nargs="+", type=Path, help="neighbours; default: two sample images")
     parser.add_argument("--limit", type=positive_int, help="send the first so many files only")
-    parser.add_argument("--max-seconds", type=positive_seconds, default=10.0, help="default: %(default)s")
+    parser.add_argument("--max-seconds", type=positive_number, default=10.0, help="default: %(default)s")
     parser.add_argument("--max-memory-mb", type=positive_int, default=1500, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every attempt")
     parser.add_argument("--quiet", action="store_true", help="print the table and the summary alone")

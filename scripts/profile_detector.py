@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, command_parser, positive_int, positive_number, run_command
 from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="their device_turns (%(default)s)",
     )
-    add("--timeline-ms", type=positive_seconds, default=60.0, metavar="MS", help="length (%(default)s)")
+    add("--timeline-ms", type=positive_number, default=60.0, metavar="MS", help="length (%(default)s)")
     parser.add_argument(
         "--memory-snapshot",
         type=Path,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import command_parser, positive_int, positive_seconds, run_command
+from lib.cli import command_parser, positive_int, positive_number, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--enable-model-api", action="store_true", help="let the management API register archives")
     add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")
     add("--ready-file", type=Path, metavar="FILE", help="gets the inference address once the server is ready")
-    add("--timeout", type=positive_seconds, default=300.0, metavar="S", help="longest wait for the workers")
+    add("--timeout", type=positive_number, default=300.0, metavar="S", help="longest wait for the workers")
     return parser
 
 

@@ -27,7 +27,6 @@ from lib.cli import (
     fraction,
     positive_int,
     positive_number,
-    positive_seconds,
     run_command,
 )
 from lib.json_file import write_json
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("--archive", type=Path, required=True, help="the archive that the server has loaded")
     add_local_server(parser)
-    parser.add_argument("--minutes", type=positive_seconds, default=30.0, help="default: %(default)s")
+    parser.add_argument("--minutes", type=positive_number, default=30.0, help="default: %(default)s")
     parser.add_argument("--clients", type=positive_int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--requests", type=positive_int, default=200, help="different requests; default: %(default)s"

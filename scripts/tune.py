@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli import ScriptError, command_parser, positive_int, positive_seconds, run_command
+from lib.cli import ScriptError, command_parser, positive_int, positive_number, run_command
 from lib.paths import DEMO_ARCHIVE, HANDLER_DIR, PROJECT_DIR, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
@@ -218,16 +218,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--archive", type=Path, default=DEMO_ARCHIVE, help="the .mar to tune (%(default)s)")
     budget = "the latency budget (%(default)s)"
-    add("--p99-ms", type=positive_seconds, default=100.0, metavar="MS", help=budget)
+    add("--p99-ms", type=positive_number, default=100.0, metavar="MS", help=budget)
     add("--batch-sizes", nargs="+", type=positive_int, default=[1, 2, 4, 8, 16, 32, 64], metavar="N")
     add("--delays", nargs="+", type=positive_int, default=[1, 2, 5, 10, 20], metavar="MS")
     add("--workers", nargs="+", type=positive_int, default=[1, 2, 3, 4], metavar="N")
     add("--device", help="of the sweep (default: cuda where there is one)")
     add("--gpus", nargs="+", type=positive_int, default=[], metavar="N", help="search for N GPUs in turn")
     add("--mps", action="store_true", help="workers share a GPU by NVIDIA MPS")
-    add("--duration", type=positive_seconds, default=5.0, metavar="S", help="of each load (%(default)s)")
-    add("--warm-up", type=positive_seconds, default=1.5, metavar="S", help="before each load (%(default)s)")
-    add("--timeout", type=positive_seconds, default=10.0, metavar="S", help="of each request (%(default)s)")
+    add("--duration", type=positive_number, default=5.0, metavar="S", help="of each load (%(default)s)")
+    add("--warm-up", type=positive_number, default=1.5, metavar="S", help="before each load (%(default)s)")
+    add("--timeout", type=positive_number, default=10.0, metavar="S", help="of each request (%(default)s)")
     add("--images", type=Path, default=SAMPLE_IMAGES, help="folder of JPEG files (%(default)s)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--sweep-only", action="store_true", help="stop after the sweep in this process")

@@ -1,4 +1,8 @@
-"""The classes of COCO, and the category ids that stand for a network's classes in files of COCO's format."""
+"""The classes of COCO, and the category ids that stand for a network's classes in files of COCO's format.
+
+This file is in handler/damoyolo and in scripts/damoyolo_client: each is distributed without the other, and a
+link would be lost in a zip archive of the project. A test compares the two.
+"""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def json_of(response: HttpAnswer) -> Any:
 
 
 def detection_result(response: HttpAnswer) -> dict[str, Any]:
-    """The body as a result: `width`, `height` and `detections`, each with class_id, label,
+    """The body as a result: `width` and `height` in pixels, and `detections`, each with class_id, label,
     score and four box sides.
 
     Raises:
@@ -146,8 +146,9 @@ def detection_result(response: HttpAnswer) -> dict[str, Any]:
     """
     answer = json_of(response)
     found = answer.get("detections") if isinstance(answer, dict) else None
-    if not isinstance(found, list) or not all(map(_is_detection, found)):
-        raise ServerAnswerError(response.status, "", f"the answer holds no detections: {text_of(response)!r}")
+    is_result = isinstance(found, list) and all(map(_is_detection, found))
+    if not is_result or not all(_is_size(answer.get(side)) for side in ("width", "height")):
+        raise ServerAnswerError(response.status, "", f"the answer is no result: {text_of(response)!r}")
     result: dict[str, Any] = answer
     return result
 
@@ -157,10 +158,16 @@ def _is_detection(found: Any) -> bool:
         isinstance(found, dict)
         and isinstance(found.get("label"), str)
         and isinstance(found.get("class_id"), int)
+        and not isinstance(found["class_id"], bool)
+        and found["class_id"] >= 0
         and isinstance(found.get("bbox"), list)
         and len(found["bbox"]) == 4
         and all(_is_finite(number) for number in (found.get("score"), *found["bbox"]))
     )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_NUMBER
 
 
 def _is_finite(value: Any) -> bool:

@@ -33,6 +33,22 @@ class Annotations(NamedTuple):
             raise ClientError(f"{file_name} is {times} among the images of {self.file}")
         return image_id
 
+    def require_images(self, sources: Iterable[Source]) -> None:
+        """Check that each source has an image id of its own.
+
+        Raises:
+            ClientError: one has none, or that of another.
+        """
+        taken: dict[int, Source] = {}
+        for source in sources:
+            image_id = self.image_id(source.file_name())
+            other = taken.setdefault(image_id, source)
+            if other is not source:
+                raise ClientError(
+                    f"{source.name} and {other.name} are both image {image_id} of {self.file}, which goes by "
+                    "file names without folders; send one of them, or each with an --output of its own"
+                )
+
     def category_id(self, label: str) -> int:
         """Raises ClientError: the class is not in it."""
         try:
@@ -62,13 +78,17 @@ def read_annotations(file: Path) -> Annotations:
     return Annotations(file, image_ids, categories)
 
 
-def default_category_id(class_id: int, label: str) -> int:
-    """The category of a class without an annotations file, as the server's coco_category_ids has it.
+def default_category_ids(labels: Mapping[int, str]) -> dict[int, int]:
+    """The categories of classes without an annotations file, by class id.
 
-    The client does not know all classes of the server: a class is taken for COCO's if id and name are.
+    labels: by class id, all that were found. They get COCO's own category ids if each has its place in COCO's
+    list of classes, else the class ids plus 1. So has the server's coco_category_ids for COCO's list and for
+    lists of other classes. It knows all classes of its network, and the client those that were found: the two
+    differ where a network has a part of COCO's list, or the list in another order.
     """
-    is_coco = 0 <= class_id < len(COCO_CLASS_NAMES) and COCO_CLASS_NAMES[class_id] == label
-    return COCO_IDS[class_id] if is_coco else class_id + 1
+    if labels.items() <= set(enumerate(COCO_CLASS_NAMES)):
+        return {class_id: COCO_IDS[class_id] for class_id in labels}
+    return {class_id: class_id + 1 for class_id in labels}
 
 
 class Results:
@@ -80,34 +100,42 @@ class Results:
 
     def __init__(self, annotations: Annotations | None) -> None:
         self._annotations = annotations
-        self._detections: list[dict[str, Any]] = []
+        self._detections: list[dict[str, Any]] = []  # without annotations: class ids in place of category ids
         self._images: list[dict[str, Any]] = []
-        self._categories: dict[int, str] = {}
+        self._labels: dict[int, str] = {}
 
     def add(self, number: int, source: Source, answer: Mapping[str, Any]) -> None:
         """Add what was found in an image, the `number`-th from 1.
 
         Raises:
-            ClientError: the annotations file does not have the image or a class.
+            ClientError: the annotations file does not have the image or a class, or a class id has another
+                label than before; then nothing is added.
         """
         given = self._annotations
         image_id = number if given is None else given.image_id(source.file_name())
+        labels = dict(self._labels)
+        detections = []
+        for found in answer["detections"]:
+            class_id, label = found["class_id"], found["label"]
+            if given is not None:
+                class_id = given.category_id(label)
+            elif labels.setdefault(class_id, label) != label:
+                raise ClientError(f"class {class_id} is {label!r}, but was {labels[class_id]!r} before")
+            detections.append(coco_result(image_id, class_id, found["bbox"], found["score"]))
+        self._labels = labels
+        self._detections += detections
         self._images.append(
             {"id": image_id, "file_name": source.name, "width": answer["width"], "height": answer["height"]}
         )
-        for found in answer["detections"]:
-            label = found["label"]
-            category_id = (
-                default_category_id(found["class_id"], label) if given is None else given.category_id(label)
-            )
-            self._categories[category_id] = label
-            self._detections.append(coco_result(image_id, category_id, found["bbox"], found["score"]))
 
     def write(self, path: Path) -> None:
         """Write the results file; makes its folder."""
-        write_results(path, self._detections)
-        if self._annotations is None:
-            write_index(path, self._images, self._categories)
+        if self._annotations is not None:
+            write_results(path, self._detections)
+            return
+        ids = default_category_ids(self._labels)
+        write_results(path, ({**each, "category_id": ids[each["category_id"]]} for each in self._detections))
+        write_index(path, self._images, {ids[class_id]: label for class_id, label in self._labels.items()})
 
 
 def coco_result(image_id: int, category_id: int, box_xyxy: Sequence[float], score: float) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import io
 import math
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from damoyolo_client.errors import ClientError
@@ -69,6 +71,20 @@ def _prepare_files(arguments: argparse.Namespace) -> None:
         if Path(path).is_dir():
             raise ClientError(f"--{option} is {str(path)!r}, which is a folder; accepted is a file")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, where a command has something to finish."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def printable(text: str) -> str:
@@ -151,14 +167,6 @@ def positive_number(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number above 0")
-    return value
-
-
-def positive_seconds(text: str) -> float:
-    """A finite duration above 0, in seconds."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a number of seconds above 0")
     return value
 
 

@@ -11,22 +11,25 @@ Prints a line for each detection in up to 10 images (in more with --verbose), an
 
 --output writes JSON lines (.jsonl: a line for each image, with the server's answer or the error) or a COCO
 results file (.json). The ids of images and categories in it are those of --coco. Without that, images are
-numbered from 1, categories are COCO's own for its classes and else count from 1, and
-NAME.images.json lists both.
+numbered from 1, category ids are COCO's own if all classes found are COCO's, otherwise the class id plus 1,
+and NAME.images.json lists both.
 
-Exit code: 0 if all images were answered, 1 if one failed, 2 if it cannot do what was asked, 130 after Ctrl-C.
+Exit code: 0 if all images were answered, 1 if one failed, 2 if it cannot do what was asked, 130 after Ctrl-C
+or SIGTERM; the results so far are written then, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,10 +38,11 @@ from damoyolo_client.command_line import (
     add_retry,
     add_url,
     command_parser,
+    ended_like_ctrl_c,
     fraction,
     name_list,
     positive_int,
-    positive_seconds,
+    positive_number,
     printable,
     run_command,
 )
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
 FEW_IMAGES = 10  # whose detections are printed without --verbose
 MAX_FAILURES_SHOWN = 20
+MAX_STEM_BYTES = 200  # file systems take names of 255 bytes
 FORMATS = {".jsonl": "jsonl", ".json": "coco"}
 RENAMED = {"--jsonl": "--output", "--draw": "--output-dir"}
 
@@ -57,7 +62,8 @@ RENAMED = {"--jsonl": "--output", "--draw": "--output-dir"}
 class Writer(Protocol):
     """Takes the outcome of each image."""
 
-    def add(self, source: Source, outcome: Outcome) -> None: ...
+    def add(self, source: Source, outcome: Outcome) -> None:
+        """Raises ClientError: the answer cannot be written, and nothing of it was."""
 
 
 class Summary:
@@ -101,17 +107,22 @@ class Summary:
 
 def drawn_names(images: Sequence[str]) -> list[str]:
     """A file name for the drawn form of each image; no two are equal, none equals an image's own."""
-    taken = set(images)
+    own, counts = set(images), Counter[str]()
     names = []
     for image in images:
-        stem = Path(image).stem
-        name, count = f"{stem}_detections.jpg", 1
-        while name in taken:
-            count += 1
-            name = f"{stem}_detections_{count}.jpg"
-        taken.add(name)
+        stem = _cut(Path(image).stem)
+        name = ""
+        while not name or name in own:
+            counts[stem] += 1
+            name = f"{stem}_detections{f'_{counts[stem]}' if counts[stem] > 1 else ''}.jpg"
         names.append(name)
     return names
+
+
+def _cut(stem: str) -> str:
+    """The beginning of a name that is too long to be made longer."""
+    data = os.fsencode(stem)
+    return stem if len(data) <= MAX_STEM_BYTES else data[:MAX_STEM_BYTES].decode(errors="ignore")
 
 
 def table_lines(image: str, answer: Mapping[str, Any], image_width: int) -> list[str]:
@@ -155,8 +166,7 @@ def _coco_results(path: Path, annotations_file: Path | None, sources: Sequence[S
 
     annotations = None if annotations_file is None else read_annotations(annotations_file)
     if annotations is not None:
-        for source in sources:  # refused before anything is sent
-            annotations.image_id(source.file_name())
+        annotations.require_images(sources)  # refused before anything is sent
     results = Results(annotations)
 
     class Collected:
@@ -181,7 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     kind = _output_kind(arguments)
     sources = find_sources(arguments.images, arguments.recursive)
-    with ExitStack() as stack:
+    with ended_like_ctrl_c(), ExitStack() as stack:
         client = stack.enter_context(
             Client(arguments.url, arguments.model, arguments.timeout, arguments.retry_seconds)
         )
@@ -240,7 +250,7 @@ def _detect(
     summary = Summary(len(sources))
     shown = [printable(source.name) for source in sources]
     width = max(map(len, ("image", *shown)))
-    names = drawn_names([source.file_name() for source in sources])
+    names = drawn_names([source.file_name() for source in sources]) if arguments.output_dir else []
     in_lines = not arguments.quiet and (arguments.verbose or len(sources) <= FEW_IMAGES)
     if in_lines:
         print(f"{'image':{width}}  {'class':16}  {'score':5}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}")
@@ -249,18 +259,31 @@ def _detect(
     shows_bar = False if arguments.quiet and arguments.progress is None else arguments.progress
     with tqdm(total=len(sources), unit="image", disable=None if shows_bar is None else not shows_bar) as bar:
         for outcome in outcomes:
+            file = arguments.output_dir / names[outcome.index] if names else None
+            outcome = _kept(outcome, sources[outcome.index], writer, file)
             summary.add(shown[outcome.index], outcome)
             if in_lines and outcome.answer is not None:
                 # bar.write keeps the bar and the table apart where both go to one terminal.
                 bar.write(
                     "\n".join(table_lines(shown[outcome.index], outcome.answer, width)), file=sys.stdout
                 )
-            if writer is not None:
-                writer.add(sources[outcome.index], outcome)
-            if outcome.drawn is not None:
-                (arguments.output_dir / names[outcome.index]).write_bytes(outcome.drawn)
             bar.update()
     return summary
+
+
+def _kept(outcome: Outcome, source: Source, writer: Writer | None, drawn_file: Path | None) -> Outcome:
+    """Write what came of an image; the outcome, an error if that cannot be written."""
+    if outcome.drawn is not None and drawn_file is not None:
+        try:
+            drawn_file.write_bytes(outcome.drawn)
+        except OSError as error:
+            outcome = replace(outcome, answer=None, error=error)
+    if writer is not None:
+        try:
+            writer.add(source, outcome)
+        except ClientError as error:
+            outcome = replace(outcome, answer=None, error=error)
+    return outcome
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -271,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     add_url(parser)
     add_model(parser)
     add("--in-flight", type=positive_int, default=8, metavar="N", help="concurrent requests (%(default)s)")
-    add("--timeout", type=positive_seconds, default=60.0, metavar="S", help="of each attempt (%(default)s)")
+    add("--timeout", type=positive_number, default=60.0, metavar="S", help="of each attempt (%(default)s)")
     add_retry(parser)
 
     add = parser.add_argument_group("detection (the server's own settings where not given)").add_argument

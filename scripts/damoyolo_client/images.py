@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
 import io
 import os
@@ -9,11 +11,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from damoyolo_client.errors import ClientError
+from damoyolo_client.threads import DaemonThreads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 STDIN = "-"
 MAX_DOWNLOAD_BYTES = 34_000_000  # max_request_size of config.properties: the server takes no more
-DOWNLOAD_S = 60.0
+DOWNLOAD_S = 60.0  # with all redirects
+MAX_REDIRECTS = 5
 SILENCE_S = 10.0  # of a site, while connecting and between any two pieces
 CHUNK_BYTES = 2**18
 
@@ -86,21 +91,57 @@ def _encode_array(pixels: NDArray[np.uint8]) -> bytes:
 def download(address: str) -> bytes:
     """What an address answers, of at most MAX_DOWNLOAD_BYTES and within DOWNLOAD_S seconds.
 
+    Follows up to MAX_REDIRECTS redirects. Proxies of the environment and passwords in ~/.netrc are not used.
+
     Raises:
         ClientError: it answers something else, too much, too slowly, or nothing.
     """
+    # A thread that can be abandoned: no time limit of a socket ends header lines that arrive byte by byte, or
+    # the look-up of a name.
+    with DaemonThreads(1) as threads:
+        downloaded = threads.submit(functools.partial(_download, address, time.monotonic() + DOWNLOAD_S))
+        try:
+            return downloaded.result(DOWNLOAD_S)
+        except futures.TimeoutError:
+            raise ClientError(f"{address} takes longer than {DOWNLOAD_S:g} s") from None
+
+
+def _download(address: str, deadline_s: float) -> bytes:
+    """deadline_s: on the clock of time.monotonic."""
     import requests
+    from requests.adapters import HTTPAdapter
     from urllib3.exceptions import HTTPError
 
-    deadline_s = time.monotonic() + DOWNLOAD_S
+    target = address
     try:
-        with requests.get(address, stream=True, timeout=SILENCE_S) as response:
-            if response.status_code != 200:
-                raise ClientError(f"{address} answers {response.status_code} {response.reason}".rstrip())
-            return _bounded_body(response, address, deadline_s)
+        # The adapter alone: a session reads the bodies of redirects to their end, even if it does not follow.
+        with contextlib.closing(HTTPAdapter()) as adapter:
+            for _ in range(MAX_REDIRECTS + 1):
+                request = requests.Request("GET", target).prepare()
+                with contextlib.closing(adapter.send(request, stream=True, timeout=SILENCE_S)) as response:
+                    if response.status_code == 200:
+                        return _bounded_body(response, address, deadline_s)
+                    if not response.is_redirect:
+                        raise ClientError(
+                            f"{address} answers {response.status_code} {response.reason}".rstrip()
+                        )
+                    target = _redirect_target(target, response.headers["Location"])
     except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: of odd addresses
         cause = error.args[0] if error.args else error
         raise ClientError(f"cannot download {address}: {getattr(cause, 'reason', cause)}") from error
+    raise ClientError(f"cannot download {address}: more than {MAX_REDIRECTS} redirects")
+
+
+def _redirect_target(address: str, location: str) -> str:
+    """Where a Location header leads to.
+
+    Raises:
+        ValueError: to something else than HTTP, or from https to http, where others can read along.
+    """
+    target = urljoin(address, location)
+    if not is_address(target) or (urlsplit(address).scheme, urlsplit(target).scheme) == ("https", "http"):
+        raise ValueError(f"a redirect leads to {target}, which is not followed")
+    return target
 
 
 def _bounded_body(response: requests.Response, address: str, deadline_s: float) -> bytes:
@@ -139,7 +180,11 @@ def find_sources(named: Sequence[str], recursive: bool) -> list[Source]:
 def _read_stdin() -> bytes:
     if sys.stdin.isatty():
         raise ClientError(f"{STDIN} is standard input, which is a terminal; send an image into it")
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ClientError(
+            f"{STDIN} is standard input with more than {MAX_DOWNLOAD_BYTES:,} bytes, the most that is sent"
+        )
     if not data:
         raise ClientError(f"{STDIN} is standard input, which is empty")
     return data

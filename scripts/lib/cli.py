@@ -7,12 +7,9 @@ import what they work with in the function that does the work.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from damoyolo.errors import DamoYoloError
 from damoyolo_client import command_line
@@ -26,11 +23,11 @@ from damoyolo_client.command_line import add_model as add_model
 from damoyolo_client.command_line import add_retry as add_retry
 from damoyolo_client.command_line import add_url as add_url
 from damoyolo_client.command_line import command_parser as command_parser
+from damoyolo_client.command_line import ended_like_ctrl_c as ended_like_ctrl_c
 from damoyolo_client.command_line import fraction as fraction
 from damoyolo_client.command_line import name_list as name_list
 from damoyolo_client.command_line import positive_int as positive_int
 from damoyolo_client.command_line import positive_number as positive_number
-from damoyolo_client.command_line import positive_seconds as positive_seconds
 from damoyolo_client.command_line import printable as printable
 from damoyolo_client.command_line import seconds as seconds
 from damoyolo_client.errors import ClientError
@@ -80,20 +77,6 @@ def _check_common_options(arguments: argparse.Namespace) -> None:
         raise ScriptError(
             f"--plot is {str(plot)!r}; accepted are files that end in {', '.join(PLOT_SUFFIXES)}"
         )
-
-
-@contextlib.contextmanager
-def ended_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, where a command has something to finish."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def add_local_server(parser: argparse.ArgumentParser) -> None:

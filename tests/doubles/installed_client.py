@@ -15,7 +15,9 @@ class InstalledClient:
         source.mkdir()
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(project_dir / name, source)
-        shutil.copytree(project_dir / "scripts/damoyolo_client", source / "scripts/damoyolo_client")
+        # Links stay links, which lead nowhere here: pip unpacks those of a zip archive as text.
+        package = Path("scripts/damoyolo_client")
+        shutil.copytree(project_dir / package, source / package, symlinks=True)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         options = ["--no-index", "--no-build-isolation", "--target", str(self.folder)]
         done = subprocess.run([*pip, *options, str(source)], capture_output=True, text=True, timeout=300)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from lib.archive.members import BatchingSetting
 from lib.load.generator import default_processes, generate_load
 from lib.load.worker import Load
 from lib.server.metrics import CounterWindow, UtilisationSampler
-from lib.server.served_archive import ServedModel, serve_empty
+from lib.server.served_archive import ServedModel
 
 Row = dict[str, Any]
 GENERATOR_BUSY_SHARE = 0.9  # above, the figures are those of the generator
@@ -124,31 +124,28 @@ def _network_rate(archive: Path, images: Sequence[bytes], batch_size: int, devic
         detector.close()
 
 
-def measure_empty(
-    archive: Path,
-    setting: BatchingSetting,
-    answer_bytes: int,
-    plan: LoadPlan,
-    environment: Mapping[str, str] | None = None,
-) -> tuple[list[Row], Row]:
-    """The empty handler under the plan's closed loops: a row for each, and `ServedModel.batching`.
+def add_network_limit(row: Row, network_per_s: float | None) -> None:
+    """Add the rate of the bare network on as many GPUs, and the row's ratio to it.
 
-    answer_bytes: size of its answers.
+    network_per_s: on one GPU.
     """
-    with serve_empty(archive, setting, answer_bytes, environment) as served:
-        batching = served.batching()
-        rows = measure_plan(served, replace(plan, rates_per_s=(), rate_shares=()))
-    return [{**row, "load": f"empty, {row['load']}", "mean_batch_size": None} for row in rows], batching
+    limit = network_per_s * (row["gpus"] or 1) if network_per_s else None
+    row["network_per_s"] = limit
+    row["of_network"] = row["requests_per_s"] / limit if limit else None
 
 
-def add_limits(rows: Sequence[Row], network_per_s: float | None, empty_per_s: Mapping[int, float]) -> None:
-    """Add to each row its ratio to the bare network and to the empty handler at the same concurrency."""
+def add_empty_limit(rows: Sequence[Row], empty_rows: Sequence[Row]) -> None:
+    """Add to each row its ratio to the empty handler with as many GPUs at the same concurrency.
+
+    empty_rows: closed loops; those with errors are no limit.
+    """
+    limits = {
+        (row["gpus"], row["connections"]): row["requests_per_s"] for row in empty_rows if not row["errors"]
+    }
     for row in rows:
-        row["network_per_s"] = network_per_s
-        row["of_network"] = row["requests_per_s"] / network_per_s if network_per_s else None
-        ceiling = empty_per_s.get(row["connections"]) if row["rate_per_s"] is None else None
-        row["empty_per_s"] = ceiling
-        row["of_empty"] = row["requests_per_s"] / ceiling if ceiling else None
+        limit = limits.get((row["gpus"], row["connections"])) if row["rate_per_s"] is None else None
+        row["empty_per_s"] = limit
+        row["of_empty"] = row["requests_per_s"] / limit if limit else None
 
 
 def add_scaling(rows: Sequence[Row]) -> None:

@@ -36,6 +36,20 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(tmp_path, monkeyp
     assert "closed 2" in capsys.readouterr().out
 
 
+def test_a_row_is_in_the_file_before_the_next_load_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
+    rows, written = tmp_path / "rows.jsonl", []
+    rows.touch()
+    monkeypatch.setattr(
+        benchmark_server, "_report", lambda row: written.append(len(rows.read_text().splitlines()))
+    )
+    options = ["--concurrency", "1", "2", "3", "--processes", "1", "--duration", "0.2", "--warm-up", "0.05"]
+    with StandInModel() as model:
+        assert benchmark_server.main([*addresses(model.base_url), *options, "--jsonl", str(rows)]) == 0
+    assert written == [0, 1, 2]
+    assert len(rows.read_text().splitlines()) == 3
+
+
 def test_a_quiet_command_prints_the_table_alone(monkeypatch, capsys):
     monkeypatch.setattr(metrics, "COUNTERS_LAG_S", 0.0)
     options = ["--concurrency", "1", "--processes", "1", "--duration", "0.2", "--warm-up", "0.05"]

@@ -106,6 +106,10 @@ def test_a_413_without_words_names_the_setting():
         client.detect(b"large")
 
 
+def sized(detection):
+    return b'{"width": 4, "height": 3, "detections": [%b]}' % detection
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -113,11 +117,16 @@ def test_a_413_without_words_names_the_setting():
         b"[1, 2]",
         b'{"prediction": 3}',
         b"",
-        b'{"detections": [3]}',
-        b'{"detections": [{"label": {}, "score": 1, "bbox": [1, 2, 3, 4]}]}',
-        b'{"detections": [{"label": "a", "score": NaN, "bbox": [1, 2, 3, 4]}]}',
-        b'{"detections": [{"label": "a", "score": 1, "bbox": [1, 2, 3]}]}',
-        b'{"detections": [{"label": "a", "score": 1, "bbox": [1, 2, 3, 1e999]}]}',
+        sized(b"3"),
+        sized(b'{"label": {}, "class_id": 0, "score": 1, "bbox": [1, 2, 3, 4]}'),
+        sized(b'{"label": "a", "class_id": 0, "score": NaN, "bbox": [1, 2, 3, 4]}'),
+        sized(b'{"label": "a", "class_id": 0, "score": 1, "bbox": [1, 2, 3]}'),
+        sized(b'{"label": "a", "class_id": 0, "score": 1, "bbox": [1, 2, 3, 1e999]}'),
+        sized(b'{"label": "a", "class_id": -1, "score": 1, "bbox": [1, 2, 3, 4]}'),
+        b'{"detections": []}',
+        b'{"width": 4, "detections": []}',
+        b'{"width": 4, "height": 0, "detections": []}',
+        b'{"width": 4, "height": "3", "detections": []}',
         b"[" * 1_000_000,
     ],
 )
@@ -125,7 +134,7 @@ def test_a_200_that_is_no_detection_result_is_an_error(body):
     with (
         StandInServer(lambda asked: Reply(body=body)) as server,
         Client(server.base_url) as client,
-        pytest.raises(ServerAnswerError, match="no detections"),
+        pytest.raises(ServerAnswerError, match="is no result"),
     ):
         client.detect(b"image")
 

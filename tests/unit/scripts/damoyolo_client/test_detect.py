@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from itertools import count
 from pathlib import Path
 
@@ -50,6 +52,33 @@ def test_drawn_images_have_names_of_their_own(slides):
     names = detect.drawn_names([image.name for image in images])
     assert len(set(names)) == 4
     assert not {image.name for image in images} & set(names)
+
+
+def test_the_drawn_names_of_very_many_equal_names_are_found_without_trying_all():
+    names = detect.drawn_names(["image.jpg"] * 50_000)  # minutes if each tries the names of all before it
+    assert len(set(names)) == 50_000
+    assert names[:2] == ["image_detections.jpg", "image_detections_2.jpg"]
+
+
+@pytest.mark.parametrize("name", ["n" * 251, "\N{CJK UNIFIED IDEOGRAPH-56FE}" * 83 + "ab"])
+def test_a_drawn_image_has_a_name_although_its_image_s_is_as_long_as_names_can_be(tmp_path, name):
+    images, drawn = tmp_path / "images", tmp_path / "drawn"
+    images.mkdir()
+    (images / f"{name}.jpg").write_bytes(b"long")
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(images), "--url", server.base_url, "--output-dir", str(drawn)]) == 0
+    (file,) = drawn.iterdir()
+    assert file.read_bytes() == b"drawn long"
+    assert name.startswith(file.name.removesuffix("_detections.jpg"))
+
+
+def test_a_drawn_image_that_cannot_be_written_costs_its_own_image(slides, capsys):
+    drawn = slides.parent / "drawn"
+    (drawn / "a_detections.jpg").mkdir(parents=True)
+    with StandInServer(answer_by_content) as server:
+        assert detect.main([str(slides), "--url", server.base_url, "--output-dir", str(drawn)]) == 1
+    assert "1 of 2 images failed" in capsys.readouterr().err
+    assert (drawn / "b_detections.jpg").exists()
 
 
 def test_the_table_has_a_row_for_each_detection_and_each_empty_image(slides, capsys):
@@ -308,6 +337,92 @@ def test_results_have_the_ids_of_an_annotations_file(slides, capsys):
         assert detect.main([str(slides), *command, "--coco", str(annotations)]) == 2
         assert "c.jpg is not among the images of" in capsys.readouterr().err
         assert len(server.asked) == asked
+
+
+def write_annotations(file, names, categories):
+    images = [{"id": 70 + index, "file_name": name} for index, name in enumerate(names)]
+    file.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+
+
+def test_two_images_of_one_id_are_refused_before_any_is_sent(slides, capsys):
+    annotations = slides / "annotations.json"
+    write_annotations(annotations, ["a.PNG", "b.jpg"], [{"id": 5, "name": "RBC"}])
+    with StandInServer(answer_by_content) as server:
+        command = ["--url", server.base_url, "--output", str(slides / "x.json"), "--coco", str(annotations)]
+        assert detect.main([str(slides), "--recursive", *command]) == 2
+        assert server.asked == []
+    err = capsys.readouterr().err
+    assert f"{slides / 'more/b.jpg'} and {slides / 'b.jpg'} are both image 71 of" in err
+
+
+def test_a_class_that_the_annotations_lack_costs_its_own_image(slides, capsys):
+    annotations, results = slides / "annotations.json", slides / "found.json"
+    write_annotations(annotations, ["a.PNG", "b.jpg"], [{"id": 5, "name": "RBC"}])
+
+    def answer(asked):
+        return found(CELL, {**CELL, "label": "eel"}) if asked.body == b"a.PNG" else found(CELL)
+
+    with StandInServer(answer) as server:
+        command = ["--url", server.base_url, "--output", str(results), "--coco", str(annotations)]
+        assert detect.main([str(slides), *command]) == 1
+    out, err = capsys.readouterr()
+    assert "2 images, 1 failed; 1 detections" in out
+    assert "a.PNG: class 'eel' is not among the categories of" in err
+    assert [each["image_id"] for each in json.loads(results.read_text())] == [71]
+
+
+def test_a_class_id_with_another_label_than_before_costs_its_own_image(slides, capsys):
+    results = slides / "found.json"
+
+    def answer(asked):
+        return found({**CELL, "label": "eel"} if asked.body == b"b.jpg" else CELL)
+
+    with StandInServer(answer) as server:
+        assert detect.main([str(slides), "--url", server.base_url, "--output", str(results)]) == 1
+    assert "b.jpg: class 1 is 'eel', but was 'RBC' before" in capsys.readouterr().err
+    assert [each["image_id"] for each in json.loads(results.read_text())] == [1]
+
+
+def test_an_answer_without_a_size_costs_its_own_image(slides, capsys):
+    def answer(asked):
+        return Reply(body=b'{"detections": []}') if asked.body == b"a.PNG" else found(CELL)
+
+    results = slides / "found.json"
+    with StandInServer(answer) as server:
+        assert detect.main([str(slides), "--url", server.base_url, "--output", str(results)]) == 1
+    assert "1 of 2 images failed" in capsys.readouterr().err
+    assert len(json.loads(results.read_text())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_writes_the_results_so_far(slides, project_dir, number):
+    for index in range(20):
+        (slides / f"{index}.jpg").write_bytes(b"image")
+    results, release, asked = slides / "found.json", threading.Event(), count(1)
+
+    def answer(_asked):
+        if next(asked) > 10:
+            release.wait(60)
+        return found(CELL)
+
+    with StandInServer(answer) as server:
+        command = [str(slides), "--url", server.base_url, "--output", str(results), "--in-flight", "2"]
+        with subprocess.Popen(
+            [sys.executable, "scripts/detect.py", *command, "--verbose"],
+            cwd=project_dir,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            for _ in range(1 + 5):
+                process.stdout.readline()
+            process.send_signal(number)
+            assert process.wait(30) == 130
+            assert process.stderr.read() == "detect: interrupted\n"
+        release.set()
+    assert 5 <= len(json.loads(results.read_text())) <= 10
+    assert len(json.loads((slides / "found.images.json").read_text())["images"]) >= 5
 
 
 def test_the_progress_bar_is_shown_off_a_terminal_only_when_forced(slides, capsys):

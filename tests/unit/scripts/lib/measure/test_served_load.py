@@ -5,7 +5,8 @@ import pytest
 from lib.load.worker import Load
 from lib.measure.served_load import (
     LoadPlan,
-    add_limits,
+    add_empty_limit,
+    add_network_limit,
     add_scaling,
     best_rate,
     measure_plan,
@@ -51,14 +52,19 @@ def test_without_requests_there_is_no_mean_batch_size(served):
 
 
 def test_rows_stand_beside_both_limits_where_these_are_known():
-    closed = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 8}
-    unknown = {"requests_per_s": 90.0, "rate_per_s": None, "connections": 9}
-    opened = {"requests_per_s": 50.0, "rate_per_s": 50.0, "connections": 8}
-    add_limits([closed, unknown, opened], network_per_s=100.0, empty_per_s={8: 900.0})
-    assert [row["of_network"] for row in (closed, unknown, opened)] == [0.9, 0.9, 0.5]
-    assert [row["of_empty"] for row in (closed, unknown, opened)] == [0.1, None, None]
-    add_limits([closed], None, {})
-    assert closed["of_network"] is closed["of_empty"] is None
+    def row(gpus, connections, requests_per_s, rate_per_s=None, errors=0):
+        values = {"requests_per_s": requests_per_s, "rate_per_s": rate_per_s, "errors": errors}
+        return {"gpus": gpus, "connections": connections, **values}
+
+    rows = [row(None, 8, 90.0), row(None, 9, 90.0), row(None, 8, 50.0, rate_per_s=50.0), row(2, 8, 90.0)]
+    for each in rows:
+        add_network_limit(each, 100.0)
+    add_empty_limit(rows, [row(None, 8, 900.0), row(None, 9, 900.0, errors=1), row(2, 8, 1800.0)])
+    assert [each["of_network"] for each in rows] == [0.9, 0.9, 0.5, 0.45]
+    assert [each["of_empty"] for each in rows] == [0.1, None, None, 0.05]
+    add_network_limit(rows[0], None)
+    add_empty_limit(rows, [])
+    assert rows[0]["of_network"] is rows[0]["of_empty"] is None
 
 
 def test_several_gpus_get_the_load_of_one_several_times():
