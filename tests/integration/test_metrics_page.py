@@ -6,6 +6,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
@@ -107,9 +108,13 @@ def test_requests_whose_client_leaves_are_counted_and_spared_the_worker(echo):
         thread.start()
     for thread in threads:
         thread.join()
-    wait_until(lambda: read(echo)["damoyolo_requests_in_flight",] == 0, "the end of both", TIMEOUT_S)
+    fields = {"data": b"x", "sleep": b"1"}
+    grpc_port = int(echo.properties["grpc_inference_port"])
+    with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+        call(grpc_port, "Predictions", predictions_request("echo", fields), timeout_s=0.3)
+    wait_until(lambda: read(echo)["damoyolo_requests_in_flight",] == 0, "the end of all", TIMEOUT_S)
     grown = {key: value - before[key] for key, value in read(echo).items()}
-    assert grown["damoyolo_responses_total", "499"] == 2
+    assert grown["damoyolo_responses_total", "499"] == 3
     assert grown["damoyolo_request_duration_seconds_count",] == grown["damoyolo_responses_total", "200"] == 0
 
 

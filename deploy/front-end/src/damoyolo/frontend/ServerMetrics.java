@@ -22,7 +22,7 @@ final class ServerMetrics extends Collector {
         0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60
     };
     private static final Histogram QUEUE = Histogram.build(
-            "damoyolo_queue_duration_seconds", "Time that a request waited for a worker.")
+            "damoyolo_queue_duration_seconds", "Time until a request was sent to a worker, the wait for the rest of its batch included.")
             .labelNames(MODEL).buckets(BUCKETS_S).register();
     private static final Histogram REQUEST = Histogram.build(
             "damoyolo_request_duration_seconds", "Time from a complete request to its answer; without those that the queue refused.")
