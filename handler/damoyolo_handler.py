@@ -82,13 +82,15 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         manifest = context.manifest["model"]
         version = str(manifest.get("modelVersion", ""))
         card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
+        # As it was registered; the manifest has the name with which the archive was built.
+        name = str(context.model_name)
         self.service = DetectionService(
-            detector, json.dumps(card).encode("ascii"), ModelIdentity(str(context.model_name), version)
+            detector, json.dumps(card).encode("ascii"), ModelIdentity(name, version)
         )
         self.clock = StageClock(device)
         self.server_metrics = context.metrics
         _leave_out_undeclared_times(context.metrics)
-        self.metrics = WorkerMetrics(self._send_metric, (str(manifest["modelName"]), version), device)
+        self.metrics = WorkerMetrics(self._send_metric, (name, version), device)
         # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         read_messages_in_large_pieces()

@@ -6,6 +6,7 @@ Counting never fails a request: whatever goes wrong here is logged once, and the
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from bisect import bisect_left
@@ -39,17 +40,15 @@ class Histogram:
     def take(self) -> list[tuple[str, tuple[str, ...], float]]:
         """Increments of the three counters that make a histogram in Prometheus: suffix, label le, increment.
 
-        The first time all of them, so that the series begin at 0; later those that are not 0. The largest
-        bucket comes first: whoever reads in between sees no bucket with less than a smaller one.
+        The first time all of them, so that the series begin at 0; later those that are not 0.
         """
         below = list(accumulate(self._counts))
         rows: list[tuple[str, tuple[str, ...], float]] = [
             ("_sum", (), self._sum),
             ("_count", (), below[-1]),
-            ("_bucket", ("+Inf",), below[-1]),
         ]
-        for bound, count in zip(reversed(self._bounds), below[-2::-1], strict=True):
-            rows.append(("_bucket", (str(float(bound)),), count))
+        for bound, count in zip((*self._bounds, math.inf), below, strict=True):
+            rows.append(("_bucket", ("+Inf" if bound == math.inf else str(float(bound)),), count))
         taken = [row for row in rows if self._is_new or row[2]]
         self._counts = [0] * len(self._counts)
         self._sum = 0.0

@@ -25,6 +25,8 @@ from damoyolo.structures import Work
 
 INTERVAL_S = 1.0
 MODEL = ("model_name", "model_version")
+# A line for the server separates labels by , : and |. WorkerMetrics.java puts the true name and version back.
+_NOT_SENT = re.compile(r"[^A-Za-z0-9_.+-]")
 _STAGE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
@@ -66,12 +68,11 @@ GAUGES = {
 class WorkerMetrics:
     """The metrics of one worker of a model.
 
-    model: name and version. send: takes one metric to the server.
+    model: name, as it was registered, and version. send: takes one metric to the server.
     """
 
     def __init__(self, send: SendMetric, model: tuple[str, str], device: torch.device) -> None:
-        # A line for the server separates labels by , : and |.
-        self._model = (model[0], re.sub(r"[^\w.+-]", "_", model[1]) or "unknown")
+        self._model = tuple(_NOT_SENT.sub("_", text) or "unknown" for text in model)
         self._device = device
         self._worker_id = read_worker_id(sys.argv)
         buckets = {name: metric.buckets for name, metric in HISTOGRAMS.items()}

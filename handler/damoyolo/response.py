@@ -61,10 +61,14 @@ def format_error(error: RequestError) -> bytes:
 
 def answer_too_large(output_format: OutputFormat, max_bytes: int) -> ImageTooLargeError:
     """The error of an answer of more than `max_bytes`."""
+    advice = (
+        "format jpeg is smaller than png, and json smaller than both"
+        if is_drawn(output_format)
+        else "send fewer images in a request, or ask for fewer detections (max_detections)"
+    )
     return ImageTooLargeError(
         f"the answer as {output_format} has more than {max_bytes} bytes, the most that are sent (settings "
-        "max_response_bytes of the archive and max_response_size of the server); format jpeg is smaller than "
-        "png, and json smaller than both"
+        f"max_response_bytes of the archive and max_response_size of the server); {advice}"
     )
 
 

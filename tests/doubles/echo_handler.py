@@ -10,15 +10,18 @@ import os
 import time
 import zipfile
 
+from ts.metrics.metric_type_enum import MetricTypes
+
 
 class EchoHandler:
     """Answers a request's fields, in base64, and its headers.
 
-    The fields `status`, `error`, `lines`, `sleep` (seconds) and `exit` ask for more.
+    The fields `status`, `error`, `lines`, `sleep` (seconds), `exit` and `metrics` (see `send`) ask for more.
     """
 
     def initialize(self, context):
         logging.getLogger().setLevel(logging.WARNING)  # as the real handler
+        logging.getLogger("ts.metrics.caching_metric").setLevel(logging.INFO)
 
     def handle(self, data, context):
         """One answer for each row, after the longest time that a row asks for."""
@@ -35,6 +38,7 @@ class EchoHandler:
         }
         for number in range(int(bytes(row.get("lines", b"0")))):
             logging.warning("line %d %s", number, "." * 300)
+        self.send(json.loads(bytes(row.get("metrics", b"[]"))), context)
         status = int(bytes(row.get("status", b"200")))
         context.set_response_content_type(index, "application/json")
         if status != 200:
@@ -44,6 +48,11 @@ class EchoHandler:
             error = {"code": status, "type": "EchoError", "message": f"status {status}"}
             return json.dumps(error).encode()
         return json.dumps({"fields": fields, "headers": headers}).encode()
+
+    def send(self, metrics, context):
+        """Increase counters: the name, the values of its labels, and the increment of each."""
+        for name, labels, increment in metrics:
+            context.metrics.get_metric(name, MetricTypes.COUNTER).add_or_update(increment, labels)
 
 
 MODEL_CONFIG = {
@@ -56,13 +65,13 @@ MODEL_CONFIG = {
 }
 
 
-def write_echo_archive(path, name, **model_config):
+def write_echo_archive(path, name, version="1.0", **model_config):
     """Write an archive with this handler, and other settings of the model where they are given."""
     settings = {**MODEL_CONFIG, **model_config}
     manifest = {
         "createdOn": "01/01/2026 00:00:00",
         "runtime": "python",
-        "model": {"modelName": name, "handler": "echo_handler.py", "modelVersion": "1.0"},
+        "model": {"modelName": name, "handler": "echo_handler.py", "modelVersion": version},
         "archiverVersion": "0.12.0",
     }
     manifest["model"]["configFile"] = "model-config.yaml"

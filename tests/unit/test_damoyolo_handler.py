@@ -43,7 +43,7 @@ def service(model_dir, project_dir):
     manifest = {"model": {"modelName": "damoyolo", "configFile": SETTINGS_FILE}}
     handler = DamoYoloHandler()
     threads = torch.get_num_threads()
-    made = Service("damoyolo", str(model_dir), manifest, handler.handle, None, 8, metrics_cache=metrics)
+    made = Service("cells", str(model_dir), manifest, handler.handle, None, 8, metrics_cache=metrics)
     made.set_cl_socket(None)
     made.handler = handler
     with pytest.MonkeyPatch.context() as patch:
@@ -263,7 +263,8 @@ def test_a_batch_is_counted_with_its_stages_images_and_errors(service, project_d
     monkeypatch.setattr(totals, "_send", lambda name, labels, value: sent.update({(name, labels): value}))
     service.predict([wire_request("a", image), wire_request("b", b"broken")])
     totals.flush()
-    model = ("damoyolo", "unknown")
+    # As registered, whatever the archive was built as.
+    model = ("cells", "unknown")
     assert sent["damoyolo_requests_total", model] == 2
     assert sent["damoyolo_images_total", (*model, "cpu")] == 1
     assert sent["damoyolo_detections_total", model] == 21

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from damoyolo.label_text import LabelWriter, text_colour_rgb
 
@@ -58,10 +58,43 @@ def test_all_labels_of_an_image_have_one_font():
 
 @pytest.mark.parametrize(
     ("name", "written"),
-    [("Zelle größer", "Zelle großer"), ("Érythrocyte", "Erythrocyte"), ("細胞 한", "細胞 한"), ("", "")],
+    [
+        ("Zelle größer", "Zelle grosser"),
+        ("Érythrocyte", "Erythrocyte"),
+        ("Öl, œuf, smørbrød", "Ol, oeuf, smorbrod"),
+        ("Łódź, Đakovo, ılık, Þórður", "Lodz, Dakovo, ilik, Thordur"),  # noqa: RUF001
+        ("5–10 µm × 2", "5-10 um x 2"),  # noqa: RUF001
+        ("", ""),
+    ],
 )
-def test_letters_are_written_without_the_accents_that_the_font_lacks(name, written):
+def test_letters_are_written_as_those_that_the_font_has(name, written):
     assert one_label(name, (640, 480))[0] == f"{written} 0.90".lstrip()
+    font = ImageFont.load_default(24)
+    empty_box = bytes(font.getmask("\ue123"))
+    for letter in written:
+        assert bytes(font.getmask(letter)) != empty_box, letter
+
+
+def test_other_scripts_and_symbols_are_kept_though_the_font_lacks_them():
+    assert one_label("細胞 한 €", (640, 480))[0] == "細胞 한 € 0.90"
+
+
+def test_a_very_long_name_takes_no_longer_than_one_that_just_fills_its_room():
+    measured = []
+    real = ImageFont.FreeTypeFont.getbbox
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ImageFont.FreeTypeFont,
+            "getbbox",
+            lambda font, text, *rest: measured.append(len(text)) or real(font, text, *rest),
+        )
+        names = ["abcdefghij" * 500 + str(number) for number in range(50)]
+        LabelWriter(names, ["0.90"], (640, 480))
+        LabelWriter([f"{letter}{'x' * 5000}" for letter in "abcdefgh"], ["0.90"], (640, 480))
+    assert max(measured) <= 65
+    assert len(measured) <= 2 + 2 * (
+        1 + 8
+    )  # the scores, in two sizes, and names that differ in what is shown
 
 
 def test_letters_lie_inside_their_bar_whatever_they_are():

@@ -147,6 +147,7 @@ def test_protocols_share_a_batch_and_each_gets_its_own_answer(services):
 
 def test_tensors_larger_than_the_server_sends_are_refused(services):
     (refused,) = answer(services(max_response_bytes=200), tensors_of(IMAGE))
+    assert "max_detections" in str(refused.error)
     assert refused.error.status == 413
 
 
@@ -233,6 +234,7 @@ def test_an_answer_that_the_server_could_not_send_is_refused(services):
     assert refused.error is not None
     assert refused.error.status == 413
     assert "max_response_bytes" in str(refused.error)
+    assert "json smaller" in str(refused.error)
 
 
 def test_drawn_and_plain_answers_share_a_batch(services):

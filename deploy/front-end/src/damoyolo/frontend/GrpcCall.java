@@ -3,6 +3,7 @@ package damoyolo.frontend;
 import io.grpc.Context;
 import io.grpc.Metadata;
 import java.util.concurrent.atomic.AtomicBoolean;
+import java.util.function.Consumer;
 
 /** One call of the gRPC service for inference: what its job needs, and its place among the open requests. */
 final class GrpcCall {
@@ -33,12 +34,21 @@ final class GrpcCall {
         return reason == null ? otherwise : reason;
     }
 
-    /** The call was answered or cancelled. */
+    /** The call was answered. */
     void end() {
+        end(PendingJob::drop);
+    }
+
+    /** The client is gone. */
+    void cancel() {
+        end(PendingJob::abandon);
+    }
+
+    private void end(Consumer<PendingJob> leave) {
         if (isOpen.compareAndSet(true, false)) {
             Drain.closed(1);
             if (pending != null) {
-                pending.abandon();
+                leave.accept(pending);
             }
         }
     }

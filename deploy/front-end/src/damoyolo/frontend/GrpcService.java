@@ -83,7 +83,7 @@ public final class GrpcService implements BindableService {
             return new SimpleForwardingServerCallListener<Q>(listener) {
                 @Override
                 public void onCancel() {
-                    state.end();
+                    state.cancel();
                     super.onCancel();
                 }
             };

@@ -51,23 +51,37 @@ final class PendingJob {
         return claimed.compareAndSet(false, true) && ALL.remove(this);
     }
 
-    /** Nobody waits for the answer. */
+    /** The client is gone. */
     void abandon() {
-        if (claim()) {
+        if (drop() && isPrediction()) {
+            ServerMetrics.refused(model, ServerMetrics.ABANDONED);
+        }
+    }
+
+    /** The client has an answer of another origin. Returns whether it had none of this job. */
+    boolean drop() {
+        boolean isOpen = claim();
+        if (isOpen) {
             dequeue();
         }
+        return isOpen;
+    }
+
+    /** Others are not measured: a description is written without the network. */
+    private boolean isPrediction() {
+        return model != null && job.getCmd() != WorkerCommands.DESCRIBE;
     }
 
     /** A worker took the job out of the queue. */
     void taken() {
-        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE) {
+        if (isPrediction()) {
             ServerMetrics.waited(model, job.getScheduled() - job.getBegin());
         }
     }
 
     /** Called with the status of any answer that a client gets. */
     void measure(int status) {
-        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE) {
+        if (isPrediction()) {
             ServerMetrics.answered(model, status, System.nanoTime() - job.getBegin());
         }
     }
@@ -75,18 +89,19 @@ final class PendingJob {
     /** Called with the status of an answer of a worker. */
     void answered(int status) {
         measure(status);
-        // A description is written without the network.
-        if (model != null && job.getCmd() != WorkerCommands.DESCRIBE && status >= 200 && status < 300) {
+        if (isPrediction() && status >= 200 && status < 300) {
             ModelHealth.of(model).succeeded();
         }
     }
 
-    /** Counts that the queue did not take the job; why, for the client, or null if that is not known. */
+    /** Claims a job that the queue did not take, and counts it; why, for the client, or null if that is not known. */
     String whyNotQueued() {
         if (model == null) {
             return null;
         }
-        ServerMetrics.refused(model, 503);
+        if (claim() && isPrediction()) {
+            ServerMetrics.refused(model, 503);
+        }
         String reason = whyHopeless(model);
         return reason != null ? reason : "The queue of model \"" + model.getModelName() + "\" is full: "
                 + (model.getPendingRequestsInJobQueue() + model.getJobQueueRemainingCapacity())

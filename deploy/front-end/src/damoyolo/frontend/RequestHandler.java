@@ -74,7 +74,10 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             chain.handleRequest(context, request, uri, segments);
         } catch (Throwable error) { // as TorchServe's handler: also OutOfMemoryError
             ErrorAnswer.send(context, error instanceof ServiceUnavailableException ? explain(error) : error);
-            abandon(); // the error was the answer
+            PendingJob job = pending.get();
+            if (job != null) { // the error was the answer
+                job.drop();
+            }
         }
     }
 
@@ -107,15 +110,11 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
     /** Spares the workers a request whose client is gone. */
     @Override
     public void channelInactive(ChannelHandlerContext context) throws Exception {
-        abandon();
-        super.channelInactive(context);
-    }
-
-    private void abandon() {
         PendingJob job = pending.get();
         if (job != null) {
             job.abandon();
         }
+        super.channelInactive(context);
     }
 
     @Override

@@ -22,16 +22,19 @@ final class ServerMetrics extends Collector {
         0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60
     };
     private static final Histogram QUEUE = Histogram.build(
-            "damoyolo_queue_duration_seconds", "Time that a request waited for a worker.")
+            "damoyolo_queue_duration_seconds", "Time until a request was sent to a worker, the wait for the rest of its batch included.")
             .labelNames(MODEL).buckets(BUCKETS_S).register();
     private static final Histogram REQUEST = Histogram.build(
             "damoyolo_request_duration_seconds", "Time from a complete request to its answer; without those that the queue refused.")
             .labelNames(MODEL).buckets(BUCKETS_S).register();
     private static final Counter RESPONSES = Counter.build(
-            "damoyolo_responses_total", "Answers to predictions by HTTP status, those of the server itself included.")
+            "damoyolo_responses_total", "Answers to requests that were complete and named a model, by HTTP status; 499 for clients that left before. "
+            + "Not those that the server refused before: 400, 404, 408, 413, and 503 while it ends.")
             .labelNames("model_name", "model_version", "code").register();
     /** Series that exist from the start, so that their first growth is seen. */
-    private static final String[] USUAL_CODES = {"200", "400", "415", "422", "500", "503", "504", "507"};
+    private static final String[] USUAL_CODES = {"200", "400", "415", "422", "499", "500", "503", "504", "507"};
+    /** In place of a status, for a client that did not wait for the answer; nginx has the same number in its log. */
+    static final int ABANDONED = 499;
     private static final double NS = 1e-9;
 
     private ServerMetrics() {}
@@ -52,7 +55,7 @@ final class ServerMetrics extends Collector {
         refused(model, code);
     }
 
-    /** A request was answered before it waited. */
+    /** A request was answered before it waited, or not at all. */
     static void refused(Model model, int code) {
         RESPONSES.labels(model.getModelName(), model.getVersion(), Integer.toString(code)).inc();
     }

@@ -4,6 +4,8 @@ import io.prometheus.client.Collector.MetricFamilySamples;
 import io.prometheus.client.Collector.MetricFamilySamples.Sample;
 import io.prometheus.client.Collector.Type;
 import java.util.ArrayList;
+import java.util.Comparator;
+import java.util.HashMap;
 import java.util.HashSet;
 import java.util.LinkedHashMap;
 import java.util.List;
@@ -15,12 +17,15 @@ import org.pytorch.serve.wlm.ModelManager;
 
 /**
  * The metrics that workers report (handler/damoyolo/metrics.py) as Prometheus expects them: a histogram in place of the
- * three counters that TorchServe knows, a text that explains each, no label that is equal everywhere, and no series of
- * versions and workers that are gone.
+ * three counters that TorchServe knows, a text that explains each, no label that is equal everywhere, names and versions
+ * in full, and no series of versions and workers that are gone.
  */
 final class WorkerMetrics {
     private static final String PREFIX = "damoyolo_";
     private static final Pattern PART_OF_HISTOGRAM = Pattern.compile("(damoyolo_\\w+)_(?:bucket|sum|count)");
+    /** In a name or version, as in metrics.py. */
+    private static final Pattern NOT_SENT = Pattern.compile("[^A-Za-z0-9_.+-]");
+    private static final String BOUND = "le";
     /** TorchServe adds it to what workers report; Prometheus has a label `instance` of its own. */
     private static final String HOST = "Hostname";
     private static final Map<String, String> HELP = Map.ofEntries(
@@ -38,15 +43,21 @@ final class WorkerMetrics {
             Map.entry("damoyolo_gpu_memory_used_bytes", "Used memory of the GPU, by whatever process."),
             Map.entry("damoyolo_gpu_memory_capacity_bytes", "Memory of the GPU."));
 
-    private final Set<List<String>> versions = new HashSet<>(); // name, version
+    /** Name and version of each model, by both as workers send them. */
+    private final Map<List<String>, List<String>> models = new HashMap<>();
     private final Set<String> workers = new HashSet<>();
 
     WorkerMetrics() {
         ServerMetrics.forEachModel(model -> {
-            versions.add(List.of(model.getModelName(), model.getVersion()));
+            models.put(List.of(sent(model.getModelName()), sent(model.getVersion())),
+                    List.of(model.getModelName(), model.getVersion()));
             ModelManager.getInstance().getWorkers(model.getModelVersionName())
                     .forEach(worker -> workers.add(worker.getWorkerId()));
         });
+    }
+
+    private static String sent(String text) {
+        return text.isEmpty() ? "unknown" : NOT_SENT.matcher(text).replaceAll("_");
     }
 
     /** The families of the registry, those of other origin unchanged. */
@@ -63,8 +74,47 @@ final class WorkerMetrics {
                 add(arranged, family.name, family.type, family.help, present(family));
             }
         }
-        histograms.forEach((name, samples) -> add(arranged, name, Type.HISTOGRAM, "", samples));
+        histograms.forEach((name, samples) -> add(arranged, name, Type.HISTOGRAM, "", inOrder(samples)));
         return arranged;
+    }
+
+    /**
+     * The samples of a histogram, each with its buckets from small to large. They are read while workers write them:
+     * none of the buckets may have less than a smaller one, and the count is that of the largest.
+     */
+    private static List<Sample> inOrder(List<Sample> samples) {
+        Map<List<String>, List<Sample>> byLabels = new LinkedHashMap<>();
+        for (Sample sample : samples) {
+            List<String> labels = new ArrayList<>(sample.labelValues);
+            int bound = sample.labelNames.indexOf(BOUND);
+            if (bound >= 0) {
+                labels.remove(bound);
+            }
+            byLabels.computeIfAbsent(labels, key -> new ArrayList<>()).add(sample);
+        }
+        List<Sample> ordered = new ArrayList<>();
+        for (List<Sample> histogram : byLabels.values()) {
+            histogram.sort(Comparator.comparingDouble(WorkerMetrics::boundOf)); // _count and _sum come last
+            double most = 0;
+            for (Sample sample : histogram) {
+                if (sample.name.endsWith("_bucket")) {
+                    most = Math.max(most, sample.value);
+                }
+                boolean isSum = sample.name.endsWith("_sum");
+                ordered.add(isSum ? sample : new Sample(sample.name, sample.labelNames, sample.labelValues, most));
+            }
+        }
+        return ordered;
+    }
+
+    /** Of a sample without a bound, one behind all others: Java sorts NaN behind infinity. */
+    private static double boundOf(Sample sample) {
+        int bound = sample.labelNames.indexOf(BOUND);
+        if (bound < 0) {
+            return Double.NaN;
+        }
+        String text = sample.labelValues.get(bound);
+        return text.equals("+Inf") ? Double.POSITIVE_INFINITY : Double.parseDouble(text);
     }
 
     private static void add(List<MetricFamilySamples> to, String name, Type type, String help, List<Sample> samples) {
@@ -86,9 +136,16 @@ final class WorkerMetrics {
             int model = names.indexOf("model_name");
             int version = names.indexOf("model_version");
             int worker = names.indexOf("worker_id");
-            boolean gone = model >= 0 && version >= 0 && !versions.contains(List.of(values.get(model), values.get(version)))
-                    || worker >= 0 && !workers.contains(values.get(worker));
-            if (!gone) {
+            boolean isPresent = worker < 0 || workers.contains(values.get(worker));
+            if (model >= 0 && version >= 0) {
+                List<String> full = models.get(List.of(values.get(model), values.get(version)));
+                isPresent = isPresent && full != null;
+                if (isPresent) {
+                    values.set(model, full.get(0));
+                    values.set(version, full.get(1));
+                }
+            }
+            if (isPresent) {
                 samples.add(new Sample(sample.name, names, values, sample.value));
             }
         }
