@@ -74,9 +74,10 @@ final class RequestGate extends ChannelDuplexHandler {
     public void channelRead(ChannelHandlerContext context, Object message) throws Exception {
         if (message instanceof HttpRequest) {
             hasHeaders = true;
-            hasProtocolErrors = isInference && InferenceProtocol.isAddress(((HttpRequest) message).uri());
+            String path = InferenceProtocol.pathOf(((HttpRequest) message).uri());
+            hasProtocolErrors = isInference && InferenceProtocol.isAddress(path);
             if (refusal == null) {
-                open(context, (HttpRequest) message);
+                open(context, (HttpRequest) message, path);
             }
         }
         boolean isEnd = message instanceof LastHttpContent;
@@ -91,11 +92,11 @@ final class RequestGate extends ChannelDuplexHandler {
         }
     }
 
-    private void open(ChannelHandlerContext context, HttpRequest request) {
+    private void open(ChannelHandlerContext context, HttpRequest request, String path) {
         if (isInference) { // counted before the look, so that the drain sees what was let in
             Drain.opened();
         }
-        if (!isInference || !Drain.isRefusing() || request.uri().startsWith(Health.PREFIX)) {
+        if (!isInference || !Drain.isRefusing() || path.startsWith(Health.PREFIX) || ModelMetadata.isReadiness(path)) {
             open++;
             return;
         }
