@@ -374,6 +374,23 @@ def test_errors_have_the_form_of_their_address_as_it_is_on_the_wire(server, head
     assert (answer.status, set(json.loads(body))) == (status, fields)
 
 
+@pytest.mark.parametrize(("expect", "length"), [("nonsense", 100), ("100-continue", 40_000_000)])
+def test_a_body_after_a_refused_expectation_is_no_request(server, expect, length):
+    """Netty would read it as one, which a proxy has not seen."""
+    address = urlsplit(server.inference_url)
+    head = f"POST /v2/models/damoyolo/infer HTTP/1.1\r\nHost: x\r\nExpect: {expect}\r\n"
+    hidden = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + hidden)
+        received = connection.recv(65536)
+        connection.sendall(hidden)
+        while part := connection.recv(65536):
+            received += part
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert received[9:12] == (b"417" if expect == "nonsense" else b"413")
+    assert b"connection: close" in received.lower()
+
+
 def test_the_port_for_management_has_no_predictions(server):
     for method in ("GET", "POST"):
         address = f"{server.management_url}/v2/models/damoyolo/infer"

@@ -52,7 +52,6 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
         } else if (empty.status().code() == HttpResponseStatus.EXPECTATION_FAILED.code()) {
             answer = ErrorAnswer.closing(empty.status(), "ExpectationFailedException",
                     "The header Expect has a value other than 100-continue.");
-            answer.headers().remove(HttpHeaderNames.CONNECTION); // Netty skips the body and reads on
         } else {
             return empty;
         }
