@@ -81,7 +81,7 @@ class InferenceReader:
         content = row.get("body")
         if len(row) != 1 or not content:
             found = "empty" if not any(row.values()) else "a form"
-            raise MissingImageError(f"the body is {found}; a JSON document is accepted: {_ACCEPTED}")
+            raise MissingImageError(f"the body is {found}; a JSON document is expected; {_ACCEPTED}")
         binary = _NO_BYTES
         if isinstance(content, bytes | bytearray | memoryview):
             body = memoryview(content)

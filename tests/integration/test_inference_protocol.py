@@ -1,9 +1,11 @@
 """The Open Inference Protocol v2 and KServe v1, by clients of Triton and KServe, alone and in batches."""
 
 import base64
+import http.client
 import json
 import re
 import signal
+import socket
 import struct
 import subprocess
 import time
@@ -13,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from damoyolo.inference_answer import OUTPUT_TENSORS
 from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
@@ -73,11 +76,15 @@ def assert_same(tensors, expected, most=None):
     )
     for found in expected:
         own, rows = rows[: len(found)], rows[len(found) :]
+        scores = [score for score, *_ in own]
+        assert scores == sorted(scores, reverse=True)
+        left = list(found)
         for score, class_id, label, box in own:
-            match = min(found, key=lambda each: float(np.abs(np.subtract(each["bbox"], box)).max()))
+            match = min(left, key=lambda each: float(np.abs(np.subtract(each["bbox"], box)).max()))
             assert (match["class_id"], match["label"]) == (class_id, label)
             assert abs(match["score"] - score) <= SCORE_TOLERANCE
             assert float(np.abs(np.subtract(match["bbox"], box)).max()) <= BOX_TOLERANCE_PX
+            left.remove(match)
     assert rows == []
 
 
@@ -258,8 +265,20 @@ def test_binary_data_come_with_the_length_of_the_json_part(server, images, plain
     assert np.frombuffer(answer.content[length:], "<i8").tolist() == [len(found) for found in plain]
 
 
+def batch_counters(server):
+    """How many requests and batches the workers have had."""
+    page = requests.get(f"{server.metrics_url}/metrics", timeout=TIMEOUT_S).text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return [
+        sum(sample.value for sample in samples if sample.name == f"damoyolo_batch_size_{part}")
+        for part in ("sum", "count")
+    ]
+
+
 def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, url, images, plain):
-    """Requests of every form at once, some of which fail; the archive's delay lets them share batches."""
+    """Requests of every form at once, some of which fail; batches hold two of them or more on average."""
+    time.sleep(2.0)  # a worker sends its counters once a second
+    requests_before, batches_before = batch_counters(server)
     corrupt = images[0][:200]
     v1 = f"{server.inference_url}/v1/models/damoyolo:predict"
 
@@ -298,6 +317,10 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
             assert answer.json()["error"].startswith("inputs[0].data[1]: ")
         else:
             assert answer.headers["Content-Type"] == "image/jpeg"
+    wait_until(lambda: batch_counters(server)[0] >= requests_before + len(answers), "the counters", 10.0)
+    batches = batch_counters(server)[1] - batches_before
+    print(f"{len(answers)} requests in {batches:.0f} batches")
+    assert batches <= len(answers) / 2
 
 
 @pytest.mark.parametrize(
@@ -308,6 +331,8 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
         ("POST", "/v2/models/damoyolo", 405),
         ("POST", "/v2", 405),
         ("DELETE", "/v1/models/damoyolo", 405),
+        ("DELETE", "/v1/models/damoyolo:predict", 405),
+        ("GET", "/v1/models/damoyolo:predict", 405),
         ("GET", "/v2/models/unknown", 404),
         ("GET", "/v2/models/damoyolo/versions/7", 404),
         ("GET", "/v2/models/unknown/ready", 404),
@@ -323,9 +348,53 @@ def test_protocols_share_batches_and_each_request_gets_its_own_answer(server, ur
 def test_other_methods_and_addresses_are_refused_in_the_protocols_form(server, method, path, status):
     answer = requests.request(method, server.inference_url + path, timeout=TIMEOUT_S)
     assert answer.status_code == status
-    if path != "/v2":
-        assert set(answer.json()) == {"error"}
-        assert answer.json()["error"]
+    assert error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "fields"),
+    [
+        (b"POST /v2/models/damoyolo/infer", 417, {"error"}),
+        (b"POST /predictions/damoyolo", 417, {"code", "type", "message"}),
+        # requests would send other addresses than these.
+        (b"POST /%76%32/models/unknown/infer", 404, {"error"}),
+        (b"POST /v2/models/%zz/infer", 400, {"error"}),
+        # An address that was not read to its end is not known.
+        (b"POST /v2/models/" + b"a" * 4200 + b"/infer", 400, {"code", "type", "message"}),
+    ],
+)
+def test_errors_have_the_form_of_their_address_as_it_is_on_the_wire(server, head, status, fields):
+    expect = b"Expect: nonsense\r\n" if status == 417 else b""
+    address = urlsplit(server.inference_url)
+    with socket.create_connection((address.hostname, address.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(head + b" HTTP/1.1\r\nHost: x\r\n" + expect + b"Content-Length: 3\r\n\r\nabc")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        body = answer.read()
+    assert (answer.status, set(json.loads(body))) == (status, fields)
+
+
+@pytest.mark.parametrize(("expect", "length"), [("nonsense", 100), ("100-continue", 40_000_000)])
+def test_a_body_after_a_refused_expectation_is_no_request(server, expect, length):
+    """Netty would read it as one, which a proxy has not seen."""
+    address = urlsplit(server.inference_url)
+    head = f"POST /v2/models/damoyolo/infer HTTP/1.1\r\nHost: x\r\nExpect: {expect}\r\n"
+    hidden = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + hidden)
+        received = connection.recv(65536)
+        connection.sendall(hidden)
+        while part := connection.recv(65536):
+            received += part
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert received[9:12] == (b"417" if expect == "nonsense" else b"413")
+    assert b"connection: close" in received.lower()
+
+
+def test_the_port_for_management_has_no_predictions(server):
+    for method in ("GET", "POST"):
+        address = f"{server.management_url}/v2/models/damoyolo/infer"
+        assert requests.request(method, address, timeout=TIMEOUT_S).status_code == 404
 
 
 def test_the_root_is_still_torchserves(server):
@@ -443,6 +512,10 @@ def test_errors_of_the_front_end_have_the_protocols_form_too(project_dir, tmp_pa
             time.sleep(0.5)
             refused = ask(1, 0)
             assert (refused.status_code, error_of(refused)) == (503, "The server is about to end.")
+            for path in ("/v2/models/echo/ready", "/v2/models/echo/versions/1.0/ready", "/v1/models/echo"):
+                answer = requests.get(echo.inference_url + path, timeout=TIMEOUT_S)
+                reason = {"name": "echo", "ready": False, "reason": "the server is about to end"}
+                assert (answer.status_code, answer.json()) == (503, reason)
             assert slow.result().status_code == 200
         echo.java.wait(60.0)
 

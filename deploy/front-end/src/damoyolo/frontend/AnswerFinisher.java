@@ -32,9 +32,8 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
                     && !response.headers().contains(HttpHeaderNames.RETRY_AFTER)) {
                 response.headers().setInt(HttpHeaderNames.RETRY_AFTER, Drain.isDraining() ? RETRY_AFTER_END_S : RETRY_AFTER_S);
             }
-            if (response.status().code() == HttpResponseStatus.REQUEST_ENTITY_TOO_LARGE.code()
-                    && response instanceof FullHttpResponse && !((FullHttpResponse) response).content().isReadable()) {
-                finished = tooLarge((FullHttpResponse) response);
+            if (response instanceof FullHttpResponse && !((FullHttpResponse) response).content().isReadable()) {
+                finished = withBody((FullHttpResponse) response);
             }
             if (response.status().code() >= HttpResponseStatus.BAD_REQUEST.code() && finished instanceof FullHttpResponse
                     && context.pipeline().get(RequestGate.class).hasProtocolErrors()) {
@@ -44,10 +43,18 @@ final class AnswerFinisher extends ChannelOutboundHandlerAdapter {
         context.write(finished, promise);
     }
 
-    /** Netty's answer to a body over the limit, which is empty, with a body like all other errors. */
-    private static FullHttpResponse tooLarge(FullHttpResponse empty) {
-        FullHttpResponse answer = ErrorAnswer.closing(empty.status(), "PayloadTooLargeException", "The request body has more than "
-                + ConfigManager.getInstance().getMaxRequestSize() + " bytes (max_request_size in config.properties).");
+    /** Netty's own errors, which are empty, with a body like all others; other answers stay as they are. */
+    private static FullHttpResponse withBody(FullHttpResponse empty) {
+        FullHttpResponse answer;
+        if (empty.status().code() == HttpResponseStatus.REQUEST_ENTITY_TOO_LARGE.code()) {
+            answer = ErrorAnswer.closing(empty.status(), "PayloadTooLargeException", "The request body has more than "
+                    + ConfigManager.getInstance().getMaxRequestSize() + " bytes (max_request_size in config.properties).");
+        } else if (empty.status().code() == HttpResponseStatus.EXPECTATION_FAILED.code()) {
+            answer = ErrorAnswer.closing(empty.status(), "ExpectationFailedException",
+                    "The header Expect has a value other than 100-continue.");
+        } else {
+            return empty;
+        }
         answer.headers().setAll(empty.headers());
         answer.headers().setInt(HttpHeaderNames.CONTENT_LENGTH, answer.content().readableBytes());
         empty.release();

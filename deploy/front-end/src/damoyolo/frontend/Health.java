@@ -8,7 +8,6 @@ import io.netty.handler.codec.http.HttpResponseStatus;
 import java.util.Map;
 import java.util.TreeMap;
 import java.util.concurrent.CompletableFuture;
-import org.pytorch.serve.http.MethodNotAllowedException;
 import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
@@ -27,9 +26,7 @@ final class Health {
         if (!path.equals(PREFIX + "live") && !path.equals(PREFIX + "ready")) {
             return false;
         }
-        if (!HttpMethod.GET.equals(request.method()) && !HttpMethod.HEAD.equals(request.method())) {
-            throw new MethodNotAllowedException();
-        }
+        InferenceProtocol.requireMethod(request, HttpMethod.GET, HttpMethod.HEAD);
         if (path.endsWith("live")) {
             send(context, "live", failuresOfLiveness(), null);
         } else {

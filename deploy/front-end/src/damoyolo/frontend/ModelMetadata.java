@@ -13,9 +13,9 @@ import java.util.Set;
 import java.util.TreeSet;
 import java.util.concurrent.CompletableFuture;
 import java.util.function.Function;
+import java.util.regex.Pattern;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
-import org.pytorch.serve.http.MethodNotAllowedException;
 import org.pytorch.serve.util.ConfigManager;
 import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.Model;
@@ -35,8 +35,15 @@ final class ModelMetadata {
     /** Of the models with these tensors; what others take and give is not known here. */
     private static final String HANDLER = "damoyolo_handler.py";
     private static final String PLATFORM = "torchserve";
+    private static final Pattern READINESS =
+            Pattern.compile("/v2/models/[^/]+(/versions/[^/]+)?/ready|/v1/models/[^/:]+");
 
     private ModelMetadata() {}
+
+    /** Whether a request of this path asks whether a model is ready. */
+    static boolean isReadiness(String path) {
+        return READINESS.matcher(path).matches();
+    }
 
     /** Answers a question about the server or a model, readiness as Health does; false for other requests. */
     static boolean answer(ChannelHandlerContext context, FullHttpRequest request, String[] segments) throws ModelException {
@@ -84,9 +91,7 @@ final class ModelMetadata {
     }
 
     private static void requireRead(FullHttpRequest request) {
-        if (!HttpMethod.GET.equals(request.method()) && !HttpMethod.HEAD.equals(request.method())) {
-            throw new MethodNotAllowedException();
-        }
+        InferenceProtocol.requireMethod(request, HttpMethod.GET, HttpMethod.HEAD);
     }
 
     private static Model model(String name, String version) throws ModelException {

@@ -20,7 +20,6 @@ import java.util.Locale;
 import java.util.TreeSet;
 import java.util.stream.Collectors;
 import java.util.stream.Stream;
-import org.pytorch.serve.http.MethodNotAllowedException;
 import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.ModelManager;
 
@@ -35,14 +34,12 @@ final class Pages {
 
     /** Answers at these two addresses; false for other requests. */
     static boolean answer(ChannelHandlerContext context, FullHttpRequest request, String path) {
-        boolean isRead = HttpMethod.GET.equals(request.method()) || HttpMethod.HEAD.equals(request.method());
         if (path.equals(DESCRIPTION)) {
-            if (!isRead) {
-                throw new MethodNotAllowedException();
-            }
+            InferenceProtocol.requireMethod(request, HttpMethod.GET, HttpMethod.HEAD);
             NettyUtils.sendJsonResponse(context, Description.TEXT, HttpResponseStatus.OK);
             return true;
         }
+        boolean isRead = HttpMethod.GET.equals(request.method()) || HttpMethod.HEAD.equals(request.method());
         if (!path.equals("/") || !isRead || !acceptsHtml(request.headers())) {
             return false;
         }

@@ -14,7 +14,7 @@ import org.pytorch.serve.http.BadRequestException;
  * last value of a name counts, and it takes precedence over a header.
  */
 final class QueryOptions {
-    private static final Set<String> PATHS_WITHOUT_QUERY = Set.of("predictions", "v1", "v2");
+    private static final Set<String> PATHS_WITHOUT_QUERY = Set.of("predictions", "v1");
     private static final Pattern NAME = Pattern.compile("[A-Za-z0-9_]{1,64}");
     private static final Pattern VALUE = Pattern.compile("\\P{Cntrl}*");
 

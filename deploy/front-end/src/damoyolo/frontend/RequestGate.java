@@ -5,6 +5,7 @@ import io.netty.channel.ChannelFuture;
 import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPromise;
+import io.netty.handler.codec.http.HttpExpectationFailedEvent;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpRequest;
@@ -16,6 +17,7 @@ import io.netty.handler.codec.http.LastHttpContent;
 import io.netty.util.ReferenceCountUtil;
 import java.net.InetSocketAddress;
 import java.net.SocketAddress;
+import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.util.ConfigManager;
 import org.pytorch.serve.util.ConnectorType;
 
@@ -27,11 +29,15 @@ final class RequestGate extends ChannelDuplexHandler {
     private static final SocketAddress INFERENCE =
             ConfigManager.getInstance().getListener(ConnectorType.INFERENCE_CONNECTOR).getSocketAddress();
 
+    /** Within it a client reads the last answer; closing with bytes unread could lose it. */
+    private static final int LINGER_S = 1;
+
     private boolean isInference;
     private int open; // requests that were let in and whose answers are not sent yet
     private boolean receiving;
     private boolean hasHeaders; // of the request that is being received
     private ChannelFuture refusal; // not null: the rest of the request is discarded
+    private boolean isEnded; // what arrives is discarded until the connection is closed
     private boolean hasProtocolErrors; // the last request; the next one follows its answer
 
     @Override
@@ -70,13 +76,29 @@ final class RequestGate extends ChannelDuplexHandler {
         return open > 0;
     }
 
+    /**
+     * Netty reads what follows the headers of a request with an `Expect` that it does not meet (413, 417) as the next
+     * request. A client that sends the body all the same could hide a request in it from a proxy.
+     */
+    @Override
+    public void userEventTriggered(ChannelHandlerContext context, Object event) throws Exception {
+        isEnded = isEnded || event instanceof HttpExpectationFailedEvent;
+        super.userEventTriggered(context, event);
+    }
+
     @Override
     public void channelRead(ChannelHandlerContext context, Object message) throws Exception {
+        if (isEnded) {
+            receiving = false;
+            ReferenceCountUtil.release(message);
+            return;
+        }
         if (message instanceof HttpRequest) {
             hasHeaders = true;
-            hasProtocolErrors = isInference && InferenceProtocol.isAddress(((HttpRequest) message).uri());
+            String path = InferenceProtocol.pathOf(((HttpRequest) message).uri());
+            hasProtocolErrors = isInference && InferenceProtocol.isAddress(path);
             if (refusal == null) {
-                open(context, (HttpRequest) message);
+                open(context, (HttpRequest) message, path);
             }
         }
         boolean isEnd = message instanceof LastHttpContent;
@@ -91,11 +113,11 @@ final class RequestGate extends ChannelDuplexHandler {
         }
     }
 
-    private void open(ChannelHandlerContext context, HttpRequest request) {
+    private void open(ChannelHandlerContext context, HttpRequest request, String path) {
         if (isInference) { // counted before the look, so that the drain sees what was let in
             Drain.opened();
         }
-        if (!isInference || !Drain.isRefusing() || request.uri().startsWith(Health.PREFIX)) {
+        if (!isInference || !Drain.isRefusing() || path.startsWith(Health.PREFIX) || ModelMetadata.isReadiness(path)) {
             open++;
             return;
         }
@@ -114,7 +136,7 @@ final class RequestGate extends ChannelDuplexHandler {
         boolean isInterim = message instanceof HttpResponse
                 && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
         boolean closes = isInference && Drain.isDraining() && open <= 1 && !isInterim;
-        if (closes && message instanceof HttpResponse) {
+        if ((closes || isEnded) && message instanceof HttpResponse) {
             ((HttpResponse) message).headers().set(HttpHeaderNames.CONNECTION, HttpHeaderValues.CLOSE);
         }
         ChannelPromise done = promise;
@@ -123,6 +145,8 @@ final class RequestGate extends ChannelDuplexHandler {
             done.addListener(future -> close(1));
             if (closes) {
                 done.addListener(ChannelFutureListener.CLOSE);
+            } else if (isEnded) {
+                context.executor().schedule(() -> context.close(), LINGER_S, TimeUnit.SECONDS);
             }
         }
         context.write(message, done);

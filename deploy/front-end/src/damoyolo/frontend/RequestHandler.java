@@ -67,7 +67,9 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             if (gate.isInference() && ModelMetadata.answer(context, request, segments)) {
                 return;
             }
-            segments = InferenceProtocol.route(request, segments);
+            if (gate.isInference()) {
+                segments = InferenceProtocol.route(request, segments);
+            }
             Registration.check(request, uri, segments);
             QueryOptions.moveToHeaders(request, uri, segments);
             BodyType.settle(request);
