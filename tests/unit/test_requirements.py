@@ -11,10 +11,14 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def minimums():
-    """The requirements under `dependencies`; read as text, because Python 3.10 has no tomllib."""
+    """The requirements of the client and the server; read as text, because Python 3.10 has no tomllib."""
     text = (PROJECT_DIR / "pyproject.toml").read_text()
-    block = re.search(r"(?ms)^dependencies = \[$(.*?)^\]$", text).group(1)
-    return [Requirement(quoted) for quoted in re.findall(r'^ +"(.+)",$', block, re.MULTILINE)]
+    blocks = [
+        re.search(rf"(?ms)^{name} = \[$(.*?)^\]$", text).group(1) for name in ("dependencies", "server")
+    ]
+    return [
+        Requirement(quoted) for block in blocks for quoted in re.findall(r'^ +"(.+)",$', block, re.MULTILINE)
+    ]
 
 
 def pins(name, python):
