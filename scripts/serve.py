@@ -116,6 +116,7 @@ def _serve(
         workers = describe_model(server.management_url, name)["workers"]
         out.print(f"ready: {name}, {len(workers)} worker(s). Try:")
         out.print(f"  curl --max-time 60 -X POST {server.inference_url}/predictions/{name} -T {SAMPLE_IMAGE}")
+        out.print(f"  or open {server.inference_url}/predictions/{name} in a browser")
     out.print(
         f"management {server.management_url}   metrics {server.metrics_url}/metrics   Ctrl-C ends the server"
     )
