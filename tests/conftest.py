@@ -1,15 +1,14 @@
 """Material that many tests share."""
 
 import os
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    pass
-
 PROJECT_DIR = Path(__file__).resolve().parents[1]
+# A shell lets what it starts in the background ignore Ctrl-C, and every command of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
