@@ -61,18 +61,21 @@ pip_install() { # pip_install ENVIRONMENT FILE: what pip prints goes to ENVIRONM
     [ -z "$failed" ]
 }
 
+is_installed() { # is_installed ENVIRONMENT FILE: the stamp holds the checksum of the pins that were installed.
+    [ "$(cat "$1/${2##*/}.installed" 2>/dev/null)" = "$(sha256sum <"$2")" ]
+}
+
+install_pins() { # install_pins ENVIRONMENT FILE
+    pip_install "$1" "$2" && sha256sum <"$2" >"$1/${2##*/}.installed"
+}
+
 install_environment() {
-    local file stamp wanted java_home
+    local file java_home
     create_environment || return 1
     for file in "$@"; do
-        # Installed once: the stamp holds the checksum of the installed pins.
-        stamp=.venv/$file.installed
-        wanted=$(sha256sum <"$file")
-        if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-            echo "== Installing the pinned packages of $file (some GB with torch: minutes)"
-            pip_install .venv "$file" || return 1
-            echo "$wanted" >"$stamp"
-        fi
+        if is_installed .venv "$file"; then continue; fi
+        echo "== Installing the pinned packages of $file (some GB with torch: minutes)"
+        install_pins .venv "$file" || return 1
     done
     # So that a plain `torchserve` in the activated environment finds the same Java.
     java_home=$(.venv/bin/python scripts/lib/server/java.py) || return 1
@@ -81,27 +84,30 @@ install_environment() {
     fi
 }
 
-setup_clients() { # .venv-clients: other projects' clients, which the tests drive. Their pins exclude some of ours.
-    local requirements=tests/clients/requirements.txt wanted
-    wanted=$(sha256sum <$requirements)
-    if [ "$(cat .venv-clients/installed 2>/dev/null)" != "$wanted" ]; then
-        echo "== Installing the clients of $requirements into .venv-clients"
-        rm -rf .venv-clients
-        .venv/bin/python -m venv .venv-clients || return 1
-        pip_install .venv-clients $requirements || return 1
-        echo "$wanted" >.venv-clients/installed
-    fi
+install_clients() { # .venv-clients: other projects' clients, which the tests drive. Their pins exclude some of ours.
+    local requirements=tests/clients/requirements.txt
+    if is_installed .venv-clients "$requirements"; then return; fi
+    echo "== Installing the clients of $requirements into .venv-clients"
+    rm -rf .venv-clients
+    .venv/bin/python -m venv .venv-clients && install_pins .venv-clients "$requirements"
+}
+
+one_at_a_time() { # Runs a command; another that starts meanwhile in this folder finds the environments complete.
+    (
+        trap 'echo "setup: interrupted" >&2; exit 130' INT
+        if command -v flock >/dev/null; then flock 9; fi
+        "$@"
+    ) 9<.
+}
+
+setup_clients() {
+    one_at_a_time install_clients
 }
 
 setup_environment() {
     if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
         echo "Note: pinned and tested for Linux x86-64; this is $(uname -s) $(uname -m)." >&2
     fi
-    # One at a time in this folder: another that started meanwhile finds the environment complete.
-    (
-        trap 'echo "setup: interrupted" >&2; exit 130' INT
-        if command -v flock >/dev/null; then flock 9; fi
-        install_environment "$@"
-    ) 9<. || return
+    one_at_a_time install_environment "$@" || return
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 }

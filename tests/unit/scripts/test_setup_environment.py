@@ -13,7 +13,7 @@ from doubles.real_server import wait_until
 # Stands for Python: knows the calls that setup_environment.sh makes, and writes down those that take long.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
-    "-m venv") echo venv >>calls; sleep 0.3; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "-m venv") echo venv >>calls; sleep 0.3; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip") echo pip >>calls
         echo "Collecting pinned==1"
         if [ -n "${PIP_FAILS:-}" ]; then echo "ERROR: no such version"; exit 1; fi
@@ -41,8 +41,8 @@ def project(project_dir, tmp_path):
     return tmp_path
 
 
-def start(project, **environment):
-    command = "set -eu; . scripts/setup_environment.sh; setup_environment requirements.txt; command -v python"
+def start(project, then="command -v python", **environment):
+    command = f"set -eu; . scripts/setup_environment.sh; setup_environment requirements.txt; {then}"
     return subprocess.Popen(
         ["bash", "-c", command],
         cwd=project,
@@ -65,6 +65,19 @@ def test_two_that_start_at_once_make_one_environment(project):
         assert process.returncode == 0, err
         assert out.splitlines()[-1] == str(project / ".venv/bin/python")
     assert calls(project) == ["venv", "pip"]
+
+
+def test_two_that_start_at_once_make_one_environment_for_the_clients(project):
+    requirements = project / "tests/clients/requirements.txt"
+    requirements.parent.mkdir(parents=True)
+    requirements.write_text("other==2\n")
+    for count in (2, 1):  # then alone, with other pins
+        for process in [start(project, "setup_clients") for _ in range(count)]:
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+        requirements.write_text("other==3\n")
+    assert calls(project) == ["venv", "pip"] * 3
+    assert (project / ".venv-clients/bin/python").exists()
 
 
 @pytest.mark.parametrize("content", ["bin/keep", "a file", "a dangling link"])
