@@ -28,11 +28,15 @@ PANELS = (
         {"served, 384 clients": 9_058, "served, 768 clients": 9_547, "network alone": 9_979},
         ("served, 384 clients", "served, 768 clients"),
     ),
-    # With two GPUs and with four on different hosts; each beside one GPU of its own host in docs/served.md.
     Panel(
-        "several H100s (an earlier version)",
-        {"1 GPU": 7_193, "2 GPUs": 14_308, "4 GPUs": 28_801},
-        ("1 GPU", "2 GPUs", "4 GPUs"),
+        "several H100s (an earlier version; two and four GPUs on different hosts)",
+        {
+            "1 GPU": 7_193,
+            "2 GPUs of the same host": 14_308,
+            "1 GPU of another host": 7_307,
+            "4 GPUs of that host": 28_801,
+        },
+        ("1 GPU", "2 GPUs of the same host", "1 GPU of another host", "4 GPUs of that host"),
     ),
     Panel(
         "one H200 (version 0.1.0)",
@@ -45,7 +49,7 @@ SERVED, OTHER = "#1f77b4", "#b8c4ce"
 
 def main():
     """Write the picture."""
-    figure, first = new_figure((8, 4.4), rows=len(PANELS))
+    figure, first = new_figure((8, 4.8), rows=len(PANELS))
     axes = [first, *(figure.add_subplot(len(PANELS), 1, row + 1) for row in range(1, len(PANELS)))]
     for panel, ax in zip(PANELS, axes, strict=True):
         names, rates = list(panel.rates), list(panel.rates.values())
