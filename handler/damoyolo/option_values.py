@@ -57,13 +57,7 @@ class OptionReader:
 
     def _max_detections(self, value: Any) -> int:
         limit = self._max_detections_limit
-        number = parse_number(value) if isinstance(value, Text) else value
-        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= limit:
-            raise InvalidOptionError(
-                f"max_detections is {quoted(value)}; a whole number from 1 to {limit} is accepted "
-                "(server setting max_detections_limit)"
-            )
-        return number
+        return whole_number("max_detections", value, 1, limit, " (server setting max_detections_limit)")
 
     def _class_ids(self, value: Any) -> tuple[int, ...]:
         require_short("classes", value)  # a JSON string, too
@@ -112,6 +106,22 @@ def parse_bool(name: str, value: Any) -> bool:
     if not isinstance(truth, bool):
         raise InvalidOptionError(f"{name} is {quoted(value)}; true or false is accepted")
     return truth
+
+
+def whole_number(name: str, value: Any, lowest: int, highest: int, source: str = "") -> int:
+    """A whole number as JSON, or as a `Text`.
+
+    source: for the error, where the limit comes from.
+
+    Raises:
+        InvalidOptionError: anything else, or a number outside the limits.
+    """
+    number = parse_number(value) if isinstance(value, Text) else value
+    if not isinstance(number, int) or isinstance(number, bool) or not lowest <= number <= highest:
+        raise InvalidOptionError(
+            f"{name} is {quoted(value)}; a whole number from {lowest} to {highest} is accepted{source}"
+        )
+    return number
 
 
 def _number_0_to_1(name: str, value: Any) -> float:

@@ -31,7 +31,14 @@ from damoyolo.errors import InvalidOptionError, MissingImageError, RequestError,
 from damoyolo.formats import EncodedImage, begins_like_image
 from damoyolo.inference_answer import TensorRequest
 from damoyolo.inference_request import ADDRESS_HEADER, LENGTH_HEADER, InferenceContent, InferenceReader
-from damoyolo.option_values import DETECTION_OPTIONS, WHITE_SPACE, OptionReader, Text, require_short
+from damoyolo.option_values import (
+    DETECTION_OPTIONS,
+    WHITE_SPACE,
+    OptionReader,
+    Text,
+    require_short,
+    whole_number,
+)
 from damoyolo.request_images import ImageReader
 from damoyolo.response import CONTENT_TYPES, DRAWN_FORMATS, SINGLE_IMAGE_FORMATS, OutputFormat
 from damoyolo.response_formats import MAX_IMAGE_ID
@@ -124,7 +131,7 @@ class RequestParser:
                 f"format is {output_format} for {len(images)} images; {' and '.join(SINGLE_IMAGE_FORMATS)} "
                 f"answer a request of one image only; accepted for several are {several}"
             )
-        image_id = _image_id(values.pop("image_id", 0))
+        image_id = whole_number("image_id", values.pop("image_id", 0), 0, MAX_IMAGE_ID)
         return ImageRequest(images, self._options(values), output_format, batched, image_id)
 
     def _image_field(self, row: Mapping[str, Any], header_texts: Mapping[str, str]) -> str:
@@ -282,15 +289,6 @@ def _output_format(value: Any, accept: str) -> OutputFormat:
         if isinstance(value, str) and value.lower() == name:
             return name
     raise InvalidOptionError(f"format is {quoted(value)}; accepted are {', '.join(CONTENT_TYPES)}")
-
-
-def _image_id(value: Any) -> int:
-    number = parse_number(value) if isinstance(value, Text) else value
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= MAX_IMAGE_ID:
-        raise InvalidOptionError(
-            f"image_id is {quoted(value)}; a whole number from 0 to {MAX_IMAGE_ID} is accepted"
-        )
-    return number
 
 
 def _format_of_accept(accept: str) -> OutputFormat:

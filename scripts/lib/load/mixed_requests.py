@@ -72,9 +72,10 @@ def mixed_requests(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     service = DetectionService(load_detector(archive, device))
+    parser = RequestParser(service.detector.config)
     try:
         return [
-            MixedRequest(body, headers, *_expected(service, row, headers))
+            MixedRequest(body, headers, *_expected(service, parser, row, headers))
             for body, headers, row in _forms(images, count, bad_share, np.random.default_rng(seed))
         ]
     finally:
@@ -82,12 +83,12 @@ def mixed_requests(
 
 
 def _expected(
-    service: DetectionService, row: Mapping[str, Any], headers: Mapping[str, str]
+    service: DetectionService, parser: RequestParser, row: Mapping[str, Any], headers: Mapping[str, str]
 ) -> tuple[Answer, Rules]:
     answer = service.answer([row], [headers])[0]
     if answer.error is not None or answer.content_type != "application/json":
         return answer, DEFAULT_RULES
-    options = RequestParser(service.detector.config).parse(row, headers).options
+    options = parser.parse(row, headers).options
     size = json.loads(answer.body)
     input_height, input_width = service.detector.input_size_hw
     scale = max(1.0, size["width"] / input_width, size["height"] / input_height)

@@ -180,16 +180,22 @@ def test_an_outage_is_forgotten_after_a_pause_longer_than_the_retry_time():
             assert len(server.asked) - before in attempts
 
 
+def silent_until(release):
+    """Answers nobody before the event."""
+
+    def answer(_asked):
+        release.wait(20)
+        return found()
+
+    return answer
+
+
 def test_an_outage_lasts_while_requests_wait_for_a_silent_server():
     """A request that is under way for longer than the retry time is no pause."""
     release = threading.Event()
 
-    def silent(asked):
-        release.wait(20)
-        return found()
-
     with (
-        StandInServer(silent) as server,
+        StandInServer(silent_until(release)) as server,
         Client(server.base_url, timeout_s=0.5, retry_s=0.3, pause_s=0.01) as client,
     ):
         attempts = []
@@ -395,12 +401,8 @@ def test_after_silence_an_image_is_sent_again():
 def test_silence_ends_at_the_time_limit_and_without_retries_at_once():
     release = threading.Event()
 
-    def silent(asked):
-        release.wait(20)
-        return found()
-
     with (
-        StandInServer(silent) as server,
+        StandInServer(silent_until(release)) as server,
         Client(server.base_url, timeout_s=0.2, retry_s=0) as client,
     ):
         start_s = time.monotonic()

@@ -12,6 +12,7 @@ import sun.misc.Signal;
  * drain short, a third one halts the JVM.
  */
 final class Drain {
+    static final String WHY_NOT_READY = "the server is about to end";
     private static final Logger LOGGER = LoggerFactory.getLogger(Drain.class);
     private static final int EXIT_CODE = 128 + 15; // as Java ends on SIGTERM
     private static final long POLL_MS = 20;

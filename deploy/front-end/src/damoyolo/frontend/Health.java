@@ -48,7 +48,7 @@ final class Health {
     private static void answerReady(ChannelHandlerContext context) {
         Map<String, Model> models = models();
         if (Drain.isDraining() || models.isEmpty()) {
-            send(context, "ready", Map.of(), Drain.isDraining() ? "the server is about to end" : "no model is registered");
+            send(context, "ready", Map.of(), Drain.isDraining() ? Drain.WHY_NOT_READY : "no model is registered");
             return;
         }
         Map<String, CompletableFuture<String>> reasons = new TreeMap<>();

@@ -158,7 +158,7 @@ final class ModelMetadata {
 
     private static void answerReady(ChannelHandlerContext context, Model model) {
         CompletableFuture<String> reason = Drain.isDraining()
-                ? CompletableFuture.completedFuture("the server is about to end")
+                ? CompletableFuture.completedFuture(Drain.WHY_NOT_READY)
                 : ModelHealth.of(model).whyNotReady();
         reason.thenAccept(why -> {
             JsonObject answer = new JsonObject();

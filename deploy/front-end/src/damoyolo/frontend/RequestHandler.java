@@ -58,16 +58,11 @@ public final class RequestHandler extends SimpleChannelInboundHandler<FullHttpRe
             }
             QueryStringDecoder uri = new QueryStringDecoder(request.uri());
             String[] segments = segmentsOf(uri);
-            if (gate.isInference() && Health.answer(context, request, uri.path())) {
-                return;
-            }
-            if (gate.isInference() && Pages.answer(context, request, uri.path())) {
-                return;
-            }
-            if (gate.isInference() && ModelMetadata.answer(context, request, segments)) {
-                return;
-            }
             if (gate.isInference()) {
+                if (Health.answer(context, request, uri.path()) || Pages.answer(context, request, uri.path())
+                        || ModelMetadata.answer(context, request, segments)) {
+                    return;
+                }
                 segments = InferenceProtocol.route(request, segments);
             }
             Registration.check(request, uri, segments);
