@@ -39,7 +39,7 @@ show_progress() { # Reads what pip prints; says how far it is: on a terminal in 
         code=0; IFS= read -r -t "$pause" line || code=$?
         if [ "$code" -gt 0 ] && [ "$code" -le 128 ]; then break; fi # the end; above 128: nothing for so long
         case $line in
-            "Collecting "*) packages=$((packages + 1)) ;;
+            "Collecting "* | "Processing "*) packages=$((packages + 1)) ;;
             "Installing collected packages"*) doing=installing ;;
         esac
         if [ $((SECONDS - shown)) -ge "$pause" ]; then
@@ -56,7 +56,7 @@ pip_install() { # pip_install ENVIRONMENT FILE: what pip prints goes to ENVIRONM
         "$1/bin/python" -m pip install --progress-bar off --disable-pip-version-check --no-input -r "$2" 2>&1 |
             tee "$log" | show_progress) || failed=yes
     if [ -n "$failed" ]; then
-        grep -vE '^ *(Collecting|Downloading|Using cached|Ignoring|Requirement already)' "$log" >&2
+        grep -vE '^ *(Collecting|Processing|Downloading|Using cached|Ignoring|Requirement already)' "$log" >&2
     fi
     [ -z "$failed" ]
 }
