@@ -1,4 +1,4 @@
-"""What clients see when one of three hosts fails: real servers with addresses of their own behind deploy/balancer."""
+"""What clients see when one of three hosts fails: real servers with own addresses behind deploy/balancer."""
 
 import contextlib
 import signal
@@ -69,7 +69,7 @@ def table():
     rows = []
     yield rows
     print(
-        "\n\n| event | requests | lost | longest answer before, during (s) | stopped sending after (s) | back (s) |"
+        "\n\n| event | requests | lost | longest answer before, during | stopped sending after | back (s) |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows:
