@@ -1,0 +1,166 @@
+"""What deploy/balancer sends again, to whom, and what it does not: HAProxy before stand-ins for the hosts."""
+
+import json
+import threading
+
+import pytest
+
+from doubles.balancer import Balancer
+from doubles.front_proxy import HAPROXY
+from doubles.real_server import wait_until
+from doubles.stand_in_server import Reply, StandInServer, failed, found
+
+pytestmark = pytest.mark.skipif(
+    HAPROXY is None, reason="haproxy is not installed (Debian: apt install haproxy)"
+)
+
+MODEL = "/predictions/damoyolo"
+REQUESTS = 8
+# tune.bufsize of balancer.cfg; HAProxy keeps 1,024 bytes of it free, and the head needs some.
+BUFFER_BYTES = 262_144
+SPARE_BYTES = 4_096
+
+
+class StandInHost(StandInServer):
+    """A host that is ready or not, and answers images with `reply`."""
+
+    def __init__(self, reply=None):
+        super().__init__(self._host_answer)
+        self.reply = reply or found()
+        self.ready = True
+        self.held = threading.Event()
+        self.held.set()
+
+    def _host_answer(self, asked):
+        if asked.method == "GET":
+            return Reply(200 if self.ready else 503)
+        self.held.wait(30.0)
+        return self.reply
+
+    def images(self):
+        """How many it was sent."""
+        return sum(asked.method == "POST" for asked in self.asked)
+
+
+@pytest.fixture
+def hosts():
+    with StandInHost() as first, StandInHost() as second:
+        yield first, second
+
+
+@pytest.fixture
+def balancer(hosts, project_dir, tmp_path):
+    addresses = {host.base_url: host.base_url.removeprefix("http://") for host in hosts}
+    named = dict(zip("ab", addresses.values(), strict=True))
+    with Balancer(project_dir, tmp_path, named).running() as front:
+        # A new HAProxy takes its hosts for usable at once; after the first checks it knows.
+        wait_until(lambda: is_checked(front), "the first checks", 10.0)
+        yield front
+
+
+def is_checked(front):
+    return all(row["check_status"].startswith("L7") for row in front.states().values())
+
+
+def statuses(balancer, body=b"image"):
+    return [balancer.request("POST", MODEL, body)[0] for _ in range(REQUESTS)]
+
+
+def test_haproxy_accepts_the_configuration_without_a_warning(project_dir, tmp_path):
+    checked = Balancer(project_dir, tmp_path, {"a": "127.0.0.1:9"}).check()
+    assert checked.returncode == 0, checked.stderr
+    assert "WARNING" not in checked.stderr
+
+
+def test_the_example_of_the_hosts_is_accepted(project_dir, tmp_path, monkeypatch):
+    front = Balancer(project_dir, tmp_path, {})
+    example = str(project_dir / "deploy/balancer/hosts.cfg")
+    files = [*front._files()[:-1], example]
+    monkeypatch.setattr(front, "_files", lambda: files)
+    assert front.check().returncode == 0
+
+
+def test_requests_go_to_all_hosts_and_need_a_token(balancer, hosts):
+    assert statuses(balancer) == [200] * REQUESTS
+    assert [host.images() for host in hosts] == [REQUESTS // 2] * 2
+    assert balancer.request("POST", MODEL, b"image", token=None)[0] == 401
+    assert balancer.request("GET", "/metrics")[0] == 404
+
+
+def test_operations_see_the_metrics_of_the_balancer_and_no_management(balancer):
+    port = balancer.operations_port
+    status, _, page = balancer.request("GET", "/metrics", token="operations", port=port)
+    assert (status, b"haproxy_server_status" in page) == (200, True)
+    assert balancer.request("GET", "/models", token="operations", port=port)[0] == 404
+
+
+@pytest.mark.parametrize("reply", [failed(503, "Unavailable", "full"), Reply(drop=True)], ids=["503", "drop"])
+def test_what_a_host_refuses_or_drops_is_answered_by_another(balancer, hosts, reply):
+    bad, good = hosts
+    bad.reply = reply
+    assert statuses(balancer, bytes(BUFFER_BYTES - SPARE_BYTES)) == [200] * REQUESTS
+    assert bad.images() > 0
+    assert good.images() == REQUESTS
+    log = balancer.log.read_text()
+    assert " host b retries +1" in log  # the plus: another host
+
+
+def test_a_body_beyond_the_buffer_is_not_sent_again(balancer, hosts):
+    bad, good = hosts
+    bad.reply = Reply(drop=True)
+    answers = [balancer.request("POST", MODEL, bytes(BUFFER_BYTES + 1)) for _ in range(REQUESTS)]
+    lost = [answer for answer in answers if answer[0] != 200]
+    assert len(lost) == bad.images() > 0
+    assert good.images() == REQUESTS - len(lost)
+    for status, headers, body in lost:
+        assert (status, json.loads(body)["code"], headers["Retry-After"]) == (502, 502, "2")
+
+
+def test_an_error_of_an_image_is_not_tried_on_another_host(balancer, hosts):
+    for host in hosts:
+        host.reply = failed(507, "InternalServerException", "Worker died.")
+    assert statuses(balancer) == [507] * REQUESTS
+    assert sum(host.images() for host in hosts) == REQUESTS
+
+
+def test_a_host_that_nobody_listens_on_costs_no_request_whatever_its_size(balancer, hosts):
+    gone, _ = hosts
+    gone.__exit__()
+    assert statuses(balancer, bytes(10 * BUFFER_BYTES)) == [200] * REQUESTS
+    wait_until(lambda: balancer.usable() == {"b"}, "the balancer noticing", 10.0)
+
+
+def test_a_host_that_is_not_ready_gets_nothing_new_and_finishes_what_it_has(balancer, hosts):
+    draining, other = hosts
+    draining.held.clear()
+    other.held.clear()
+    answers = []
+    sent = [
+        threading.Thread(target=lambda: answers.append(balancer.request("POST", MODEL, b"image")[0]))
+        for _ in range(2)
+    ]
+    for each in sent:
+        each.start()
+    wait_until(lambda: draining.images() == other.images() == 1, "a request for each", 10.0)
+    other.held.set()
+    draining.ready = False
+    wait_until(lambda: balancer.usable() == {"b"}, "the balancer noticing", 10.0)
+    assert statuses(balancer) == [200] * REQUESTS
+    assert draining.images() == 1
+    draining.held.set()
+    for each in sent:
+        each.join(30.0)
+    assert answers == [200, 200]
+    draining.ready = True
+    wait_until(lambda: balancer.usable() == {"a", "b"}, "the host being used again", 10.0)
+
+
+def test_while_no_host_is_ready_clients_are_told_to_come_back(balancer, hosts):
+    for host in hosts:
+        host.ready = False
+    wait_until(lambda: not balancer.usable(), "the balancer noticing", 10.0)
+    assert balancer.request("GET", "/v2/health/ready", token=None)[0] == 503
+    status, headers, _ = balancer.request("POST", MODEL, b"image")
+    assert (status, headers["Retry-After"]) == (503, "2")
+    hosts[0].ready = True
+    wait_until(lambda: balancer.request("POST", MODEL, b"image")[0] == 200, "an answer", 10.0)
