@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -110,6 +111,8 @@ class Client:
     timeout_s: longest silence of the server in one attempt.
     retry_s: how long an image is sent again after such failures (retry.py); 0 for a single attempt.
     pause_s: the first pause between attempts.
+    token: sent with each request, for a server behind deploy/production.
+    ca_file: authority of the server's certificate, PEM; None takes those that certifi knows.
 
     repeated: how many requests were sent again so far.
     """
@@ -121,6 +124,8 @@ class Client:
         timeout_s: float = 60.0,
         retry_s: float = DEFAULT_RETRY_S,
         pause_s: float = FIRST_PAUSE_S,
+        token: str | None = None,
+        ca_file: str | Path | None = None,
     ) -> None:
         self._host_port = _host_and_port(url)
         self.url = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}"
@@ -135,8 +140,9 @@ class Client:
             maxsize=MAX_CONNECTIONS,
             retries=False,
             timeout=urllib3.Timeout(connect=self._connect_s, read=timeout_s),
-            ca_certs=certifi.where(),
+            ca_certs=certifi.where() if ca_file is None else str(ca_file),
         )
+        self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def __enter__(self) -> Client:
         return self
@@ -250,6 +256,7 @@ class Client:
             **(options or RequestOptions()).headers(),
             "X-Detect-Format": output_format,
             "Content-Type": "application/octet-stream",
+            **self._authorization,
         }
         attempts = Attempts(self.retry_s, self._outage, cancelled or threading.Event(), self.pause_s)
         while True:

@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 
 from doubles.front_proxy import TIMEOUT_S, FrontProxy
+from doubles.real_server import wait_until
 
 
 class Balancer(FrontProxy):
@@ -23,6 +24,13 @@ class Balancer(FrontProxy):
             project_dir, folder, None, DAMOYOLO_BALANCER="1", DAMOYOLO_SOCKET=str(self.socket), **environment
         )
         self.hosts = hosts
+
+    @contextlib.contextmanager
+    def running(self):
+        """HAProxy inside the context, with its socket."""
+        with super().running():
+            wait_until(self.socket.exists, "the stats socket", 10.0)
+            yield self
 
     def _files(self):
         listed = self.folder / "hosts.cfg"

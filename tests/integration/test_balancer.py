@@ -5,6 +5,8 @@ import threading
 
 import pytest
 
+from damoyolo_client.answers import ServerAnswerError
+from damoyolo_client.client import Client
 from doubles.balancer import Balancer
 from doubles.front_proxy import HAPROXY
 from doubles.real_server import wait_until
@@ -121,6 +123,29 @@ def test_an_error_of_an_image_is_not_tried_on_another_host(balancer, hosts):
         host.reply = failed(507, "InternalServerException", "Worker died.")
     assert statuses(balancer) == [507] * REQUESTS
     assert sum(host.images() for host in hosts) == REQUESTS
+
+
+def test_only_an_unexpected_failure_is_hidden(balancer, hosts):
+    """The client sends an image again whose worker died, and has to read so."""
+    for message, shown in (("Worker died.", "Worker died."), ("java.lang.Secret", "the server failed")):
+        for host in hosts:
+            host.reply = failed(500, "InternalServerException", message)
+        status, _, body = balancer.request("POST", MODEL, b"image")
+        assert (status, json.loads(body)["message"].startswith(shown)) == (500, True)
+
+
+def test_the_client_of_this_project_sends_again_what_the_balancer_cannot(balancer, hosts):
+    """Images beyond the buffer whose host drops them: 502, and the client tries again."""
+    bad, _ = hosts
+    bad.reply = Reply(drop=True)
+    url = f"https://127.0.0.1:{balancer.port}"
+    trust = {"token": balancer.tokens["inference"], "ca_file": balancer.folder / "certificate/ca.pem"}
+    with Client(url, pause_s=0.01, **trust) as client:
+        outcomes = list(client.detect_many([bytes(BUFFER_BYTES + 1)] * REQUESTS, in_flight=2))
+        assert [outcome.error for outcome in outcomes] == [None] * REQUESTS
+        assert client.repeated == bad.images() > 0
+    with Client(url, **{**trust, "token": "wrong"}) as client, pytest.raises(ServerAnswerError, match="401"):
+        client.detect(b"image")
 
 
 def test_a_host_that_nobody_listens_on_costs_no_request_whatever_its_size(balancer, hosts):
