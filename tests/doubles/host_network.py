@@ -88,13 +88,6 @@ class Host:
 
         wait_until(is_ready, f"{self.name} being ready")
 
-    def drain(self):
-        """End the server as an operator does; its exit code and the seconds that it took."""
-        started = time.monotonic()
-        self.serve.send_signal(signal.SIGTERM)
-        code = self.serve.wait(120)
-        return code, time.monotonic() - started
-
     def processes(self):
         """Process ids of all that runs on it."""
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
@@ -121,6 +114,17 @@ class Host:
     def plug_in(self):
         """The end of `cut_off`."""
         ip("link", "set", self.cable, "up")
+
+    @contextlib.contextmanager
+    def on_a_slow_cable(self, rate):
+        """What is sent to it passes at this rate, as `tc` writes it, inside the context."""
+        device = ["dev", self.cable, "root"]
+        tbf = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
+        subprocess.run(["tc", "qdisc", "add", *device, *tbf], check=True, capture_output=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["tc", "qdisc", "del", *device], check=True, capture_output=True)
 
     @contextlib.contextmanager
     def slowed(self, run_s, stop_s):
