@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import io
+import re
+import signal
 import socket
 import threading
 import time
@@ -38,6 +40,19 @@ class Balancer(FrontProxy):
         listed.write_text("".join(["backend torchserve from balanced\n", *lines]))
         shipped = self.project_dir / "deploy/balancer/balancer.cfg"
         return [*super()._files(), "-f", str(shipped), "-f", str(listed)]
+
+    def reload(self):
+        """Let HAProxy read its files again, `hosts` among them."""
+        self._files()
+        before = self.worker()
+        self.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: self.worker() != before, "the new worker", 20.0)
+
+    def worker(self):
+        """Process id of the worker that takes new connections; None while it changes."""
+        with contextlib.suppress(OSError):
+            found = re.search(r"(?m)^Pid: (\d+)$", self.ask("show info"))
+            return int(found[1]) if found else None
 
     def ask(self, command):
         """What the stats socket answers."""

@@ -40,8 +40,9 @@ class FrontProxy:
         self._make_tokens()
         log = self.log = self.folder / "haproxy.log"
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [HAPROXY, "-db", *self._files()], env=self._environment(), stdout=output, stderr=output
+            # A master and a worker, as in production.
+            process = self.process = subprocess.Popen(
+                [HAPROXY, "-W", *self._files()], env=self._environment(), stdout=output, stderr=output
             )
         try:
             wait_until(lambda: is_listening(self.port) or process.poll() is not None, "HAProxy", 20.0)

@@ -11,6 +11,7 @@ from doubles.balancer import Balancer
 from doubles.front_proxy import HAPROXY
 from doubles.real_server import wait_until
 from doubles.stand_in_server import Reply, StandInServer, failed, found
+from doubles.steady_load import SteadyLoad
 
 pytestmark = pytest.mark.skipif(
     HAPROXY is None, reason="haproxy is not installed (Debian: apt install haproxy)"
@@ -178,6 +179,25 @@ def test_a_host_that_is_not_ready_gets_nothing_new_and_finishes_what_it_has(bala
     assert answers == [200, 200]
     draining.ready = True
     wait_until(lambda: balancer.usable() == {"a", "b"}, "the host being used again", 10.0)
+
+
+def test_a_reload_with_another_host_costs_no_request(balancer, hosts):
+    """Clients with and without a pause: on idle connections and on busy ones."""
+    url = f"https://127.0.0.1:{balancer.port}{MODEL}"
+    trust = {
+        "verify": str(balancer.folder / "certificate/ca.pem"),
+        "headers": balancer.headers("inference"),
+    }
+    with StandInHost() as third:
+        busy = SteadyLoad(url, b"image", 2, 0.0, **trust)
+        idle = SteadyLoad(url, b"image", 4, 0.1, **trust)
+        with busy, idle:
+            wait_until(lambda: idle.answered() > 8, "the load", 10.0)
+            balancer.hosts["c"] = third.base_url.removeprefix("http://")
+            for _ in range(3):
+                balancer.reload()
+            wait_until(lambda: third.images() > 0, "requests for the new host", 10.0)
+        assert (busy.lost(), idle.lost()) == ([], [])
 
 
 def test_while_no_host_is_ready_clients_are_told_to_come_back(balancer, hosts):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -156,8 +155,7 @@ class OneCoreBalancer(Balancer):
 
     def pin(self, core):
         """Keep HAProxy on this core; its process."""
-        pid = int(re.search(r"(?m)^Pid: (\d+)$", self.ask("show info"))[1])
-        process = psutil.Process(pid)
+        process = psutil.Process(self.worker())
         process.cpu_affinity([core])
         return process
 
