@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from doubles.real_server import wait_until
 
 DRAIN_DELAY_S = 5
@@ -152,7 +154,7 @@ class Host:
 
 
 class HostNetwork:
-    """A bridge at `subnet`.254 and hosts at `subnet`.1 and so on, while entered.
+    """A bridge at `subnet`.254 and hosts at `subnet`.1 and so on, while entered; else the test is skipped.
 
     folder: gets a folder for each host, with settings, output and logs.
     """
@@ -164,6 +166,8 @@ class HostNetwork:
         self.hosts = {}
 
     def __enter__(self):
+        if (reason := why_not()) is not None:
+            pytest.skip(reason)
         ip("link", "add", self.bridge, "type", "bridge")
         ip("addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")

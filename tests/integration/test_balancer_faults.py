@@ -12,14 +12,13 @@ from lib.packaging.builder import ArchiveRequest, build_archive
 from doubles.answers import BACKEND
 from doubles.balancer import Balancer, Watch
 from doubles.front_proxy import HAPROXY
-from doubles.host_network import DRAIN_DELAY_S, HostNetwork, why_not
+from doubles.host_network import DRAIN_DELAY_S, HostNetwork
 from doubles.real_server import wait_until
 from doubles.steady_load import SteadyLoad
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed (Debian: apt install haproxy)"),
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
 CLIENTS = 6

@@ -15,7 +15,7 @@ from lib.server.process import free_ports
 from doubles.balancer import Balancer
 from doubles.echo_handler import write_echo_archive
 from doubles.front_proxy import HAPROXY
-from doubles.host_network import HostNetwork, why_not
+from doubles.host_network import HostNetwork
 from doubles.real_server import wait_until
 from doubles.steady_load import SteadyLoad
 
@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed (Debian: apt install haproxy)"),
 ]
-needs_network = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 NAMES = ["a", "b", "c"]
 SECONDS = 10.0
 # Of a request to an echo host, which computes nothing meanwhile.
@@ -61,7 +60,6 @@ def before_hosts(network, project_dir, folder, names):
         yield balancer
 
 
-@needs_network
 def test_the_rate_grows_with_the_number_of_hosts(project_dir, tmp_path):
     """Each host takes one request at a time and 0.1 s for it, without needing a core."""
     store = tmp_path / "store"
@@ -84,7 +82,6 @@ def test_the_rate_grows_with_the_number_of_hosts(project_dir, tmp_path):
     assert rates[1] < rates[2] < rates[3]
 
 
-@needs_network
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two cores are needed")
 def test_real_hosts_with_a_core_each(project_dir, tmp_path, smear):
     """The archive of the model store on one host and on two, each with a core that others use, too."""
