@@ -4,11 +4,14 @@ import contextlib
 import csv
 import io
 import re
+import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 from doubles.front_proxy import TIMEOUT_S, FrontProxy
 from doubles.real_server import wait_until
@@ -21,7 +24,8 @@ class Balancer(FrontProxy):
     """
 
     def __init__(self, project_dir, folder, hosts, **environment):
-        self.socket = folder / "haproxy.sock"
+        # Not in `folder`: the path of a socket has at most 97 characters.
+        self.socket = Path(tempfile.gettempdir()) / f"damoyolo-{secrets.token_hex(4)}.sock"
         super().__init__(
             project_dir, folder, None, DAMOYOLO_BALANCER="1", DAMOYOLO_SOCKET=str(self.socket), **environment
         )
@@ -33,6 +37,7 @@ class Balancer(FrontProxy):
         with super().running():
             wait_until(self.socket.exists, "the stats socket", 10.0)
             yield self
+        self.socket.unlink(missing_ok=True)
 
     def _files(self):
         listed = self.folder / "hosts.cfg"

@@ -92,8 +92,8 @@ def test_real_hosts_with_a_core_each(project_dir, tmp_path, smear):
             host.start(MODEL_STORE, core=core)
         for host in network.hosts.values():
             host.wait_until_ready()
-        for count in (1, 2, 1):
-            folder = tmp_path / f"balancer{count}{time.monotonic()}"
+        for turn, count in enumerate((1, 2, 1)):
+            folder = tmp_path / f"balancer{turn}"
             with before_hosts(network, project_dir, folder, NAMES[:count]) as balancer:
                 rate, each = rate_of(balancer, "/predictions/damoyolo", smear, 8 * count)
             print(f"{count} host(s) with a core each: {rate:.2f} images/s, requests for each {each}")
