@@ -108,13 +108,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
             DeviceLostError: wherever an error of the device surfaced, timing included.
         """
         began = time.perf_counter()
-        try:
-            headers = [context.get_all_request_header(index) for index in range(len(data))]
-            answers = self.service.answer(data, headers, self.clock)
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            answers = [self.service.answer_failure(error, "answering a batch")] * len(data)
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        answers = self.service.answer(data, headers, self.clock)
         try:
             self._count(answers, time.perf_counter() - began)
         except Exception as error:

@@ -340,7 +340,7 @@ def fail(*_, **__):
 
 # Object and method of the handler, and the statuses of a good and a bad request if only that method fails.
 PLACES = [
-    ("service", "answer", [500, 500]),
+    ("service", "_answer", [500, 500]),
     ("service.detector", "detect", [500, 500]),
     ("service.detector.preprocessor", "prepare", [500, 500]),
     ("service.detector.pipeline", "start", [500, 415]),
