@@ -74,6 +74,8 @@ def build_repository(
     )
 
     check_archive(archive)
+    with opened_archive(archive) as opened:
+        opened.getinfo(OPENING_MODULE)  # which older archives lack
     name = read_manifest(archive)["model"]["modelName"]
     settings = read_settings(archive)
     own = batching_of(settings)
@@ -92,7 +94,6 @@ def build_repository(
         archive = archive_with_setting(archive, version, setting)
         settings = read_settings(archive)
     with opened_archive(archive) as opened:
-        opened.getinfo(OPENING_MODULE)  # which older archives lack
         opened.extractall(version / "archive")
     if archive.parent == version:
         archive.unlink()

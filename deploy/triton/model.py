@@ -80,7 +80,9 @@ class TritonPythonModel:
         for name, (_, tensor_of) in OUTPUT_TENSORS.items():
             if name in asked:
                 values = tensor_of(detections, self.service.detector.config.class_names)
-                tensors.append(pb_utils.Tensor(name, values.reshape(len(values), 4 if name == "boxes" else 1)))
+                tensors.append(
+                    pb_utils.Tensor(name, values.reshape(len(values), 4 if name == "boxes" else 1))
+                )
         return pb_utils.InferenceResponse(tensors)
 
     def finalize(self) -> None:

@@ -1,13 +1,13 @@
 """Find a Triton server, and what its Python backend needs to run in an environment of this project.
 
-Triton is either installed (NVIDIA's containers: /opt/tritonserver) or in `.venv-triton`, which
-scripts/setup_environment.sh makes: a virtual environment with the wheel nvidia-pytriton, of which only the server
-and its Python backend are used, with NumPy 1, and with the packages of .venv after its own.
+Triton is either in `.venv-triton`, which scripts/setup_environment.sh makes, or installed (in
+/opt/tritonserver of NVIDIA's containers). `.venv-triton` is a virtual environment with the wheel nvidia-pytriton, of which only the
+server and its Python backend are used, with NumPy 1, and with the packages of .venv after its own.
 
-The wheel's server (Triton 2.51) needs three things. Its backend looks for the program of its processes, one for each
-version of Python, in its own folder, where the wheel does not have it. That program needs libpython3.X.so. And it
-was built for NumPy 1: with NumPy 2 every input has wrong bytes, which ends the process
-(https://github.com/triton-inference-server/server/issues/7391). Python 3.13 has no NumPy 1.
+The wheel's server, Triton 2.51, needs three things. Its backend looks for the program of its processes, of which
+the wheel has one for each version of Python, in its own folder, where the wheel has none. That program needs
+libpython3.X.so. And it was built for NumPy 1: with NumPy 2 every input has wrong bytes, which ends the process
+(https://github.com/triton-inference-server/server/issues/7391). There is no NumPy 1 for Python 3.13.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from lib.paths import PROJECT_DIR
 ENVIRONMENT = PROJECT_DIR / ".venv-triton"
 INSTALLED = Path("/opt/tritonserver")
 STUB = "triton_python_backend_stub"
-GET_TRITON = "./scripts/test.sh --setup-only makes .venv-triton, which has one"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ def find_program(folder: Path, environment: Path = ENVIRONMENT) -> Program:
     installed = shutil.which("tritonserver", path=f"{INSTALLED / 'bin'}:{os.environ.get('PATH', '')}")
     if installed is None:
         raise ScriptError(
-            f"no Triton server: neither tritonserver on the path or in {INSTALLED}, nor {root}; {GET_TRITON}"
+            f"no Triton server: neither tritonserver on the path or in {INSTALLED}, nor {root}; "
+            "./scripts/test.sh installs that"
         )
     return Program(Path(installed))
 
@@ -75,9 +75,7 @@ def _of_wheel(root: Path, environment: Path, folder: Path) -> Program:
         "PATH": f"{environment / 'bin'}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")])),
     }
-    return Program(
-        root / "bin" / "tritonserver", [f"--backend-directory={folder / 'backends'}"], variables
-    )
+    return Program(root / "bin" / "tritonserver", [f"--backend-directory={folder / 'backends'}"], variables)
 
 
 def find_libpython() -> Path:
@@ -92,8 +90,8 @@ def find_libpython() -> Path:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     raise ScriptError(
-        f"{name} is not in {', '.join(filter(None, folders))}; Triton's Python backend needs it. Debian has it in "
-        f"libpython{name[9:].partition('.so')[0]}; a Python built by pyenv has it with "
+        f"{name} is not in {', '.join(filter(None, folders))}; Triton's Python backend needs it. Debian has it "
+        f"in {name.partition('.so')[0]}; a Python built by pyenv has it with "
         "PYTHON_CONFIGURE_OPTS=--enable-shared"
     )
 

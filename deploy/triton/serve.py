@@ -3,9 +3,9 @@
 python deploy/triton/serve.py --archive model_store/damoyolo.mar
 python deploy/triton/serve.py --port 9000 -- --log-verbose=1        what follows -- goes to tritonserver
 
-HTTP at --port of 127.0.0.1, gRPC at the next port, metrics at the one after it. SIGTERM or Ctrl-C answers what was
-accepted and ends the server. Exit code: 0 after a signal, 1 if the server does not start, ends by itself or has
-lost a process of its backend, which Triton does not start again.
+HTTP at --port of 127.0.0.1, gRPC at the next port, metrics at the one after it. SIGTERM or Ctrl-C answers what
+was accepted and ends the server. Exit code: 0 after a signal, 1 if the server does not start, ends by itself or
+has lost a process of its backend, which Triton does not start again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         watcher.kill_group_too(server.pid)
         try:
-            reason = _watch(server, f"http://127.0.0.1:{ports[0]}", name)
+            reason = _watch(server, ports, name)
         except _StopSignal as stopped:
             print(f"serve: {stopped}, answering what was accepted", file=sys.stderr)
             return 0 if _stop(server, EXIT_TIMEOUT_S + END_S) else 1
@@ -95,8 +95,9 @@ def _server_options(ports: Sequence[int]) -> list[str]:
     ]
 
 
-def _watch(server: subprocess.Popen[bytes], url: str, name: str) -> str:
+def _watch(server: subprocess.Popen[bytes], ports: Sequence[int], name: str) -> str:
     """Returns when the server has ended, or a process of its backend; which of the two."""
+    url, grpc, metrics = f"http://127.0.0.1:{ports[0]}", *(f"127.0.0.1:{port}" for port in ports[1:])
     processes: list[int] = []
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -106,7 +107,10 @@ def _watch(server: subprocess.Popen[bytes], url: str, name: str) -> str:
                 return f"the backend has lost {len(lost)} of {len(processes)} processes; ending the server"
         elif _is_ready(url):
             processes = _backend_processes(server.pid)
-            print(f"ready: {name}, {len(processes)} worker(s), at {url}/v2/models/{name}/infer", flush=True)
+            print(f"ready: {name}, {len(processes)} worker(s)")
+            print(
+                f"{url}/v2/models/{name}/infer   gRPC {grpc}   metrics http://{metrics}/metrics", flush=True
+            )
 
 
 def _backend_processes(server_pid: int) -> list[int]:
