@@ -1,13 +1,14 @@
 """Find a Triton server, and what its Python backend needs to run in an environment of this project.
 
 Triton is either in `.venv-triton`, which scripts/setup_environment.sh makes, or installed (in
-/opt/tritonserver of NVIDIA's containers). `.venv-triton` is a virtual environment with the wheel nvidia-pytriton, of which only the
-server and its Python backend are used, with NumPy 1, and with the packages of .venv after its own.
+/opt/tritonserver of NVIDIA's containers). `.venv-triton` is a virtual environment with the wheel nvidia-
+pytriton, of which only the server and its Python backend are used, with NumPy 1, and with the packages of
+.venv after its own.
 
-The wheel's server, Triton 2.51, needs three things. Its backend looks for the program of its processes, of which
-the wheel has one for each version of Python, in its own folder, where the wheel has none. That program needs
-libpython3.X.so. And it was built for NumPy 1: with NumPy 2 every input has wrong bytes, which ends the process
-(https://github.com/triton-inference-server/server/issues/7391). There is no NumPy 1 for Python 3.13.
+The wheel's server, Triton 2.51, needs three things. Its backend looks for the program of its processes, of
+which the wheel has one for each version of Python, in its own folder, where the wheel has none. That program
+needs libpython3.X.so. And it was built for NumPy 1: with NumPy 2 every input has wrong bytes, which ends the
+process (https://github.com/triton-inference-server/server/issues/7391). There is no NumPy 1 for Python 3.13.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def find_libpython() -> Path:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     raise ScriptError(
-        f"{name} is not in {', '.join(filter(None, folders))}; Triton's Python backend needs it. Debian has it "
-        f"in {name.partition('.so')[0]}; a Python built by pyenv has it with "
+        f"{name} is not in {', '.join(filter(None, folders))}; Triton's Python backend needs it. Debian has "
+        f"it in {name.partition('.so')[0]}; a Python built by pyenv has it with "
         "PYTHON_CONFIGURE_OPTS=--enable-shared"
     )
 

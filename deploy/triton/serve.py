@@ -3,9 +3,9 @@
 python deploy/triton/serve.py --archive model_store/damoyolo.mar
 python deploy/triton/serve.py --port 9000 -- --log-verbose=1        what follows -- goes to tritonserver
 
-HTTP at --port of 127.0.0.1, gRPC at the next port, metrics at the one after it. SIGTERM or Ctrl-C answers what
-was accepted and ends the server. Exit code: 0 after a signal, 1 if the server does not start, ends by itself or
-has lost a process of its backend, which Triton does not start again.
+HTTP at --port of 127.0.0.1, gRPC at the next port, metrics at the one after it. SIGTERM or Ctrl-C answers
+what was accepted and ends the server. Exit code: 0 after a signal, 1 if the server does not start, ends by
+itself or has lost a process of its backend, which Triton does not start again.
 """
 
 from __future__ import annotations

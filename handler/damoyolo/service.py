@@ -54,7 +54,7 @@ class Answer:
     content_type: str
     error: RequestError | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    detections: Sequence[Detections] = ()
+    detections: Sequence[Detections] = field(default=(), compare=False)
 
 
 Outcome = Detections | RequestError
