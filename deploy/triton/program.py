@@ -70,7 +70,7 @@ def _of_wheel(root: Path, environment: Path, folder: Path) -> Program:
     backend.mkdir(parents=True)
     for file in (*(root / "backends" / "python").iterdir(), stub):
         (backend / file.name).symlink_to(file)
-    libraries = [str(find_libpython().parent), str(root.parents[1] / "nvidia_pytriton.libs")]
+    libraries = [str(find_libpython(environment).parent), str(root.parents[1] / "nvidia_pytriton.libs")]
     variables = {
         # The first python3 on the path is the one whose packages the backend's processes have.
         "PATH": f"{environment / 'bin'}:{os.environ.get('PATH', '')}",
@@ -79,14 +79,14 @@ def _of_wheel(root: Path, environment: Path, folder: Path) -> Program:
     return Program(root / "bin" / "tritonserver", [f"--backend-directory={folder / 'backends'}"], variables)
 
 
-def find_libpython() -> Path:
-    """The shared library of this Python, which the backend's processes load.
+def find_libpython(environment: Path = ENVIRONMENT) -> Path:
+    """The shared library of this Python, which the backend's processes load; that in `environment` if any.
 
     Raises:
         ScriptError: this Python has none.
     """
     name = "libpython{}.{}.so.1.0".format(*sys.version_info)
-    folders = [sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"]
+    folders = [str(environment / "lib"), sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"]
     for folder in filter(None, folders):
         if (Path(folder) / name).is_file():
             return Path(folder) / name

@@ -118,7 +118,7 @@ NUMPY = "numpy/__init__.py"
 
 
 def test_the_wheels_server_gets_its_backend_libraries_and_packages(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "find_libpython", lambda: tmp_path / "lib/libpython.so")
+    monkeypatch.setattr(program, "find_libpython", lambda _: tmp_path / "lib/libpython.so")
     environment = make_environment(tmp_path / "venv", SERVER, STUB, LIBRARY, NUMPY)
     found = program.find_program(tmp_path, environment)
     assert found.path.is_file()
