@@ -86,7 +86,13 @@ def find_libpython(environment: Path = ENVIRONMENT) -> Path:
         ScriptError: this Python has none.
     """
     name = "libpython{}.{}.so.1.0".format(*sys.version_info)
-    folders = [str(environment / "lib"), sysconfig.get_config_var("LIBDIR"), "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"]
+    folders = [
+        str(environment / "lib"),
+        sysconfig.get_config_var("LIBDIR"),
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+    ]
     for folder in filter(None, folders):
         if (Path(folder) / name).is_file():
             return Path(folder) / name
