@@ -61,9 +61,12 @@ class TritonCommand:
     def printed(self):
         return self.output.read_text()
 
+    def processes(self):
+        """Those that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def backend_processes(self):
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.name() == "triton_python_backend_stub"]
+        return [child for child in self.processes() if child.name() == "triton_python_backend_stub"]
 
     def stop(self):
         """End it as a service manager does; the exit code."""
@@ -81,7 +84,7 @@ def triton_server(project_dir, archive, folder, *options):
     except ScriptError as error:
         pytest.skip(str(error))
     command = TritonCommand(project_dir, archive, folder, *options)
-    started = psutil.Process(command.process.pid).children(recursive=True)
+    started = command.processes()
     try:
         yield command
     finally:

@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -14,6 +15,7 @@ import requests
 from damoyolo.inference_answer import OUTPUT_TENSORS
 from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
 from doubles.real_server import wait_until
+from doubles.served_command import still_running
 from doubles.triton_server import triton_server
 
 TIMEOUT_S = 120.0
@@ -357,3 +359,14 @@ def test_the_loss_of_a_process_ends_the_server(project_dir, archive, images, tmp
         process.kill()
         assert triton.process.wait(30) == 1
         assert "the backend has lost 1 of 1 processes" in triton.printed()
+
+
+def test_a_killed_command_leaves_no_process_and_no_file(project_dir, archive, tmp_path):
+    with triton_server(project_dir, archive.path, tmp_path / "killed") as triton:
+        (process,) = triton.backend_processes()
+        repository = Path(process.cmdline()[1]).parents[2]
+        assert (repository / "damoyolo/config.pbtxt").exists()
+        started = triton.processes()
+        triton.process.kill()
+        wait_until(lambda: still_running(started) == [], "the end of its processes", 60.0)
+        assert not repository.parent.exists()
