@@ -2,6 +2,8 @@
 
 import json
 import re
+import socket
+import subprocess
 import sys
 import zipfile
 
@@ -154,3 +156,16 @@ def test_an_installed_server_is_taken_as_it_is(program, tmp_path, monkeypatch):
     server.chmod(0o755)
     found = program.find_program(tmp_path, tmp_path / "venv")
     assert (found.path, found.arguments, found.environment) == (server, [], {})
+
+
+def test_a_taken_port_is_named(project_dir):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, str(project_dir / "deploy/triton/serve.py"), "--port", str(port - 2)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf".*another program listens on port .*{port}; use --port or --any-port\n", done.stderr
+    )
