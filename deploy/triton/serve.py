@@ -49,12 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_stop)
+    try:
+        return _serve(arguments)
+    except _StopSignal as stopped:  # before the server started
+        print(f"serve: {stopped}", file=sys.stderr)
+        return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     from lib.server.mps import cuda_mps
     from lib.server.process import free_ports
     from lib.server.watcher import Watcher
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_stop)
     ports = free_ports(3) if arguments.any_port else [arguments.port + offset for offset in range(3)]
     _require_free(ports)
     with tempfile.TemporaryDirectory(prefix="triton-") as folder, cuda_mps(arguments.mps) as variables:
@@ -98,12 +106,12 @@ def _server_options(ports: Sequence[int]) -> list[str]:
 def _watch(server: subprocess.Popen[bytes], ports: Sequence[int], name: str) -> str:
     """Returns when the server has ended, or a process of its backend; which of the two."""
     url, grpc, metrics = f"http://127.0.0.1:{ports[0]}", *(f"127.0.0.1:{port}" for port in ports[1:])
-    processes: list[int] = []
+    processes: set[int] | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return f"tritonserver ended with code {server.wait(POLL_S)}; its last lines are above"
-        if processes:
-            if lost := set(processes) - set(_backend_processes(server.pid)):
+        if processes is not None:
+            if lost := processes - _backend_processes(server.pid):
                 return f"the backend has lost {len(lost)} of {len(processes)} processes; ending the server"
         elif _is_ready(url):
             processes = _backend_processes(server.pid)
@@ -113,16 +121,16 @@ def _watch(server: subprocess.Popen[bytes], ports: Sequence[int], name: str) -> 
             )
 
 
-def _backend_processes(server_pid: int) -> list[int]:
+def _backend_processes(server_pid: int) -> set[int]:
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [
+        return {
             child.pid
             for child in psutil.Process(server_pid).children()
             if child.name() == STUB and child.status() != psutil.STATUS_ZOMBIE
-        ]
-    return []
+        }
+    return set()
 
 
 def _is_ready(url: str) -> bool:
