@@ -66,13 +66,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     ports = free_ports(3) if arguments.any_port else [arguments.port + offset for offset in range(3)]
     _require_free(ports)
     with tempfile.TemporaryDirectory(prefix="triton-") as folder, cuda_mps(arguments.mps) as variables:
-        watcher = Watcher(Path(folder))
+        # A process that is killed leaves its shared memory, which has a name of our own.
+        prefix = f"{Path(folder).name}-"
+        clean_up = ["find", "/dev/shm", "-maxdepth", "1", "-name", f"{prefix}*", "-delete"]
+        watcher = Watcher(Path(folder), clean_up)
         program = find_program(Path(folder))
         repository = Path(folder) / "repository"
         name = build_from(arguments, repository)
         command = [str(program.path), f"--model-repository={repository}", *_server_options(ports)]
+        command += [f"--backend-config=python,shm-region-prefix-name={prefix}", *program.arguments]
         server = subprocess.Popen(
-            [*command, *program.arguments, *arguments.tritonserver],
+            [*command, *arguments.tritonserver],
             env={**os.environ, **variables, **program.environment},
             start_new_session=True,  # Ctrl-C reaches it through `_stop` only
         )
@@ -84,13 +88,14 @@ def _serve(arguments: argparse.Namespace) -> int:
             return 0 if _stop(server, EXIT_TIMEOUT_S + END_S) else 1
         finally:
             _stop(server, END_S)
+            subprocess.run(clean_up, stderr=subprocess.DEVNULL)
             watcher.dismiss()
     raise ScriptError(reason)
 
 
 def _server_options(ports: Sequence[int]) -> list[str]:
     http, grpc, metrics = ports
-    key = secrets.token_hex()  # nobody knows it
+    key = secrets.token_hex()  # no client knows it
     return [
         *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
         f"--http-port={http}",

@@ -370,3 +370,4 @@ def test_a_killed_command_leaves_no_process_and_no_file(project_dir, archive, tm
         triton.process.kill()
         wait_until(lambda: still_running(started) == [], "the end of its processes", 60.0)
         assert not repository.parent.exists()
+        assert list(Path("/dev/shm").glob(f"{repository.parent.name}*")) == []
