@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.archive.members import BatchingSetting, archive_with_setting, empty_archive
+from lib.archive.members import BatchingSetting, archive_with_setting, empty_archive, read_manifest
 from lib.archive.reader import unpacked
 from lib.measure.plain.archive import plain_archive
 from lib.measure.request_forms import BASE64_JSON, OBJECT_DETECTOR, RAW, TENSORS, RequestForm
@@ -101,7 +101,8 @@ def _litserve(bench: Bench) -> AbstractContextManager[RunningServer]:
 
 
 def _triton(bench: Bench) -> AbstractContextManager[RunningServer]:
-    return _deployed(bench, "triton", "/v2/health/ready", "/v2/models/damoyolo/infer")
+    model = read_manifest(bench.archive)["model"]["modelName"]
+    return _deployed(bench, "triton", "/v2/health/ready", f"/v2/models/{model}/infer")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from damoyolo.inference_answer import ELEMENT_LENGTH, JSON_LENGTH_HEADER
 
 # Of the model in deploy/triton.
-INPUT_NAME, OUTPUT_NAME = "image", "json"
+INPUT_NAME, OUTPUT_NAME = "image", "answer"
 JSON_PART_BYTES = 256
 
 Detection = Mapping[str, Any]  # label, score, bbox (x1, y1, x2, y2 in pixels)

@@ -93,10 +93,10 @@ def _measure_load(load: Load, plan: Plan) -> Iterator[Row]:
         yield {"tool": WRK, **measure_by_wrk(plan.wrk, load)}
 
 
-def summarised(rows: Sequence[Row], reference_per_s: float | None) -> list[Row]:
+def summarised(rows: Sequence[Row], network_per_s: float) -> list[Row]:
     """One row for each server and number of connections, over all rounds, in the order of the first round.
 
-    reference_per_s: images/s of the network alone.
+    network_per_s: images/s of the network alone.
     """
     summary = []
     for name, connections in dict.fromkeys((row["server"], row.get("connections")) for row in rows):
@@ -124,7 +124,7 @@ def summarised(rows: Sequence[Row], reference_per_s: float | None) -> list[Row]:
                 "checked": own[0].get("checked"),
                 "equal": min((row["equal"] for row in own if "equal" in row), default=None),
                 "wrong": max((len(row["wrong"]) for row in own if "wrong" in row), default=None),
-                "of_network": statistics.median(rates) / reference_per_s if reference_per_s else None,
+                "of_network": statistics.median(rates) / network_per_s if SERVERS[name].form else None,
                 "generator_busy_share": max(row["generator_busy_share"] for row in own),
             }
         )
