@@ -74,6 +74,7 @@ def test_the_plain_detector_finds_what_the_project_finds(archive, image, expecte
     assert first["scores"].tolist() == sorted(first["scores"].tolist(), reverse=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*inline_inbuilt_nn_modules:FutureWarning")  # from TorchServe's import
 def test_torchserves_own_handler_serves_the_archive_of_it(archive, image, expected, tmp_path, monkeypatch):
     made = plain_archive(archive, tmp_path, BatchingSetting(4, 2, 1))
     check_archive(made)
