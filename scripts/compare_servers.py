@@ -162,6 +162,7 @@ def _facts(
         "batch_size": setting.batch_size,
         "delay_ms": setting.delay_ms,
         "workers": setting.workers,
+        "api_servers": arguments.api_servers or setting.workers,
         "mps": arguments.mps,
         "images": len(images),
         "mean_image_bytes": sum(map(len, images)) / len(images),

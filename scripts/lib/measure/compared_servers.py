@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -111,7 +112,8 @@ def _plain_litserve(bench: Bench, setting: BatchingSetting) -> Iterator[RunningS
     with unpacked(bench.archive) as folder:
         command = [sys.executable, "-m", "lib.measure.plain.litserve_app", str(folder), bench.device]
         command += map(str, (port, setting.workers, setting.batch_size, setting.delay_ms))
-        environment = {**bench.environment, "PYTHONPATH": str(PROJECT_DIR / "scripts")}
+        path = os.pathsep.join(filter(None, [str(PROJECT_DIR / "scripts"), os.environ.get("PYTHONPATH")]))
+        environment = {**bench.environment, "PYTHONPATH": path}
         url = f"http://127.0.0.1:{port}"
         with running_command(command, f"{url}/health", START_TIMEOUT_S, environment) as start_s:
             yield RunningServer(f"{url}/predict", start_s)
