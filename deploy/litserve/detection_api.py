@@ -85,12 +85,7 @@ class DetectionAPI(litserve.LitAPI):
         from damoyolo.errors import DeviceLostError
 
         try:
-            try:
-                return self.service.answer([row.fields for row in rows], [row.headers for row in rows])
-            except DeviceLostError:
-                raise
-            except Exception as error:
-                return [self.service.answer_failure(error, "answering a batch")] * len(rows)
+            return self.service.answer([row.fields for row in rows], [row.headers for row in rows])
         except DeviceLostError:
             # Every later CUDA call of this process would fail too. LitServe starts another worker, but never
             # answers the requests of one that has ended: these are answered first.

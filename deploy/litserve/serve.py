@@ -44,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from lib.archive.members import opened_archive
+    from lib.server.mps import cuda_mps
 
     signal.signal(signal.SIGTERM, _interrupt_in(os.getpid()))
-    with tempfile.TemporaryDirectory(prefix="litserve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="litserve-") as folder, cuda_mps(arguments.mps) as variables:
+        os.environ.update(variables)
         with opened_archive(arguments.archive) as opened:
             opened.extractall(folder)
         # The workers, which inherit the path, run the archive's own modules.
@@ -139,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto takes the GPUs if there are any",
     )
     add("--devices", type=positive_int, metavar="N", help="the first N GPUs (default: all)")
+    add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")
     add("--workers", type=positive_int, metavar="N", help="on each device (default: the archive's)")
     add("--batch-size", type=positive_int, metavar="N", help="(default: the archive's)")
     add("--max-batch-delay", type=positive_int, metavar="MS", help="(default: the archive's)")
