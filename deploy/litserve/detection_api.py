@@ -114,9 +114,9 @@ class Limits:
     LitServe's queue has no bound, and a request whose worker was killed would never be answered.
     """
 
-    def __init__(self, app: ASGIApp, server: litserve.LitServer, most_waiting: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, most_waiting: int, seconds: float) -> None:
         self.app = app
-        self.server = server
+        self.waiting = 0
         self.most_waiting = most_waiting
         self.seconds = seconds
 
@@ -124,15 +124,18 @@ class Limits:
         """Pass a request on, or answer it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
-        elif len(self.server.response_buffer) >= self.most_waiting:
+        elif self.waiting >= self.most_waiting:
             message = f"{self.most_waiting} requests are waiting, the most that are accepted (jobQueueSize)"
             await error_response(503, message)(scope, receive, send)
         else:
+            self.waiting += 1
             try:
                 await asyncio.wait_for(self.app(scope, receive, send), self.seconds)
             except asyncio.TimeoutError:
                 message = f"no answer within {self.seconds:g} s"
                 await error_response(504, message)(scope, receive, send)
+            finally:
+                self.waiting -= 1
 
 
 def make_server(
@@ -149,7 +152,7 @@ def make_server(
         **where,
     )
     # Twice: once in the queue, which LitServe limits by `timeout`, and once in a batch.
-    server.app.add_middleware(Limits, server=server, most_waiting=api.most_waiting, seconds=2 * timeout_s)
+    server.app.add_middleware(Limits, most_waiting=api.most_waiting, seconds=2 * timeout_s)
 
     async def answer_error(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):

@@ -143,36 +143,37 @@ def test_a_worker_that_lost_its_device_answers_its_requests_and_ends(module, api
     assert ends == [(module.os._exit, (1,))]
 
 
-def call(app, method="POST"):
+async def call(app):
     """Status and JSON of an ASGI application's answer."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(app({"type": "http", "method": method, "headers": []}, None, send))
+    await app({"type": "http", "method": "POST", "headers": []}, None, send)
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
-def limits(module, most_waiting, seconds, waiting=0):
-    class Server:
-        response_buffer = dict.fromkeys(range(waiting))
-
-    async def never(*_):
-        await asyncio.sleep(60)
-
-    return module.Limits(never, Server(), most_waiting, seconds)
+async def never(*_):
+    await asyncio.sleep(60)
 
 
 def test_more_requests_than_may_wait_are_refused(module, api):
+    async def call_four():
+        app = module.Limits(never, 3, 0.2)
+        answers = await asyncio.gather(*(call(app) for _ in range(4)))
+        return [*answers, await call(app)]
+
+    answers = asyncio.run(call_four())
+    # Those that were given up do not count any longer.
+    assert [status for status, _ in answers] == [504, 504, 504, 503, 504]
+    assert answers[3][1]["type"] == "ServiceUnavailable"
+    assert "3 requests are waiting" in answers[3][1]["message"]
     assert api.most_waiting == 128  # half of jobQueueSize for each of two processes
-    status, error = call(limits(module, 3, 60.0, waiting=3))
-    assert (status, error["code"], error["type"]) == (503, 503, "ServiceUnavailable")
-    assert "3 requests are waiting" in error["message"]
 
 
 def test_a_request_whose_worker_was_killed_is_answered_in_time(module):
-    status, error = call(limits(module, 3, 0.05))
+    status, error = asyncio.run(call(module.Limits(never, 3, 0.05)))
     assert (status, error["type"]) == (504, "GatewayTimeout")
     assert "0.05 s" in error["message"]
 
