@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     rows = _earlier_rows(arguments.jsonl, facts)
     reference = read_reference(arguments.archive, images, setting, device)
     print(f"network alone: {reference.network_per_s:.1f} images/s at batch {setting.batch_size}", flush=True)
-    facts |= {"network_per_s": reference.network_per_s, "precision": reference.precision}
+    facts["precision"] = reference.precision
 
     def report(row: Row) -> None:
         rows.append(row)
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
             measure_rounds(bench, plan, reference, report)
         except KeyboardInterrupt:
             interrupted = True
-    summary = summarised(rows, reference.network_per_s)
+    summary = summarised(rows)
     _show(summary, facts, arguments.json)
     if interrupted:
         print("compare_servers: interrupted; the table has what was measured before", file=sys.stderr)

@@ -41,7 +41,7 @@ def measure_rounds(bench: Bench, plan: Plan, reference: Reference, report: Calla
     for number in range(plan.rounds):
         for name in plan.names if number % 2 == 0 else reversed(plan.names):
             for row in _measure_server(SERVERS[name], bench, plan, reference):
-                report({"server": name, "round": number, **row})
+                report({"server": name, "round": number, "network_per_s": reference.network_per_s, **row})
 
 
 def _measure_server(server: Server, bench: Bench, plan: Plan, reference: Reference) -> Iterator[Row]:
@@ -93,11 +93,8 @@ def _measure_load(load: Load, plan: Plan) -> Iterator[Row]:
         yield {"tool": WRK, **measure_by_wrk(plan.wrk, load)}
 
 
-def summarised(rows: Sequence[Row], network_per_s: float) -> list[Row]:
-    """One row for each server and number of connections, over all rounds, in the order of the first round.
-
-    network_per_s: images/s of the network alone.
-    """
+def summarised(rows: Sequence[Row]) -> list[Row]:
+    """One row for each server and number of connections, over all rounds, in the order of the first round."""
     summary = []
     for name, connections in dict.fromkeys((row["server"], row.get("connections")) for row in rows):
         of_both = [row for row in rows if row["server"] == name and row.get("connections") == connections]
@@ -124,11 +121,16 @@ def summarised(rows: Sequence[Row], network_per_s: float) -> list[Row]:
                 "checked": own[0].get("checked"),
                 "equal": min((row["equal"] for row in own if "equal" in row), default=None),
                 "wrong": max((len(row["wrong"]) for row in own if "wrong" in row), default=None),
-                "of_network": statistics.median(rates) / network_per_s if SERVERS[name].form else None,
+                "of_network": _of_network(own) if SERVERS[name].form else None,
                 "generator_busy_share": max(row["generator_busy_share"] for row in own),
             }
         )
     return summary
+
+
+def _of_network(rows: Sequence[Row]) -> float:
+    """Of the network alone, as measured in the same run: the machine may have been slower in another."""
+    return float(statistics.median(row["requests_per_s"] / row["network_per_s"] for row in rows))
 
 
 def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

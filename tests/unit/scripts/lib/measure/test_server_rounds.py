@@ -75,9 +75,14 @@ def test_answers_are_checked_before_the_load(started):
 
 def test_a_server_that_does_not_start_is_left_out_with_the_last_line_of_the_reason(started):
     rows = measured(["broken", "same"])
-    assert rows[0] == {"server": "broken", "round": 0, "left_out": "no such program"}
+    assert rows[0] == {
+        "server": "broken",
+        "round": 0,
+        "network_per_s": 100.0,
+        "left_out": "no such program",
+    }
     assert rows[1]["requests_per_s"] > 0
-    assert "Broken is left out: no such program" in markdown_table(summarised(rows, 100.0))
+    assert "Broken is left out: no such program" in markdown_table(summarised(rows))
 
 
 def test_a_server_that_refuses_the_images_is_left_out(started, monkeypatch):
@@ -91,7 +96,13 @@ def test_a_server_that_refuses_the_images_is_left_out(started, monkeypatch):
 
 
 def row(server, rate, **values):
-    times = {"p50_ms": 10.0, "p99_ms": 20.0, "start_s": 2.0, "generator_busy_share": 0.1}
+    times = {
+        "p50_ms": 10.0,
+        "p99_ms": 20.0,
+        "start_s": 2.0,
+        "generator_busy_share": 0.1,
+        "network_per_s": 100.0,
+    }
     check = {"checked": 3, "equal": 3, "wrong": []}
     return {
         "server": server,
@@ -109,7 +120,7 @@ def test_the_table_has_medians_and_ranges_over_the_rounds(started):
     rows = [row("same", 50.0), row("same", 80.0), row("same", 60.0, p99_ms=90.0)]
     rows += [{"server": "same", "connections": 4, "tool": "wrk", "requests_per_s": 70.0, "errors": 1}]
     rows += [row("near", 1234.5, equal=2), row("wrong", 5.0, wrong=["a", "b"])]
-    table = markdown_table(summarised(rows, 100.0)).splitlines()
+    table = markdown_table(summarised(rows)).splitlines()
     assert table[2] == "| SAME | 4 | 60.0 (50.0 to 80.0) | 60% | 70.0 | 10.0, 20.0 | 1 | equal | - | 2.0 |"
     assert "1,234.5" in table[3]
     assert "| right |" in table[3]
@@ -117,5 +128,5 @@ def test_the_table_has_medians_and_ranges_over_the_rounds(started):
 
 
 def test_a_limit_has_no_share_of_the_network(started):
-    (summary,) = summarised([row("empty", 900.0)], 100.0)
+    (summary,) = summarised([row("empty", 900.0)])
     assert summary["of_network"] is None
