@@ -84,16 +84,17 @@ def _empty(bench: Bench) -> AbstractContextManager[RunningServer]:
 
 @contextlib.contextmanager
 def _deployed(bench: Bench, name: str, ready: str, path: str, *further: str) -> Iterator[RunningServer]:
-    """A serve.py of deploy/."""
-    # Of three in a row, because Triton has one for each protocol.
-    port = next(port for port in free_ports(50) if port <= 65000)
-    command = [sys.executable, f"{PROJECT_DIR}/deploy/{name}/serve.py", "--archive", str(bench.archive)]
-    command += ["--port", str(port), "--device", bench.device, "--workers", str(bench.setting.workers)]
-    command += ["--batch-size", str(bench.setting.batch_size)]
-    command += ["--max-batch-delay", str(bench.setting.delay_ms), *further]
+    """A serve.py of deploy/, with the archive that TorchServe gets."""
+    port = next(port for port in free_ports(50) if port <= 65000)  # Triton takes the next ones too
     url = f"http://127.0.0.1:{port}"
-    with running_command(command, url + ready, START_TIMEOUT_S, bench.environment) as start_s:
-        yield RunningServer(url + path, start_s)
+    with tempfile.TemporaryDirectory(prefix="model-store-") as folder:
+        changed = archive_with_setting(bench.archive, Path(folder), bench.setting)
+        command = [sys.executable, f"{PROJECT_DIR}/deploy/{name}/serve.py", "--archive", str(changed)]
+        command += ["--port", str(port), "--device", bench.device, "--workers", str(bench.setting.workers)]
+        command += ["--batch-size", str(bench.setting.batch_size)]
+        command += ["--max-batch-delay", str(bench.setting.delay_ms), *further]
+        with running_command(command, url + ready, START_TIMEOUT_S, bench.environment) as start_s:
+            yield RunningServer(url + path, start_s)
 
 
 def _litserve(bench: Bench) -> AbstractContextManager[RunningServer]:
