@@ -35,7 +35,7 @@ class Reference:
 
         answers: one for each image.
         """
-        tolerances = TOLERANCES[self.precision]
+        tolerances = TOLERANCES[form.tolerances or self.precision]
         rules = Rules(form.lowest_score, score=tolerances.score, box_px=tolerances.box_px)
         texts = [form.json_of(answer) for answer in answers]
         wrong = [

@@ -26,6 +26,8 @@ class RequestForm:
     json_of: the JSON of the detections in an answer.
     detections: what that JSON says.
     lowest_score: what is below is not answered.
+    tolerances: name in TOLERANCES of how far detections may be from the reference; None takes those of the
+        archive's precision.
     """
 
     headers: tuple[tuple[str, str], ...]
@@ -33,6 +35,7 @@ class RequestForm:
     json_of: Callable[[Answer], bytes]
     detections: Callable[[bytes], Sequence[Detection]]
     lowest_score: float = 0.25
+    tolerances: str | None = None
 
 
 def _detections(text: bytes) -> Sequence[Detection]:
@@ -82,10 +85,16 @@ def _of_tensor(answer: Answer) -> bytes:
     return body[int(headers[JSON_LENGTH_HEADER.lower()]) + ELEMENT_LENGTH.size :]
 
 
+# The plain detector does not round pixels to whole numbers after resizing.
+PLAIN_TOLERANCES = "fp16"
 _OCTETS = (("Content-Type", "application/octet-stream"),)
 RAW = RequestForm(_OCTETS, _as_is, _body, _detections)
-OBJECT_DETECTOR = RequestForm(_OCTETS, _as_is, _body, _of_object_detector, lowest_score=0.5)
-BASE64_JSON = RequestForm((("Content-Type", "application/json"),), _base64_json, _body, _detections)
+OBJECT_DETECTOR = RequestForm(
+    _OCTETS, _as_is, _body, _of_object_detector, lowest_score=0.5, tolerances=PLAIN_TOLERANCES
+)
+BASE64_JSON = RequestForm(
+    (("Content-Type", "application/json"),), _base64_json, _body, _detections, tolerances=PLAIN_TOLERANCES
+)
 TENSORS = RequestForm(
     (("Content-Type", "application/octet-stream"), (JSON_LENGTH_HEADER, str(JSON_PART_BYTES))),
     _tensor,
