@@ -21,6 +21,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from damoyolo.config import MAX_BATCH_SECONDS, ServingConfig
+from damoyolo.cores import usable_cores
 from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
 from damoyolo.cuda.startup_lock import exclusive_device_lock
@@ -182,7 +183,7 @@ def _batch_seconds(settings: Mapping[str, Any]) -> float:
 
 def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
     """Take a worker's share of the cores. Call before the detector: backends take PyTorch's threads."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if device.type == "cpu":
         # More threads than cores would slow all workers down.
         torch.set_num_threads(config.compute_threads or max(1, cores // workers))
