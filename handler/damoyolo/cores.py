@@ -1,37 +1,32 @@
-"""How many cores this process may use.
-
-Neither Python nor PyTorch asks for the quota with which a container's limit is enforced: with a limit of 4 on
-a host of 64 cores, 64 threads would share the time of 4 and wait for each other. Java does ask for it.
-"""
+"""How many cores this process may use."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+# A container finds its own limits at the root of this file system.
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def usable_cores(cgroups: Path = CGROUPS) -> int:
-    """Cores that this process may run on, or its container's CPU quota pays for, if those are fewer.
+def usable_cores(cgroup_root: Path = CGROUP_ROOT) -> int:
+    """The cores that it may run on; in a container no more than its limit of CPU time, rounded up.
 
-    A quota of 2.5 cores counts as 2: a third thread would have the others wait for it.
-
-    cgroups: where the container's control groups are mounted; a container sees its own there.
+    With more threads than that the container would use up its time early in each period and then stand
+    still, all threads at once (`docker run --cpus 2`, or `limits: {cpu: 2}`, on a machine of 64 cores).
     """
-    allowed = len(os.sched_getaffinity(0))
-    quota = _quota_cores(cgroups)
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
+    cores = len(os.sched_getaffinity(0))
+    limit = _cpu_limit(cgroup_root)
+    return cores if limit is None else min(cores, max(1, math.ceil(limit)))
 
 
-def _quota_cores(cgroups: Path) -> float | None:
-    """CPU time per time; None where there is no limit, or no way to read it."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2; version 1
+def _cpu_limit(cgroup_root: Path) -> float | None:
+    """The limit in cores, of control groups of version 2 or 1; None without one."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
-            quota, period = " ".join((cgroups / file).read_text() for file in files).split()
-            limit = float(quota) / float(period)
-        except (OSError, ValueError, ZeroDivisionError):  # no such files; "max" of version 2
+            quota, period = map(float, " ".join((cgroup_root / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # no such file; "max", or -1 below, is no limit
             continue
-        if limit > 0:  # -1: no limit, in version 1
-            return limit
+        return quota / period if quota > 0 and period > 0 else None
     return None

@@ -69,8 +69,8 @@ class ImagePreprocessor:
         self.config = config
         self.input_size_hw = input_size_hw
         self.device = device
-        threads = config.decode_threads or usable_cores()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        cores = usable_cores()
+        self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         self._budget = MemoryBudget(config.max_decode_bytes)
         self._time_budget = time_budget or TimeBudget()
         share = config.scaled_jpeg_decoding

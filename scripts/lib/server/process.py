@@ -83,7 +83,7 @@ def ports_from(first: int, properties: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_url(address: str) -> str:
-    """Where this machine reaches a server that listens on `address`; only "every interface" is another one."""
+    """Where this machine reaches a server that listens on `address`: by its own for "every interface"."""
     return address.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
 
 

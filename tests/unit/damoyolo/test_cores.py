@@ -1,52 +1,42 @@
-"""The cores of a process: those that it may run on, and those that its container's quota pays for."""
-
-import os
+"""A worker takes no more threads than its container may run at a time."""
 
 import pytest
 
-from damoyolo import cores
-
-ALLOWED = 8
+from damoyolo.cores import usable_cores
 
 
 @pytest.fixture(autouse=True)
-def allowed(monkeypatch):
-    """A host of eight cores."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(ALLOWED)))
-
-
-def write_version_2(folder, text):
-    (folder / "cpu.max").write_text(text)
-
-
-def write_version_1(folder, quota, period=100000):
-    (folder / "cpu").mkdir()
-    (folder / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
-    (folder / "cpu/cpu.cfs_period_us").write_text(f"{period}\n")
+def sixteen_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("limit", "cores"),
     [
-        ("max 100000\n", ALLOWED),
-        ("400000 100000\n", 4),
-        ("250000 100000\n", 2),
-        ("50000 100000\n", 1),
-        ("1600000 100000\n", ALLOWED),
-        ("nonsense\n", ALLOWED),
-        ("100000 0\n", ALLOWED),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("10000 100000", 1),
+        ("6400000 100000", 16),
+        ("max 100000", 16),
     ],
 )
-def test_a_quota_of_version_2_limits_the_cores(tmp_path, text, expected):
-    write_version_2(tmp_path, text)
-    assert cores.usable_cores(tmp_path) == expected
+def test_a_limit_of_cgroups_2_is_kept(tmp_path, limit, cores):
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert usable_cores(tmp_path) == cores
 
 
-@pytest.mark.parametrize(("quota", "expected"), [(-1, ALLOWED), (300000, 3), (10000, 1)])
-def test_a_quota_of_version_1_limits_the_cores(tmp_path, quota, expected):
-    write_version_1(tmp_path, quota)
-    assert cores.usable_cores(tmp_path) == expected
+@pytest.mark.parametrize(("quota", "cores"), [("250000", 3), ("-1", 16)])
+def test_a_limit_of_cgroups_1_is_kept(tmp_path, quota, cores):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cores(tmp_path) == cores
 
 
-def test_without_control_groups_all_allowed_cores_count(tmp_path):
-    assert cores.usable_cores(tmp_path) == ALLOWED
+def test_without_a_limit_all_cores_that_it_may_run_on_count(tmp_path):
+    assert usable_cores(tmp_path) == 16
+
+
+def test_a_limit_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / "cpu.max").write_text("nonsense")
+    assert usable_cores(tmp_path) == 16
