@@ -4,7 +4,10 @@ tests/unit/deploy/test_kubernetes.py checks the manifests by themselves. There i
 doubles/pod.py does what the kubelet and the container runtime would.
 """
 
+import contextlib
+import copy
 import json
+import os
 import shutil
 import socket
 import threading
@@ -14,9 +17,10 @@ import pytest
 import requests
 import yaml
 
-from doubles.manifests import KUSTOMIZE, in_bytes, only, render, settings_of
+from doubles.container_image import IMAGE, PACKAGES_VOLUME
+from doubles.manifests import KUSTOMIZE, container_of, in_bytes, only, port_number, render, settings_of
 from doubles.monitoring import running_prometheus
-from doubles.pod import Endpoints, Pod, missing
+from doubles.pod import Endpoints, Pod, addresses, connect, missing
 from doubles.real_server import wait_until
 
 pytestmark = [
@@ -189,12 +193,17 @@ def test_the_container_for_gpus_says_what_is_missing_without_one(project_dir, ar
 
 @pytest.mark.slow
 def test_a_rolling_update_under_load_loses_nothing(documents, project_dir, archive, smear, tmp_path):
+    """The update: the archive comes from a volume."""
+    changed = shutil.copytree(project_dir / "deploy/kubernetes", tmp_path / "changed")
+    overlay = changed / "overlays/cpu/kustomization.yaml"
+    overlay.write_text(overlay.read_text().replace("# components:", "components:"))
+    old_pod = Pod(documents, project_dir, archive.path, tmp_path / "old", number=3)
+    new_pod = Pod(render(overlay.parent), project_dir, archive.path, tmp_path / "new", number=4)
     endpoints = Endpoints(documents)
-    pods = [Pod(documents, project_dir, archive.path, tmp_path / f"pod{n}", number=n) for n in (3, 4)]
-    with pods[0].running() as old:
+    with old_pod.running() as old:
         old.wait_until_started()
         endpoints.pods = [old]
-        with Clients(endpoints, smear) as clients, pods[1].running() as new:
+        with Clients(endpoints, smear) as clients, new_pod.running() as new:
             new_s = new.wait_until_started()
             endpoints.pods = [old, new]
             time.sleep(2)
@@ -219,3 +228,81 @@ def test_a_rolling_update_under_load_loses_nothing(documents, project_dir, archi
     )
     assert lost == []
     assert len(clients.statuses) > before
+
+
+def for_podman(documents, namespace):
+    """The ConfigMap and the Deployment as `podman kube play` takes them: it knows no names of ports.
+
+    The image of the tests gets its Python packages from this machine (doubles/container_image.py).
+    """
+    kept = copy.deepcopy([only(documents, kind) for kind in ("ConfigMap", "Deployment")])
+    kept[1]["metadata"]["name"] = namespace
+    spec = kept[1]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        http = container[probe]["httpGet"]
+        http["port"] = port_number(container, http["port"])
+    del container["ports"]
+    container |= {"image": IMAGE, "imagePullPolicy": "Never"}
+    source, target, _ = PACKAGES_VOLUME.split(":")
+    container["volumeMounts"].append({"name": "packages", "mountPath": target, "readOnly": True})
+    spec["volumes"].append({"name": "packages", "hostPath": {"path": source, "type": "Directory"}})
+    return yaml.safe_dump_all(kept)
+
+
+@pytest.fixture
+def played(podman, documents, tmp_path):
+    """The Deployment's pod, run by Podman: the name of its container, and the pod's."""
+    if shutil.which("catatonit") is None:
+        pytest.skip("catatonit, which holds a pod of Podman, is not installed")
+    # A test machine may not raise the limits that Podman sets by default.
+    limits = 'default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]'
+    (tmp_path / "containers.conf").write_text(f"[containers]\n{limits}\n")
+    name = f"kube{os.getpid()}"
+    (tmp_path / "play.yaml").write_text(for_podman(documents, name))
+    environment = {**os.environ, "CONTAINERS_CONF": str(tmp_path / "containers.conf")}
+    try:
+        podman("kube", "play", "--network=none", tmp_path / "play.yaml", env=environment, timeout=120)
+        yield f"{name}-pod-0-server", f"{name}-pod-0"
+    finally:
+        podman("pod", "rm", "--force", "--time=0", f"{name}-pod-0", check=False)
+
+
+@pytest.mark.slow
+def test_podman_runs_the_deployment(podman, played, documents, smear):
+    container, pod = played
+    settings = json.loads(podman("inspect", container).stdout)[0]
+    pid, address = str(settings["State"]["Pid"]), addresses(5)[1]
+    connect(5, pid, f"/proc/{pid}/ns/net")
+    wait_until(lambda: status_of(f"http://{address}:8080/v2/health/ready") == 200, "readiness", 120)
+    assert status_of(f"http://{address}:8080/v2/health/live") == 200
+    assert status_of(f"http://{address}:8082/metrics") == 200
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://{address}:8081/models", timeout=TIMEOUT_S)
+    answer = requests.post(f"http://{address}:8080{MODEL}", data=smear, timeout=TIMEOUT_S)
+    assert (answer.status_code, answer.json()["detections"] != []) == (200, True)
+
+    assert settings["HostConfig"]["ReadonlyRootfs"]
+    limits = container_of(documents)["resources"]["limits"]
+    assert settings["HostConfig"]["CpuQuota"] == int(limits["cpu"]) * 100_000
+    assert settings["HostConfig"]["Memory"] == in_bytes(limits["memory"])
+    status = podman("exec", container, "cat", "/proc/self/status").stdout
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    values = [fields[key].split()[0] for key in ("Uid", "Gid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp")]
+    assert values == ["10001", "10001", "0" * 16, "0" * 16, "1", "2"]
+    # Written is what the manifest names, and nothing else.
+    folders = "/ /opt/damoyolo /etc/damoyolo /var /tmp /var/cache/damoyolo"
+    writable = f"for folder in {folders}; do if [ -w $folder ]; then echo $folder; fi; done"
+    found = podman("exec", container, "sh", "-c", writable).stdout.split()
+    assert found == ["/tmp", "/var/cache/damoyolo"]
+
+    grace_s = only(documents, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    podman("pod", "stop", f"--time={grace_s}", pod, timeout=120)
+    assert podman("inspect", "--format={{.State.ExitCode}}", container).stdout.strip() == "0"
+
+
+def status_of(url):
+    """The status of an answer; None where nobody listens."""
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, timeout=10).status_code
+    return None
