@@ -215,7 +215,7 @@ def test_own_settings_and_store_are_served_and_sigterm_answers_what_was_accepted
         f"--volume={config}:/etc/damoyolo.properties:ro",
         "--env=DAMOYOLO_CONFIG=/etc/damoyolo.properties",
     ]
-    with Container(podman, host, [TMP.replace("exec", "noexec"), option, *store, *mounts]) as container:
+    with Container(podman, host, [TMP.replace("exec", "noexec"), option, *mounts]) as container:
         container.url = f"http://{host}:9080"
         # The store's own archive, in float32.
         assert_same_detections(container.post(smear).json(), detect(detector, smear))
