@@ -31,8 +31,9 @@ if [ "$1 $2" = "-m venv" ]; then
 fi
 """
 PACKAGES_VOLUME = f"{sysconfig.get_paths()['purelib']}:{HOST_PACKAGES}:ro"
-# As docs/container.md has it; a test machine may not raise the limits that Podman sets by default.
-RESTRICTED = ["--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"]
+# As docs/container.md has it. By itself Podman makes further folders writable, and raises limits, which not
+# every machine allows.
+RESTRICTED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"]
 RESTRICTED += ["--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096", f"--volume={PACKAGES_VOLUME}"]
 TMP = "--tmpfs=/tmp:rw,exec,size=1g,mode=1777"
 
