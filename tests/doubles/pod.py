@@ -196,7 +196,7 @@ class Pod:
                 arguments += read_only(self._write_config(volume["configMap"]["name"]), path)
             else:  # a claim: the store that somebody has filled
                 assert mount["readOnly"], mount
-                arguments += read_only(self.archive.parent, path)
+                arguments += read_only(self._fill_claim(), path)
         return arguments
 
     def _write_config(self, name):
@@ -205,6 +205,13 @@ class Pod:
         folder.mkdir(exist_ok=True)
         for file, text in self.documents["ConfigMap", name]["data"].items():
             (folder / file).write_text(text)
+        return folder
+
+    def _fill_claim(self):
+        """A model store that every user may read; a folder of pytest is for root alone."""
+        folder = self.folder / "claim"
+        folder.mkdir()
+        shutil.copy(self.archive, folder / "damoyolo.mar")
         return folder
 
     def _environment(self):
