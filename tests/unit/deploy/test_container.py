@@ -188,7 +188,7 @@ def test_health_without_a_server_is_1_and_names_the_address(tmp_path):
 def started(tmp_path):
     """Runs start.sh with a stand-in for tini; the words of the command line that tini gets."""
     tini = tmp_path / "tini"
-    tini.write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    tini.write_text('#!/bin/sh\necho "$PWD" "$@" "HOME=$HOME"\n')
     tini.chmod(0o755)
 
     def run(*arguments, **environment):
@@ -205,10 +205,12 @@ def test_the_container_starts_serve_py_with_its_own_settings(started):
     folder, *command = started()
     assert Path(folder) == PROJECT_DIR
     settings = "--ts-config deploy/container/config.properties --model-store model_store"
-    served = f"-s -- .venv/bin/python scripts/serve.py {settings} --log-dir /tmp/damoyolo-logs"
+    served = f"-s -- .venv/bin/python scripts/serve.py {settings} --log-dir /tmp/damoyolo-logs HOME=/tmp"
     assert command == served.split()
 
 
-def test_variables_and_arguments_change_the_start(started):
-    command = started("--mps", DAMOYOLO_CONFIG="/c", DAMOYOLO_MODEL_STORE="/m", DAMOYOLO_LOG_DIR="/l")
-    assert command[5:] == ["--ts-config", "/c", "--model-store", "/m", "--log-dir", "/l", "--mps"]
+def test_variables_and_arguments_change_the_start(started, tmp_path):
+    variables = {"DAMOYOLO_CONFIG": "/c", "DAMOYOLO_MODEL_STORE": "/m", "DAMOYOLO_LOG_DIR": "/l"}
+    command = started("--mps", HOME=str(tmp_path), **variables)
+    assert command[5:-1] == ["--ts-config", "/c", "--model-store", "/m", "--log-dir", "/l", "--mps"]
+    assert command[-1] == f"HOME={tmp_path}"
