@@ -82,6 +82,8 @@ def build_image(podman, project_dir, variant="cuda"):
     python = root / "usr/local/bin/python3.11"
     python.write_text(PYTHON)
     python.chmod(0o755)
+    # As in Debian's images: no package is written to the disk at once.
+    (root / "etc/dpkg/dpkg.cfg.d/docker-apt-speedup").write_text("force-unsafe-io\n")
     subprocess.run(["tar", "-C", str(root), "-cf", str(base), "."], check=True, timeout=120)
     shutil.rmtree(root)
     podman("import", base, BASE_IMAGE, timeout=120)
