@@ -6,6 +6,9 @@
 # Writes below /tmp, $HOME and the folder of the logs only.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# Another user (docker run --user), or a read-only disk without a volume there: on a GPU, Triton then compiles at each
+# start.
+if [ ! -w "${HOME:-}" ]; then export HOME=/tmp; fi
 # As process 1, tini waits for processes whose parent has ended, which serve.py would leave as zombies; it passes on
 # signals and the exit code. -s: it does so as another process, too (Kubernetes' shareProcessNamespace).
 exec tini -s -- .venv/bin/python scripts/serve.py \

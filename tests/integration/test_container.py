@@ -208,6 +208,7 @@ def test_own_settings_and_store_are_served_and_sigterm_answers_what_was_accepted
     podman, network, archive, detector, smear, readable
 ):
     option, host = network
+    user = "--user=4321:4321"  # without a name
     copied(archive.path, readable)
     config = config_beside(podman, readable)
     mounts = [f"--volume={readable}:/models:ro", "--env=DAMOYOLO_MODEL_STORE=/models"]
@@ -215,7 +216,7 @@ def test_own_settings_and_store_are_served_and_sigterm_answers_what_was_accepted
         f"--volume={config}:/etc/damoyolo.properties:ro",
         "--env=DAMOYOLO_CONFIG=/etc/damoyolo.properties",
     ]
-    with Container(podman, host, [TMP.replace("exec", "noexec"), option, *mounts]) as container:
+    with Container(podman, host, [TMP.replace("exec", "noexec"), option, user, *mounts]) as container:
         container.url = f"http://{host}:9080"
         # The store's own archive, in float32.
         assert_same_detections(container.post(smear).json(), detect(detector, smear))
@@ -230,9 +231,9 @@ def test_own_settings_and_store_are_served_and_sigterm_answers_what_was_accepted
         assert "SIGTERM, answering what was accepted" in container.log()
 
 
-def test_nothing_is_written_outside_the_folders_that_are_meant_for_it(podman, smear):
-    # On a disk that could be written, which podman compares with the image.
-    options = [each for each in RESTRICTED if each != "--read-only"]
+def test_nothing_is_written_outside_the_folders_that_are_meant_for_it(podman):
+    # By a user who could, on a disk that could be; Podman compares it with the image.
+    options = [each for each in RESTRICTED if not each.startswith("--read-only")] + ["--user=0:0"]
     identifier = podman("run", "--detach", *options, "--network=none", IMAGE).stdout.split()[-1]
     try:
         health = [f"{PROJECT}/deploy/container/health.sh"]

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import json
 import select
 import socket
@@ -60,6 +61,8 @@ REFUSALS = {
     "dots without a token": ("POST", "/predictions/../models", None, 401, "NoToken"),
     "an unknown model": ("POST", "/predictions/other", "inference", 404, None),
 }
+# The refusal of a whole body: for its token, for its length.
+BODY_REFUSALS = {"wrong": (401, "WrongToken"), "inference": (413, "PayloadTooLarge")}
 # The same on the port of operations, which only the host reaches.
 OPERATIONS_REFUSALS = {
     "no token": ("GET", "/models", None, 401, "NoToken"),
@@ -151,6 +154,39 @@ def test_operations_are_read_with_their_token(front):
     for path, part in (("/metrics", b"ts_inference_requests_total"), ("/models/damoyolo", b'"READY"')):
         status, _, body = front.request("GET", path, token="operations", port=front.operations_port)
         assert (status, part in body) == (200, True)
+
+
+@pytest.mark.parametrize("size", [60_000, 3_000_000, 34_000_001])
+def test_a_client_that_sends_its_whole_body_first_reads_the_refusal(front, size):
+    connection = http.client.HTTPSConnection("127.0.0.1", front.port, context=front.context, timeout=60)
+    token = "wrong" if size < 34_000_000 else "inference"
+    with contextlib.closing(connection):
+        for _ in range(5):  # the connection goes on, too
+            connection.request("POST", MODEL, bytes(size), front.headers(token))
+            answer = connection.getresponse()
+            require_refusal((answer.status, answer.headers, answer.read()), *BODY_REFUSALS[token])
+
+
+def test_clients_that_go_on_sending_after_their_refusal_hold_a_hundred_connections(front, smear):
+    clients = [
+        SlowClient(front.connect(f"127.0.0.{10 + number % 3}"), head(front, "wrong", 1_000_000), b"a")
+        for number in range(105)
+    ]
+    try:
+        wait_until(lambda: sum(client.seconds is not None for client in clients) >= 5, "five ends", 20.0)
+        wait_until(
+            lambda: sum(client.answer.startswith(b"HTTP/1.1 401 ") for client in clients) == 100,
+            "refusals",
+            20.0,
+        )
+        assert sum(client.is_alive() for client in clients) == 100
+        assert front.request("POST", MODEL, smear)[0] == 200
+        assert front.request("GET", MODEL, token="wrong")[0] == 503  # the hundred and first at a time
+    finally:
+        for client in clients:
+            client.stopped.set()
+        for client in clients:
+            client.join(10.0)
 
 
 def test_another_scheme_of_authorization_is_no_token(front):
