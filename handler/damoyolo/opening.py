@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from damoyolo.config import MAX_BATCH_SECONDS, SETTINGS_FILE, ServingConfig
+from damoyolo.cores import usable_cores
 from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
 from damoyolo.cuda.startup_lock import exclusive_device_lock
@@ -73,7 +73,7 @@ def read_identity(model_dir: Path) -> ModelIdentity:
 
 def share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
     """Take a worker's share of the cores. Call before the detector: backends take PyTorch's threads."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if device.type == "cpu":
         # More threads than cores would slow all workers down.
         torch.set_num_threads(config.compute_threads or max(1, cores // workers))
