@@ -3,10 +3,10 @@
 #   build.sh runtime-packages   Debian's packages that serving needs
 #   build.sh user               the user damoyolo and its home
 #   build.sh builder-packages   Debian's packages that only the next two steps need
-#   build.sh python-packages    .venv with the pins of requirements.txt
-#   build.sh cpu-requirements   prints those pins as the cpu image installs them
+#   build.sh requirements       prints the pins of requirements.txt as this image installs them
+#   build.sh python-packages    .venv with these pins
 #   build.sh archive            the demo archive in model_store
-# $VARIANT is cpu or cuda. cpu takes PyTorch from $TORCH_CPU_INDEX.
+# $VARIANT is cpu or cuda. cpu takes PyTorch from $TORCH_CPU_INDEX, if there is one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -32,26 +32,20 @@ add_user() {
     install -d -o damoyolo -g damoyolo -m 700 /var/cache/damoyolo
 }
 
-cpu_requirements() { # Without CUDA's libraries, some 4 GB: PyTorch's builds for CPUs have "+cpu" in their version.
-    sed -E -e '/^(nvidia|cuda)-|^triton==/d' -e 's/^(torch|torchvision)==[^ ]+/&+cpu/' requirements.txt
+requirements() { # The pins; without CUDA's libraries, some 4 GB, where PyTorch's builds for CPUs ("+cpu") can be had.
+    if [ "$VARIANT" = cpu ] && [ -n "${TORCH_CPU_INDEX:-}" ]; then
+        sed -E -e '/^(nvidia|cuda)-|^triton==/d' -e 's/^(torch|torchvision)==[^ ]+/&+cpu/' requirements.txt
+    else
+        cat requirements.txt
+    fi
 }
 
 python_packages() {
-    local requirements=requirements.txt
-    if [ "$VARIANT" = cpu ]; then
-        if [ -z "${TORCH_CPU_INDEX:-}" ]; then
-            echo "build.sh: TORCH_CPU_INDEX is empty. The cpu image needs the address of PyTorch's index of packages" \
-                "for CPUs, which pytorch.org, Get Started, shows for pip, Linux and CPU:" \
-                "--build-arg TORCH_CPU_INDEX=https://... (or take VARIANT=cuda, which also serves on CPUs)" >&2
-            return 1
-        fi
-        requirements=/tmp/requirements.txt
-        cpu_requirements >"$requirements"
-        export PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX
-    fi
+    requirements >/tmp/requirements.txt
+    if [ -n "${TORCH_CPU_INDEX:-}" ]; then export PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX; fi
     export PIP_NO_CACHE_DIR=1
     . scripts/setup_environment.sh
-    setup_environment "$requirements"
+    setup_environment /tmp/requirements.txt
     # Nothing is installed in a running container.
     .venv/bin/python -m pip uninstall -qy pip
 }
@@ -70,7 +64,7 @@ for step in "${@:-help}"; do
         user) add_user ;;
         builder-packages) install_packages python3-venv ;;
         python-packages) python_packages ;;
-        cpu-requirements) cpu_requirements ;;
+        requirements) requirements ;;
         archive) build_demo_archive ;;
         *) sed -n '2,/^# \$VARIANT/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac

@@ -64,7 +64,7 @@ def test_every_run_is_a_step_of_build_sh_and_every_step_is_run(instructions):
         assert program == "deploy/container/build.sh", run
         steps += arguments
     usage = build_step().stderr
-    assert set(steps) == set(re.findall(r"(?m)^  build\.sh (\S+)", usage)) - {"cpu-requirements"}
+    assert set(steps) == set(re.findall(r"(?m)^  build\.sh (\S+)", usage)) - {"requirements"}
 
 
 def test_the_base_is_a_release_of_debian_and_no_other_image_is_taken(instructions):
@@ -112,17 +112,17 @@ def test_the_label_has_the_project_s_version(instructions):
 
 def test_the_cpu_image_has_the_same_pins_without_those_of_cuda():
     pins = (PROJECT_DIR / "requirements.txt").read_text().splitlines()
-    cpu = build_step("cpu-requirements").stdout.splitlines()
+    cpu = build_step("requirements", VARIANT="cpu", TORCH_CPU_INDEX="https://example.org").stdout.splitlines()
     of_cuda = [pin for pin in pins if re.match(r"nvidia-|cuda-|triton==", pin)]
     assert len(of_cuda) > 10
     assert [pin.replace("+cpu", "") for pin in cpu] == [pin for pin in pins if pin not in of_cuda]
     assert [pin.split("==")[0] for pin in cpu if "+cpu" in pin] == ["torch", "torchvision"]
 
 
-def test_a_cpu_image_without_pytorch_s_index_is_refused_with_what_to_give():
-    done = build_step("python-packages", VARIANT="cpu")
-    assert done.returncode == 1
-    assert "--build-arg TORCH_CPU_INDEX=" in done.stderr
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_without_pytorch_s_index_an_image_has_all_pins(variant):
+    printed = build_step("requirements", VARIANT=variant, TORCH_CPU_INDEX="").stdout
+    assert printed == (PROJECT_DIR / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("step", ["nonsense", ""])
