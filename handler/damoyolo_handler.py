@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -20,26 +19,17 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from damoyolo.config import MAX_BATCH_SECONDS, ServingConfig
-from damoyolo.cuda.blocking_sync import enable_blocking_sync
-from damoyolo.cuda.kernel_cache import use_compiled_kernels
-from damoyolo.cuda.startup_lock import exclusive_device_lock
-from damoyolo.detector import WEIGHTS_FILE, Detector
 from damoyolo.errors import DeviceLostError
-from damoyolo.failures import is_alive
 from damoyolo.inference_answer import ModelIdentity
 from damoyolo.metrics import GAUGES, WorkerMetrics
-from damoyolo.model_card import describe_model
+from damoyolo.opening import open_service
 from damoyolo.server_settings import read_max_response_size
-from damoyolo.service import Answer, DetectionService
+from damoyolo.service import Answer
 from damoyolo.stage_timing import StageClock
-from damoyolo.time_budget import SHARE_OF_RESPONSE_TIMEOUT
 from damoyolo.worker_log import protect_log
 from damoyolo.worker_protocol import read_messages_in_large_pieces
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_RESPONSE_TIMEOUT_S = 120  # TorchServe's, for a model-config.yaml without one
 
 
 class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
@@ -62,35 +52,25 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
         properties = context.system_properties
         gpu_id = properties.get("gpu_id")
         device = torch.device("cpu" if gpu_id is None else f"cuda:{gpu_id}")
-        settings = dict(context.model_yaml_config.get("handler") or {})
-        config = ServingConfig.from_mapping(settings)
-        # A larger answer would end the worker. A server without this project's settings takes less.
-        settings["max_response_bytes"] = min(config.max_response_bytes, read_max_response_size(os.getppid()))
-        # Before the server ends a worker whose batch takes too long, which costs all requests of the batch.
-        settings.setdefault("max_batch_seconds", _batch_seconds(context.model_yaml_config))
-        _share_machine(device, config, _most_workers(context.model_yaml_config))
-        model_dir = Path(properties["model_dir"])
-        if device.type == "cuda":
-            use_compiled_kernels(model_dir)
-        with exclusive_device_lock(device):
-            detector = Detector.from_settings(settings, model_dir / WEIGHTS_FILE, device)
-            detector.warm_up(detector.config.warmup_batch_sizes)
-            is_alive(device)
+        manifest = context.manifest["model"]
+        # As it was registered; the manifest has the name with which the archive was built.
+        model = ModelIdentity(str(context.model_name), str(manifest.get("modelVersion", "")))
+        self.service = open_service(
+            Path(properties["model_dir"]),
+            device,
+            workers=_most_workers(context.model_yaml_config),
+            settings=context.model_yaml_config,
+            model=model,
+            # A larger answer would end the worker. A server without this project's settings takes less.
+            max_response_bytes=read_max_response_size(os.getppid()),
+        )
+        detector = self.service.detector
         backend = detector.pipeline
         logger.info("the network runs in %s, %s, on %s", backend.name, backend.precision, device)
-
-        manifest = context.manifest["model"]
-        version = str(manifest.get("modelVersion", ""))
-        card = describe_model(detector, model_dir / WEIGHTS_FILE, version)
-        # As it was registered; the manifest has the name with which the archive was built.
-        name = str(context.model_name)
-        self.service = DetectionService(
-            detector, json.dumps(card).encode("ascii"), ModelIdentity(name, version)
-        )
         self.clock = StageClock(device)
         self.server_metrics = context.metrics
         _leave_out_undeclared_times(context.metrics)
-        self.metrics = WorkerMetrics(self._send_metric, (name, version), device)
+        self.metrics = WorkerMetrics(self._send_metric, model, device)
         # JSON is then read in one place, by the rules of damoyolo.request, and broken JSON logs no traceback.
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         read_messages_in_large_pieces()
@@ -128,13 +108,8 @@ class DamoYoloHandler(BaseHandler):  # type: ignore[misc]
             DeviceLostError: wherever an error of the device surfaced, timing included.
         """
         began = time.perf_counter()
-        try:
-            headers = [context.get_all_request_header(index) for index in range(len(data))]
-            answers = self.service.answer(data, headers, self.clock)
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            answers = [self.service.answer_failure(error, "answering a batch")] * len(data)
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        answers = self.service.answer(data, headers, self.clock)
         try:
             self._count(answers, time.perf_counter() - began)
         except Exception as error:
@@ -172,21 +147,3 @@ def _most_workers(settings: Mapping[str, Any]) -> int:
     keeps the number of threads for which it has compiled the network.
     """
     return max(1, *(int(settings.get(key) or 1) for key in ("minWorkers", "maxWorkers")))
-
-
-def _batch_seconds(settings: Mapping[str, Any]) -> float:
-    """The time in which a batch may begin work."""
-    seconds = float(settings.get("responseTimeout") or DEFAULT_RESPONSE_TIMEOUT_S)
-    return min(MAX_BATCH_SECONDS, SHARE_OF_RESPONSE_TIMEOUT * seconds)
-
-
-def _share_machine(device: torch.device, config: ServingConfig, workers: int) -> None:
-    """Take a worker's share of the cores. Call before the detector: backends take PyTorch's threads."""
-    cores = len(os.sched_getaffinity(0))
-    if device.type == "cpu":
-        # More threads than cores would slow all workers down.
-        torch.set_num_threads(config.compute_threads or max(1, cores // workers))
-        return
-    if config.cuda_sync == "blocking" or (config.cuda_sync == "auto" and 2 * workers > cores):
-        enable_blocking_sync(device)
-    torch.cuda.set_device(device)

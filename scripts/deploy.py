@@ -50,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from lib.deploy.store import ArchiveStore
     from lib.server.management import Management, read_key_file
-    from lib.server.process import read_properties
+    from lib.server.process import local_url, read_properties
 
     properties = read_properties(arguments.ts_config)
     keys = read_key_file(arguments.key_file) if arguments.key_file else (None, None)
-    management_url = arguments.management_url or properties["management_address"]
-    metrics_url = arguments.metrics_url or properties["metrics_address"]
+    management_url = arguments.management_url or local_url(properties["management_address"])
+    metrics_url = arguments.metrics_url or local_url(properties["metrics_address"])
     store = ArchiveStore(arguments.model_store.resolve(), arguments.model)
     with contextlib.closing(Management(management_url, metrics_url, arguments.model, keys[0])) as management:
         if arguments.command == "status":
             _show(management, store)
             return
-        inference_url = arguments.url or properties["inference_address"]
+        inference_url = arguments.url or local_url(properties["inference_address"])
         with store.locked(), ended_like_ctrl_c():
             _change(_rollout(arguments, management, store, inference_url, keys[1]), arguments)
 

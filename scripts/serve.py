@@ -84,7 +84,7 @@ def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: Droppin
             arguments.model_store.resolve(),
             overrides=overrides,
             use_free_ports=bool(busy),
-            log_dir=PROJECT_DIR / "logs",
+            log_dir=arguments.log_dir.resolve(),
             echo=out,
             arguments=["--enable-model-api"] if arguments.enable_model_api else [],
             environment=environment,
@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="settings of the server",
     )
     add("--model-store", type=Path, metavar="DIR", default=MODEL_STORE, help="folder of the archives")
+    add("--log-dir", type=Path, metavar="DIR", default=PROJECT_DIR / "logs", help="folder of the logs")
     add(
         "--models",
         metavar="A,B",

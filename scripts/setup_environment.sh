@@ -92,6 +92,20 @@ install_clients() { # .venv-clients: other projects' clients, which the tests dr
     .venv/bin/python -m venv .venv-clients && install_pins .venv-clients "$requirements"
 }
 
+install_triton() { # .venv-triton: a Triton server, and NumPy 1 for its backend, which has all else from .venv.
+    local requirements=deploy/triton/requirements.txt packages
+    if is_installed .venv-triton "$requirements"; then return; fi
+    echo "== Installing the Triton server of $requirements into .venv-triton"
+    rm -rf .venv-triton
+    .venv/bin/python -m venv .venv-triton
+    packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    .venv-triton/bin/python -c '
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "project.pth").write_text(sys.argv[1] + "\n")' "$packages"
+    # The wheel's dependencies, which exclude some of ours, are those of its Python modules. They are not used.
+    PIP_NO_DEPS=1 install_pins .venv-triton "$requirements"
+}
+
 one_at_a_time() { # Runs a command; another that starts meanwhile in this folder finds the environments complete.
     (
         trap 'echo "setup: interrupted" >&2; exit 130' INT
@@ -102,6 +116,10 @@ one_at_a_time() { # Runs a command; another that starts meanwhile in this folder
 
 setup_clients() {
     one_at_a_time install_clients
+}
+
+setup_triton() {
+    one_at_a_time install_triton
 }
 
 setup_environment() {

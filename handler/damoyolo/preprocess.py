@@ -8,7 +8,6 @@ uint8; they agree with OpenCV's INTER_LINEAR to within 1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from damoyolo.config import ServingConfig
+from damoyolo.cores import usable_cores
 from damoyolo.decode import decode_reduced, prepare_decoders
 from damoyolo.errors import RequestError
 from damoyolo.formats import EncodedImage, reduce_image
@@ -69,7 +69,7 @@ class ImagePreprocessor:
         self.config = config
         self.input_size_hw = input_size_hw
         self.device = device
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         self._pool = ThreadPoolExecutor(config.decode_threads or cores, thread_name_prefix="decode")
         self._budget = MemoryBudget(config.max_decode_bytes)
         self._time_budget = time_budget or TimeBudget()

@@ -47,12 +47,14 @@ class Answer:
 
     error: None if it succeeded.
     headers: beside the content type.
+    detections: of each image, for a server that sends them in a form of its own, too.
     """
 
     body: bytes
     content_type: str
     error: RequestError | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    detections: Sequence[Detections] = field(default=(), compare=False)
 
 
 Outcome = Detections | RequestError
@@ -89,7 +91,7 @@ class DetectionService:
         headers: Sequence[Mapping[str, Any]],
         time_stage: StageTimer = no_timing,
     ) -> list[Answer]:
-        """One answer per row, in the order of the rows.
+        """One answer per row, in the order of the rows, whatever else fails.
 
         rows: fields of each request. headers: its HTTP headers.
         time_stage: called with the name of each stage; what it returns is entered around that stage.
@@ -97,8 +99,13 @@ class DetectionService:
         Raises:
             DeviceLostError: this process cannot answer any further batch.
         """
-        with self.detector.time_budget.batch():
-            return self._answer(rows, headers, time_stage)
+        try:
+            with self.detector.time_budget.batch():
+                return self._answer(rows, headers, time_stage)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            return [self.answer_failure(error, "answering a batch")] * len(rows)
 
     def _answer(
         self,
@@ -236,7 +243,7 @@ class DetectionService:
             )
         if len(body) > config.max_response_bytes:
             raise answer_too_large(request.output_format, config.max_response_bytes)
-        return Answer(body, CONTENT_TYPES[request.output_format])
+        return Answer(body, CONTENT_TYPES[request.output_format], detections=detections)
 
     def _draw(self, encoded: EncodedImage, detections: Detections, output_format: DrawnFormat) -> bytes:
         config = self.detector.config

@@ -49,12 +49,16 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running_prometheus(monitoring_dir, folder, metrics_url):
-    """Scrapes a server once a second, with the example's configuration and rules otherwise."""
+    """Scrapes a server once a second, with the configuration and rules of a folder otherwise.
+
+    metrics_url: of the server; None leaves the targets of the configuration.
+    """
     config = yaml.safe_load((monitoring_dir / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(monitoring_dir / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [metrics_url.removeprefix("http://")]}]
+    if metrics_url:
+        job["static_configs"] = [{"targets": [metrics_url.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_ports(1)[0]}"
     command = [shutil.which("prometheus"), f"--config.file={folder}/prometheus.yml"]

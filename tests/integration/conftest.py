@@ -14,6 +14,7 @@ from lib.packaging.builder import ArchiveRequest, build_archive
 from lib.server.served_archive import ServedModel
 
 from doubles.answers import BACKEND, ONNX, PRECISION
+from doubles.container_image import Podman, build_image, skip_without_podman
 from doubles.real_server import config_with_free_ports, ports_in_use, wait_until
 
 INTEGRATION_DIR = Path(__file__).parent
@@ -91,3 +92,15 @@ def url(server):
 def detector(archive):
     """The same archive in this process, on the device that the server uses."""
     return load_detector(archive.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
+def podman(project_dir):
+    """Podman with the image of deploy/container, which takes some two minutes to build."""
+    skip_without_podman()
+    podman = Podman()
+    try:
+        podman.built = build_image(podman, project_dir)
+        yield podman
+    finally:
+        podman.close()

@@ -22,7 +22,7 @@ from damoyolo.config import ServingConfig
 from damoyolo.detector import SETTINGS_FILE, WEIGHTS_FILE
 from damoyolo.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from damoyolo.model.checkpoint import load_checkpoint, save_packaged
-from damoyolo_handler import DamoYoloHandler, _leave_out_undeclared_times, _share_machine
+from damoyolo_handler import DamoYoloHandler, _leave_out_undeclared_times
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +61,6 @@ def smear(project_dir):
     return (project_dir / "tests/data/smears/smear_3.jpg").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("cuda_sync", "workers", "blocking"),
-    [
-        ("auto", 8, False),
-        ("auto", 9, True),
-        ("blocking", 1, True),
-        ("spin", 16, False),
-    ],
-)
-def test_workers_sleep_while_waiting_if_others_need_the_cores(monkeypatch, cuda_sync, workers, blocking):
-    calls = []
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr("damoyolo_handler.enable_blocking_sync", lambda _: calls.append("blocking sync"))
-    monkeypatch.setattr("torch.cuda.set_device", lambda _: calls.append("set device"))
-    _share_machine(torch.device("cuda", 0), ServingConfig(cuda_sync=cuda_sync), workers)
-    # Before the context exists, which takes its flags when it is created.
-    assert calls == (["blocking sync", "set device"] if blocking else ["set device"])
-
-
 def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(service, monkeypatch, caplog):
     events = []
     handler = DamoYoloHandler()
@@ -104,10 +85,10 @@ def test_the_network_is_warmed_up_inside_the_lock_before_the_worker_is_ready(ser
         yield
         events.append("unlock")
 
-    monkeypatch.setattr("damoyolo_handler.describe_model", lambda *_: {})
-    monkeypatch.setattr("damoyolo_handler.exclusive_device_lock", lock)
-    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", load)
-    monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("damoyolo.opening.describe_model", lambda *_: {})
+    monkeypatch.setattr("damoyolo.opening.exclusive_device_lock", lock)
+    monkeypatch.setattr("damoyolo.opening.Detector.from_settings", load)
+    monkeypatch.setattr("damoyolo.opening.torch.set_num_threads", lambda _: None)
     handler.initialize(service.context)
     handler.service._drawing_pool.shutdown()
     cpu = torch.device("cpu")
@@ -127,7 +108,7 @@ def test_the_threads_are_set_before_a_backend_takes_its_number_from_them(service
         seen.append(torch.get_num_threads())
         raise StopHereError
 
-    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", from_settings)
+    monkeypatch.setattr("damoyolo.opening.Detector.from_settings", from_settings)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     settings = service.context.model_yaml_config
     try:
@@ -167,8 +148,8 @@ def test_a_batch_may_begin_work_in_a_third_of_the_servers_time_or_as_the_archive
         seen.append(ServingConfig.from_mapping(found).max_batch_seconds)
         raise StopHereError
 
-    monkeypatch.setattr("damoyolo_handler.Detector.from_settings", from_settings)
-    monkeypatch.setattr("damoyolo_handler.torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("damoyolo.opening.Detector.from_settings", from_settings)
+    monkeypatch.setattr("damoyolo.opening.torch.set_num_threads", lambda _: None)
     handler = {**service.context.model_yaml_config["handler"], **handler_settings}
     monkeypatch.setattr(service.context, "model_yaml_config", {**settings, "handler": handler})
     with pytest.raises(StopHereError):
@@ -359,7 +340,7 @@ def fail(*_, **__):
 
 # Object and method of the handler, and the statuses of a good and a bad request if only that method fails.
 PLACES = [
-    ("service", "answer", [500, 500]),
+    ("service", "_answer", [500, 500]),
     ("service.detector", "detect", [500, 500]),
     ("service.detector.preprocessor", "prepare", [500, 500]),
     ("service.detector.pipeline", "start", [500, 415]),

@@ -162,10 +162,15 @@ def copy_archive(source: Path, target: Path, replaced: Mapping[str, bytes | None
     return target
 
 
+def settings_with(settings: Mapping[str, Any], setting: BatchingSetting) -> dict[str, Any]:
+    """The content of a model-config.yaml with this setting in place of its own."""
+    serving = {**settings.get("handler", {}), **setting.serving_settings()}
+    return {**settings, **setting.model_settings(), "handler": serving}
+
+
 def archive_with_setting(archive: Path, folder: Path, setting: BatchingSetting) -> Path:
     """A copy of the archive in `folder` that batches as the setting says."""
-    settings = {**read_settings(archive), **setting.model_settings()}
-    settings["handler"] = {**settings.get("handler", {}), **setting.serving_settings()}
+    settings = settings_with(read_settings(archive), setting)
     return copy_archive(archive, folder / archive.name, {SETTINGS_FILE: _as_yaml(settings)})
 
 

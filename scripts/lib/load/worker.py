@@ -40,6 +40,7 @@ class Load:
     rate_per_s: arrivals of an open loop; None is a closed loop. poisson: random arrivals, else evenly spaced.
     warm_up_s: load before the measurement, not counted. timeout_s: of each request, from its arrival.
     processes: 0 takes a quarter of the cores, at most 4.
+    headers: of each request, beside Host and Content-Length.
     """
 
     url: str
@@ -52,12 +53,13 @@ class Load:
     timeout_s: float = 30.0
     processes: int = 0
     seed: int = 0
+    headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/octet-stream"),)
 
     def requests(self) -> tuple[bytes, ...]:
         """Head and body of a POST of each body."""
         parts = urlsplit(self.url)
         head = f"POST {parts.path or '/'} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-        head += "Content-Type: application/octet-stream\r\nContent-Length: "
+        head += "".join(f"{name}: {value}\r\n" for name, value in self.headers) + "Content-Length: "
         return tuple(f"{head}{len(body)}\r\n\r\n".encode("ascii") + body for body in self.bodies)
 
 

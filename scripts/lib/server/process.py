@@ -82,6 +82,11 @@ def ports_from(first: int, properties: Mapping[str, str]) -> dict[str, str]:
     return {**addresses, **grpc}
 
 
+def local_url(address: str) -> str:
+    """Where this machine reaches a server that listens on `address`: by its own for "every interface"."""
+    return address.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on, all different."""
     with contextlib.ExitStack() as stack:
@@ -163,7 +168,7 @@ class TorchServeProcess:
             self.properties.update(zip(GRPC_PORT_KEYS, map(str, ports[3:]), strict=True))
         self.model_store = model_store
         self.inference_url, self.management_url, self.metrics_url = (
-            self.properties[key] for key in ADDRESS_KEYS
+            local_url(self.properties[key]) for key in ADDRESS_KEYS
         )
         self._log_dir = log_dir
         self._echo = echo

@@ -92,6 +92,18 @@ def test_every_request_gets_its_own_answer_in_order(services):
     assert json.loads(answers[1].body) == {"code": 422, "type": "CorruptImage", "message": "broken"}
 
 
+def test_an_answer_has_the_detections_of_its_images(services):
+    good, corrupt, drawn = answer(services(), IMAGE, CORRUPT, IMAGE, accept="image/png")
+    assert [len(each.detections) for each in (good, corrupt, drawn)] == [1, 0, 1]
+    assert good.detections[0].class_ids.tolist() == [1]
+
+
+def test_whatever_fails_every_request_has_an_answer(services, monkeypatch):
+    service = services()
+    monkeypatch.setattr(service, "_respond_to_all", fail)
+    assert [each.error.status for each in answer(service, IMAGE, IMAGE)] == [500, 500]
+
+
 def test_requests_of_a_batch_keep_their_options(services):
     rows = [{"body": bytearray(IMAGE)}] * 3
     heads = [{"X-Detect-Score-Threshold": str(value)} for value in (0.1, 0.5, 0.9)]

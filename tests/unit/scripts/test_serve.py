@@ -52,3 +52,20 @@ def test_a_port_without_room_for_the_others_is_a_usage_error(port, capsys):
         serve.main(["--port", port])
     assert exit_info.value.code == 2
     assert "accepted is a" in capsys.readouterr().err
+
+
+def test_the_logs_go_where_the_option_says(monkeypatch, tmp_path):
+    started = {}
+
+    class Server:
+        def __init__(self, *_, log_dir, **__):
+            started["log_dir"] = log_dir
+
+        def stop(self):
+            return True
+
+    monkeypatch.setattr("lib.server.process.TorchServeProcess", Server)
+    monkeypatch.setattr(serve, "_serve", lambda *_: 0)
+    for options, folder in (([], serve.PROJECT_DIR / "logs"), (["--log-dir", str(tmp_path)], tmp_path)):
+        assert serve._run_server(serve._parser().parse_args(options), Lines(), Lines()) == 0
+        assert started["log_dir"] == folder

@@ -67,17 +67,24 @@ def test_two_that_start_at_once_make_one_environment(project):
     assert calls(project) == ["venv", "pip"]
 
 
-def test_two_that_start_at_once_make_one_environment_for_the_clients(project):
-    requirements = project / "tests/clients/requirements.txt"
+@pytest.mark.parametrize(
+    ("environment", "setup", "file"),
+    [
+        (".venv-clients", "setup_clients", "tests/clients/requirements.txt"),
+        (".venv-triton", "setup_triton", "deploy/triton/requirements.txt"),
+    ],
+)
+def test_two_that_start_at_once_make_one_environment_beside_the_other(project, environment, setup, file):
+    requirements = project / file
     requirements.parent.mkdir(parents=True)
     requirements.write_text("other==2\n")
     for count in (2, 1):  # then alone, with other pins
-        for process in [start(project, "setup_clients") for _ in range(count)]:
+        for process in [start(project, setup) for _ in range(count)]:
             _, err = process.communicate(timeout=60)
             assert process.returncode == 0, err
         requirements.write_text("other==3\n")
     assert calls(project) == ["venv", "pip"] * 3
-    assert (project / ".venv-clients/bin/python").exists()
+    assert (project / environment / "bin/python").exists()
 
 
 @pytest.mark.parametrize("content", ["bin/keep", "a file", "a dangling link"])

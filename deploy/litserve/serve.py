@@ -1,0 +1,156 @@
+"""Serve a detector's archive by LitServe: POST an image to /predict; GET /health answers 200 when ready.
+
+python deploy/litserve/serve.py                                      the demo archive on port 8000
+python deploy/litserve/serve.py --archive mine.mar --workers 2 --batch-size 16 --max-batch-delay 2
+
+Needs the package litserve (deploy/litserve/requirements.txt). Answers as TorchServe does with the same
+archive (docs/litserve.md). Prints LitServe's log. Ctrl-C or SIGTERM ends the server. Exit code: 0 after a
+signal, 1 if it does not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+FOLDER = Path(__file__).resolve().parent
+PROJECT_DIR = FOLDER.parents[1]
+sys.path.append(str(PROJECT_DIR / "scripts"))
+
+from lib.cli import (  # noqa: E402
+    ScriptError,
+    command_parser,
+    positive_int,
+    positive_number,
+    run_command,
+)
+from lib.paths import DEMO_ARCHIVE  # noqa: E402
+
+REQUIREMENTS = "deploy/litserve/requirements.txt"
+DEFAULT_PORT = 8000  # LitServe's
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal comes."""
+    return run_command(_run, _parser(), argv)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lib.archive.members import opened_archive
+    from lib.server.mps import cuda_mps
+
+    signal.signal(signal.SIGTERM, _interrupt_in(os.getpid()))
+    with tempfile.TemporaryDirectory(prefix="litserve-") as folder, cuda_mps(arguments.mps) as variables:
+        os.environ.update(variables)
+        with opened_archive(arguments.archive) as opened:
+            opened.extractall(folder)
+        # The workers, which inherit the path, run the archive's own modules.
+        sys.path.insert(0, folder)
+        try:
+            _serve(arguments, Path(folder))
+        except KeyboardInterrupt:
+            pass  # before LitServe was ready for it
+        except (RuntimeError, SystemExit) as error:
+            raise ScriptError(f"LitServe does not start ({error}); the cause is above") from None
+        finally:
+            # LitServe leaves them running if it does not start, and waits for them.
+            for child in multiprocessing.active_children():
+                child.kill()
+    return 0
+
+
+def _interrupt_in(process_id: int) -> Callable[[int, FrameType | None], None]:
+    """For SIGTERM: what LitServe ends at. Processes that it forks inherit this, and end in their own way."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == process_id:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def _serve(arguments: argparse.Namespace, model_dir: Path) -> None:
+    from lib.archive.members import BatchingSetting, batching_of, read_settings, settings_with
+    from lib.server.process import read_properties
+
+    try:
+        from detection_api import DetectionAPI, make_server
+        from litserve.connector import check_cuda_with_nvidia_smi
+    except ModuleNotFoundError as error:
+        raise ScriptError(
+            f"{error}; `pip install -r deploy/litserve/requirements.txt` installs it"
+        ) from error
+
+    settings = read_settings(arguments.archive)
+    own = batching_of(settings)
+    setting = BatchingSetting(
+        arguments.batch_size or own.batch_size,
+        arguments.max_batch_delay or own.delay_ms,
+        arguments.workers or own.workers,
+    )
+    gpus = 0 if arguments.device == "cpu" else check_cuda_with_nvidia_smi()
+    if arguments.device == "cuda" and not gpus:
+        raise ScriptError("--device is cuda, but nvidia-smi finds no GPU")
+    devices = min(arguments.devices or gpus, gpus) or 1
+    workers = devices * setting.workers
+    if setting != own:
+        settings = settings_with(settings, setting)
+    settings["minWorkers"] = settings["maxWorkers"] = workers
+    api_servers = arguments.api_servers or workers
+    server = make_server(
+        DetectionAPI(model_dir, settings, workers, api_servers),
+        int(read_properties(PROJECT_DIR / "config.properties")["max_request_size"]),
+        arguments.timeout or float(settings["responseTimeout"]),
+        accelerator="cuda" if gpus else "cpu",
+        devices=devices,
+        workers_per_device=setting.workers,
+    )
+    server.run(
+        host=arguments.host,
+        port=arguments.port,
+        num_api_servers=api_servers,
+        log_level="warning",
+        generate_client_file=False,
+    )
+
+
+def _port(text: str) -> int:
+    number = positive_int(text)
+    if not 1024 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a port from 1024 to 65535")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--archive", type=Path, default=DEMO_ARCHIVE, metavar="MAR", help="what to serve (%(default)s)")
+    add("--host", choices=["127.0.0.1", "0.0.0.0", "::"], default="127.0.0.1", help="(%(default)s)")
+    add("--port", type=_port, default=DEFAULT_PORT, metavar="N", help="(%(default)s)")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto takes the GPUs if there are any",
+    )
+    add("--devices", type=positive_int, metavar="N", help="the first N GPUs (default: all)")
+    add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")
+    add("--workers", type=positive_int, metavar="N", help="on each device (default: the archive's)")
+    add("--batch-size", type=positive_int, metavar="N", help="(default: the archive's)")
+    add("--max-batch-delay", type=positive_int, metavar="MS", help="(default: the archive's)")
+    servers = "processes that read requests (default: as many as workers)"
+    add("--api-servers", type=positive_int, metavar="N", help=servers)
+    waiting = "longest wait of a request in the queue (default: the archive's responseTimeout)"
+    add("--timeout", type=positive_number, metavar="S", help=waiting)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

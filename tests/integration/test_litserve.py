@@ -1,0 +1,158 @@
+"""The same archive behind a real LitServe: TorchServe's answers, LitServe's health, faults and end."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import requests
+
+from lib.server.process import free_ports
+
+from doubles.answers import PRECISION
+from doubles.real_server import wait_until
+from doubles.served_command import still_running
+
+pytest.importorskip("litserve", reason="needs the package litserve (deploy/litserve/requirements.txt)")
+
+TIMEOUT_S = 60.0
+PLAIN = {"Accept-Encoding": "identity"}
+
+
+@contextmanager
+def litserve(project_dir, archive, folder, *options):
+    """deploy/litserve/serve.py with the archive: its address, and its process."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    output = folder / "output.txt"
+    command = [
+        sys.executable,
+        "deploy/litserve/serve.py",
+        "--archive",
+        str(archive.path),
+        "--port",
+        str(port),
+    ]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *options], cwd=project_dir, stdout=file, stderr=subprocess.STDOUT
+        )
+    children = []
+    try:
+        wait_until(lambda: is_ready(url, process, output), "LitServe being ready")
+        children = psutil.Process(process.pid).children(recursive=True)
+        yield url, process
+    finally:
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0, output.read_text()
+        assert not still_running(children)
+
+
+def is_ready(url, process, output):
+    assert process.poll() is None, output.read_text()
+    try:
+        return requests.get(f"{url}/health", timeout=5).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(project_dir, archive, tmp_path_factory):
+    with litserve(project_dir, archive, tmp_path_factory.mktemp("litserve")) as (url, _):
+        yield f"{url}/predict"
+
+
+def same(url, served, **request):
+    """Both servers' answers to a request, which have to be the same."""
+    request = {"timeout": TIMEOUT_S, "headers": PLAIN, **request}
+    theirs, ours = (requests.post(each, **request) for each in (url, served))
+    assert (ours.status_code, ours.content) == (theirs.status_code, theirs.content)
+    assert ours.headers["content-type"] == theirs.headers["content-type"]
+    return ours
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"score_threshold": "0.8"},
+        {"classes": "WBC", "max_detections": "1"},
+        {"format": "coco", "image_id": "7"},
+        {"format": "yolo"},
+        {"format": "jpeg"},
+        {"score_threshold": "2"},
+        {"format": "bmp"},
+        {"score_treshold": "0.5"},
+    ],
+)
+def test_an_image_as_the_body_has_torchserves_answer_byte_for_byte(url, served, smear, params):
+    same(url, served, data=smear, params=params)
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda smear: {"files": {"data": smear}, "data": {"score_threshold": "0.8"}},
+        lambda smear: {"files": {"file": smear}},
+        lambda smear: {"json": {"image": "no base64"}},
+        lambda smear: {"json": {"instances": []}},
+        lambda smear: {"data": smear[:2000]},
+        lambda smear: {"data": b"no image"},
+        lambda smear: {"data": smear, "headers": {**PLAIN, "X-Detect-Score-Threshold": "0.8"}},
+        lambda smear: {"data": smear, "headers": {**PLAIN, "Accept": "image/png"}},
+    ],
+)
+def test_other_forms_of_requests_have_the_same_answer_too(url, served, smear, request_of):
+    same(url, served, **request_of(smear))
+
+
+def test_a_bad_image_in_a_batch_costs_only_its_own_request(url, served, smears):
+    if PRECISION != "fp32":
+        pytest.skip("an answer may depend on the batch")
+    bodies = [image for image, _ in smears.values()] + [b"no image", b"\xff\xd8\xff\xe0 broken"]
+    expected = [requests.post(url, body, timeout=TIMEOUT_S, headers=PLAIN) for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        # The archive waits 100 ms for a batch.
+        found = list(pool.map(lambda body: requests.post(served, body, timeout=TIMEOUT_S), bodies * 2))
+    assert [(each.status_code, each.content) for each in found] == [
+        (each.status_code, each.content) for each in expected
+    ] * 2
+
+
+def test_errors_of_the_server_itself_have_the_same_form(served):
+    for answer, status, kind in (
+        (requests.get(served, timeout=TIMEOUT_S), 405, "MethodNotAllowed"),
+        (requests.post(f"{served}s", b"", timeout=TIMEOUT_S), 404, "NotFound"),
+    ):
+        assert (answer.status_code, answer.json()["code"], answer.json()["type"]) == (status, status, kind)
+
+
+def test_a_body_larger_than_torchserve_takes_is_refused(served):
+    answer = requests.post(served, bytes(34_000_001), timeout=TIMEOUT_S)
+    assert (answer.status_code, answer.json()["code"]) == (413, 413)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_end_answers_what_was_accepted(
+    project_dir, archive, smear, tmp_path
+):
+    options = ("--workers", "1", "--api-servers", "1", "--timeout", "5")
+    with litserve(project_dir, archive, tmp_path, *options) as (url, process):
+        worker = max(psutil.Process(process.pid).children(), key=lambda each: each.memory_info().rss)
+        os.kill(worker.pid, signal.SIGKILL)
+        # Twice the time-out; LitServe alone would never answer.
+        lost = requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S)
+        assert lost.status_code in (200, 504)
+        wait_until(lambda: requests.get(f"{url}/health", timeout=5).status_code == 200, "the new worker")
+        assert requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S).status_code == 200
+        with ThreadPoolExecutor(8) as pool:
+            answers = [
+                pool.submit(requests.post, f"{url}/predict", smear, timeout=TIMEOUT_S) for _ in range(8)
+            ]
+            wait_until(lambda: not any(each.done() for each in answers), "the requests being sent", 5.0)
+            process.send_signal(signal.SIGTERM)
+            assert {each.result().status_code for each in answers} == {200}
