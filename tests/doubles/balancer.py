@@ -49,15 +49,18 @@ class Balancer(FrontProxy):
     def reload(self):
         """Let HAProxy read its files again, `hosts` among them."""
         self._files()
-        before = self.worker()
+        # The master loses a signal that comes while it starts a worker.
+        wait_until(lambda: self._started_workers() > 0, "the first worker", 20.0)
+        before = self._started_workers()
         self.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: self.worker() != before, "the new worker", 20.0)
+        wait_until(lambda: self._started_workers() > before, "the new worker", 20.0)
+
+    def _started_workers(self):
+        return self.log.read_text().count("Loading success.")
 
     def worker(self):
-        """Process id of the worker that takes new connections; None while it changes."""
-        with contextlib.suppress(OSError):
-            found = re.search(r"(?m)^Pid: (\d+)$", self.ask("show info"))
-            return int(found[1]) if found else None
+        """Process id of the worker that takes new connections."""
+        return int(re.search(r"(?m)^Pid: (\d+)$", self.ask("show info"))[1])
 
     def ask(self, command):
         """What the stats socket answers."""
