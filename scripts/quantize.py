@@ -171,9 +171,8 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="target",
         choices=TARGETS,
-        default="cpu",
-        help="cpu: onnxruntime and OpenVINO; tensorrt: no zero points, only inputs of convolutions "
-        "(%(default)s)",
+        default="openvino",
+        help="backend that the file is for; the others run it too, but slower (%(default)s)",
     )
     parser.add_argument(
         "--ranges",

@@ -7,8 +7,8 @@ from typing import Literal
 
 OutputKind = Literal["raw", "boxes", "detections"]
 OUTPUT_KINDS: tuple[OutputKind, ...] = ("raw", "boxes", "detections")
-Target = Literal["cpu", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("cpu", "tensorrt")
+Target = Literal["openvino", "onnxruntime", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("openvino", "onnxruntime", "tensorrt")
 RangeMethod = Literal["minmax", "mean"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
 
@@ -30,7 +30,7 @@ class QuantizationRequest:
     """
 
     max_loss: float = 0.005
-    target: Target = "cpu"
+    target: Target = "openvino"
     ranges: RangeMethod = "minmax"
     calibration_images: int = 32
     check_images: int = 16
