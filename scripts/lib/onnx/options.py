@@ -13,9 +13,6 @@ RangeMethod = Literal["minmax", "mean"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
 
 NO_BLOCK = "none"  # on the command line, in place of a block's name
-# Prediction convolutions and stem: everything seen passes through them. docs/quantization.md has what this
-# costs in speed.
-ALWAYS_FLOAT = ("head", "backbone.block_list.0", "backbone.csp_stage.0")
 
 
 @dataclass(frozen=True)
@@ -34,5 +31,5 @@ class QuantizationRequest:
     ranges: RangeMethod = "minmax"
     calibration_images: int = 32
     check_images: int = 16
-    float_blocks: tuple[str, ...] = ALWAYS_FLOAT
+    float_blocks: tuple[str, ...] = ()
     progress: bool | None = None

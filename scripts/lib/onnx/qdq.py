@@ -159,8 +159,8 @@ def quantize_blocks(
 
     ranges: what `calibrate` returned for this network.
     target: "openvino" quantises the inputs of convolutions to uint8 with zero points. OpenVINO computes
-        activations, sums and the next quantisation as part of a convolution; a pair between the two would make
-        them calls of their own. "onnxruntime" quantises the operators between convolutions too, without which
+        activation, sum and next quantisation as part of a convolution; a pair in between would make them
+        calls of their own. "onnxruntime" quantises the operators between convolutions too, without which
         it computes nothing in integers. "tensorrt" quantises inputs of convolutions to int8 without zero
         points, which is all that TensorRT supports.
     """
