@@ -30,7 +30,7 @@ from damoyolo.structures import RawPredictions
 
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 # With at most so many, a batch goes through the network image by image: then every shape is known when the
-# network is compiled, which fuses more (S in INT8: 8 to 13 % less time at batch 1), and larger calls were no
+# network is compiled, which fuses more (S in INT8: 5 to 9 % less time at batch 1), and larger calls were no
 # faster (docs/backends.md). More threads than this were not measured: they take a batch in one call.
 FEW_THREADS = 4
 
