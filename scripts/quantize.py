@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.cli import ScriptError, command_parser, fraction, name_list, positive_int, run_command
 from lib.json_file import write_json
-from lib.onnx.options import ALWAYS_FLOAT, NO_BLOCK, RANGE_METHODS, TARGETS, QuantizationRequest
+from lib.onnx.options import NO_BLOCK, RANGE_METHODS, TARGETS, QuantizationRequest
 from lib.packaging.arguments import add_network_arguments, load_network
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="target",
         choices=TARGETS,
-        default="cpu",
-        help="cpu: onnxruntime and OpenVINO; tensorrt: no zero points, only inputs of convolutions "
+        default="openvino",
+        help="backend that the file is for; openvino and onnxruntime also run each other's, but slower "
         "(%(default)s)",
     )
     parser.add_argument(
@@ -187,10 +187,9 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-float",
         dest="float_blocks",
         type=name_list,
-        default=ALWAYS_FLOAT,
+        default=(),
         metavar="A,B",
-        help="blocks that always stay float32, or prefixes of their names; "
-        f"{NO_BLOCK} leaves all to the sweep ({','.join(ALWAYS_FLOAT)})",
+        help=f"blocks that always stay float32, or prefixes of their names ({NO_BLOCK}: the sweep decides)",
     )
 
 

@@ -34,6 +34,7 @@ from damoyolo.model.damoyolo import DamoYolo
 from damoyolo.model.head import ZeroHead
 from damoyolo.model.layers import ConvNormAct, Focus, NasConvAct, ResidualBlock, SpatialPyramidPooling
 from damoyolo.model.neck import FusionStage, RepBlock, RepGfpn
+from damoyolo.model.pixel_stem import focus_weight_on_pixels
 from damoyolo.structures import RawPredictions
 
 # Limits of pointwise_conv.
@@ -168,16 +169,6 @@ class StridedBlockTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.conv2(x))
-
-
-def focus_weight_on_pixels(weight: Tensor) -> Tensor:
-    """The weight (O, 3, 6, 6) on pixels that equals a 3x3 convolution of the grids of Focus.
-
-    Stride 1 and padding 1 in cells of 2x2 pixels are stride 2 and padding 2 in pixels.
-    Channel (x * 2 + y) * 3 + c of the grids is colour c of the pixel in row y, column x of a cell.
-    """
-    cells = weight.view(-1, 2, 2, 3, 3, 3)  # O,12,3,3 -> O,x,y,c,i,j for row i, column j of cells
-    return cells.permute(0, 3, 4, 2, 5, 1).reshape(-1, 3, 6, 6)  # O,c,(i,y),(j,x)
 
 
 def fuse_stem(backbone: nn.Module, *, fuse_pointwise: bool) -> None:

@@ -20,6 +20,7 @@ from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, OnnxMetada
 from damoyolo.boxes import STRIDES, boxes_from_distances, class_scores
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
+from damoyolo.model.pixel_stem import join_focus
 from damoyolo.structures import RawPredictions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes without converting
@@ -61,7 +62,8 @@ def to_onnx(
     model: folded, in float32; left unchanged. class_names: for the metadata; None numbers the classes.
     """
     names = class_names or [str(index) for index in range(model.num_classes)]
-    network: nn.Module = (RawOutputs if outputs == "raw" else _BoxOutputs)(copy.deepcopy(model).cpu())
+    copied = join_focus(copy.deepcopy(model).cpu())
+    network: nn.Module = (RawOutputs if outputs == "raw" else _BoxOutputs)(copied)
     written = _export(network.eval(), OUTPUT_NAMES if outputs == "raw" else ("scores", "boxes_xyxy"))
     _name_sizes(written)
     if outputs == "detections":

@@ -7,15 +7,12 @@ from typing import Literal
 
 OutputKind = Literal["raw", "boxes", "detections"]
 OUTPUT_KINDS: tuple[OutputKind, ...] = ("raw", "boxes", "detections")
-Target = Literal["cpu", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("cpu", "tensorrt")
+Target = Literal["openvino", "onnxruntime", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("openvino", "onnxruntime", "tensorrt")
 RangeMethod = Literal["minmax", "mean"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "mean")
 
 NO_BLOCK = "none"  # on the command line, in place of a block's name
-# Prediction convolutions and stem: everything seen passes through them. docs/quantization.md has what this
-# costs in speed.
-ALWAYS_FLOAT = ("head", "backbone.block_list.0", "backbone.csp_stage.0")
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,9 @@ class QuantizationRequest:
     """
 
     max_loss: float = 0.005
-    target: Target = "cpu"
+    target: Target = "openvino"
     ranges: RangeMethod = "minmax"
     calibration_images: int = 32
     check_images: int = 16
-    float_blocks: tuple[str, ...] = ALWAYS_FLOAT
+    float_blocks: tuple[str, ...] = ()
     progress: bool | None = None

@@ -31,8 +31,9 @@ from lib.onnx.options import RangeMethod, Target
 
 Ranges = Any  # of the activations, as onnxruntime's calibration returns them
 
-# Everything between two convolutions, so that no value has to become float32 and back in between.
-CPU_OPERATORS = ("Add", "Concat", "Conv", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
+# What onnxruntime computes in integers: everything between two convolutions, so that no value has to become
+# float32 and back in between.
+INTEGER_OPERATORS = ("Add", "Concat", "Conv", "MaxPool", "Mul", "Relu", "Resize", "Sigmoid")
 
 # The part of a weight's name that names its block; `model/` has the names.
 _BLOCK_NAME = re.compile(
@@ -141,7 +142,7 @@ def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: Range
         onnx.save(onnx.shape_inference.infer_shapes(network), path)
         calibrator = create_calibrator(
             path,
-            CPU_OPERATORS,
+            INTEGER_OPERATORS,
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"moving_average": method == "mean"},
@@ -152,49 +153,51 @@ def calibrate(network: onnx.ModelProto, pixels: NDArray[np.uint8], method: Range
 
 
 def quantize_blocks(
-    network: onnx.ModelProto, ranges: Ranges, chosen: Collection[Block], target: Target = "cpu"
+    network: onnx.ModelProto, ranges: Ranges, chosen: Collection[Block], target: Target = "openvino"
 ) -> onnx.ModelProto:
     """A copy of the network in which the chosen blocks are INT8.
 
     ranges: what `calibrate` returned for this network.
-    target: "cpu" quantises to uint8 with zero points, including the operators between convolutions, which
-        onnxruntime and OpenVINO need to be fast; "tensorrt" to int8 without zero points, only the inputs of
-        convolutions and no biases, which is all that TensorRT supports.
+    target: "openvino" quantises the inputs of convolutions to uint8 with zero points. OpenVINO computes
+        activation, sum and next quantisation as part of a convolution; a pair in between would make them
+        calls of their own. "onnxruntime" quantises the operators between convolutions too, without which
+        it computes nothing in integers. "tensorrt" quantises inputs of convolutions to int8 without zero
+        points, which is all that TensorRT supports.
     """
     quantized = onnx.shape_inference.infer_shapes(network)
     if chosen:
-        options: dict[str, Any] = {"ActivationSymmetric": target == "tensorrt", "WeightSymmetric": True}
-        operators: tuple[str, ...] = CPU_OPERATORS
-        activations = QuantType.QUInt8
-        if target == "tensorrt":
-            operators, activations = ("Conv",), QuantType.QInt8
-            options |= {
-                "QuantizeBias": False,
-                "AddQDQPairToWeight": True,
-                "OpTypesToExcludeOutputQuantization": list(operators),
-            }
-        else:
-            # Pixels are whole numbers from 0 to 255: a scale of 1 keeps them exact.
-            entry = network.graph.node[_first_convolution(network)].input[0]
-            exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
-            options["TensorQuantOverrides"] = {entry: [exact]}
         with _quiet():
             quantizer = QDQQuantizer(
                 quantized,
                 per_channel=True,
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
-                activation_qType=activations,
+                activation_qType=QuantType.QInt8 if target == "tensorrt" else QuantType.QUInt8,
                 tensors_range=ranges,
                 nodes_to_quantize=[name for block in chosen for name in block.nodes],
                 nodes_to_exclude=[],
-                op_types_to_quantize=list(operators),
-                extra_options=options,
+                op_types_to_quantize=list(INTEGER_OPERATORS if target == "onnxruntime" else ("Conv",)),
+                extra_options=_quantizer_options(network, target),
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()  # new nodes were appended
         quantized = quantizer.model.model
     return quantized
+
+
+def _quantizer_options(network: onnx.ModelProto, target: Target) -> dict[str, Any]:
+    """`extra_options` of onnxruntime's quantiser."""
+    options: dict[str, Any] = {"ActivationSymmetric": target == "tensorrt", "WeightSymmetric": True}
+    if target != "onnxruntime":
+        options |= {"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": ["Conv"]}
+    if target == "tensorrt":
+        options["AddQDQPairToWeight"] = True
+    else:
+        # Pixels are whole numbers from 0 to 255: a scale of 1 keeps them exact.
+        entry = network.graph.node[_first_convolution(network)].input[0]
+        exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
+        options["TensorQuantOverrides"] = {entry: [exact]}
+    return options
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lib.cli import ScriptError
 from lib.images import find_images
-from lib.onnx.options import ALWAYS_FLOAT, NO_BLOCK, QuantizationRequest
+from lib.onnx.options import NO_BLOCK, QuantizationRequest
 from lib.onnx.qdq import Block, calibrate, find_blocks, quantize_blocks
 from lib.onnx.sensitivity import Deviation, QuantizationEvaluator, Sensitivity, fewest_kept, measure_blocks
 
@@ -95,8 +95,7 @@ def _candidates(blocks: Sequence[Block], float_blocks: Sequence[str]) -> list[Bl
         return any(block.name == name or block.name.startswith(f"{name}.") for name in names)
 
     for name in float_blocks:
-        # The default names blocks of backbones of every kind.
-        if name not in (*ALWAYS_FLOAT, NO_BLOCK) and not any(stays_float(block, [name]) for block in blocks):
+        if name != NO_BLOCK and not any(stays_float(block, [name]) for block in blocks):
             raise ScriptError(
                 f"no block is called {name}; accepted are {NO_BLOCK}, or names and prefixes up to a dot of "
                 f"{', '.join(block.name for block in blocks)}: change --keep-float"

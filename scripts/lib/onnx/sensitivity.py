@@ -124,7 +124,7 @@ def measure_blocks(
     ranges: Ranges,
     blocks: Iterable[Block],
     evaluator: QuantizationEvaluator,
-    target: Target = "cpu",
+    target: Target = "openvino",
 ) -> list[Sensitivity]:
     """The effect of each block when only it is quantised; the most sensitive first."""
     found = [

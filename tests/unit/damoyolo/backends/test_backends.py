@@ -79,6 +79,22 @@ def test_a_batch_gives_what_each_image_gives_alone_and_later_calls_leave_it_alon
     assert all(map(torch.equal, together.class_logits, kept))
 
 
+def test_openvino_takes_a_batch_in_one_call_or_image_by_image_with_equal_results(open_network, monkeypatch):
+    def open_with(few_threads):
+        monkeypatch.setattr("damoyolo.backends.openvino.FEW_THREADS", few_threads)
+        return open_network(backend="openvino", precision="fp32", input_size_hw=[64, 96])
+
+    one_by_one, at_once = open_with(torch.get_num_threads()), open_with(torch.get_num_threads() - 1)
+    assert one_by_one.batch_request is None
+    assert at_once.batch_request is not None
+    channels_last = pixels_of(3, 64, 96).contiguous(memory_format=torch.channels_last)
+    for pixels in (channels_last, channels_last[:1], pixels_of(2, 32, 64)):
+        for found, expected in zip(one_by_one(pixels), at_once(pixels), strict=True):
+            for level, other in zip(found, expected, strict=True):
+                # Float32 sums of up to some thousand products in another order.
+                torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-4)
+
+
 def openvino_multiplies_bf16():
     return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from damoyolo.cuda import fuse as fuse_module
-from damoyolo.cuda.fuse import FuseOptions, focus_weight_on_pixels, fuse, merge_convs
+from damoyolo.cuda.fuse import FuseOptions, fuse, merge_convs
 from damoyolo.cuda.kernels import pixel_stride
 from damoyolo.cuda.kernels.pointwise import pointwise_conv
 from damoyolo.model.damoyolo import build_model
 from damoyolo.model.layers import Focus, LayerFactory, SpatialPyramidPooling
 from damoyolo.model.neck import FusionStage
+from damoyolo.model.pixel_stem import focus_weight_on_pixels
 from damoyolo.model.variants import VARIANTS
 from damoyolo.structures import RawPredictions
 
