@@ -146,17 +146,13 @@ def test_prometheus_finds_the_pod_and_answers_what_keda_asks(pod, documents, pro
         for metric in service["spec"]["predictor"]["autoScaling"]["metrics"]
     ]
     with running_prometheus(monitoring_dir(project_dir, pod, tmp_path), tmp_path, None) as prometheus:
-        common = {
-            "__name__": "up",
-            "job": "damoyolo",
-            "instance": f"{pod.address}:8082",
-            "pod": pod.namespace,
+        wait_until(lambda: len(prometheus.query("up")) == 2, "both scrapes", 30)
+        instance = {"instance": f"{pod.address}:8082", "pod": pod.namespace}
+        found = {target["metric"]["namespace"]: target["metric"] for target in prometheus.query("up")}
+        assert found == {
+            namespace: {"__name__": "up", "job": "damoyolo", "namespace": namespace, **instance}
+            for namespace in ("damoyolo", "models")
         }
-        targets = [target["metric"] for target in prometheus.query("up")]
-        assert sorted(targets, key=lambda labels: labels["namespace"]) == [
-            {**common, "namespace": "damoyolo"},
-            {**common, "namespace": "models"},
-        ]
         for query in queries:
             assert len(prometheus.query(query)) == 1, query
         with Clients(endpoints, smear):

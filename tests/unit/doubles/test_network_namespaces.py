@@ -44,9 +44,8 @@ def test_the_namespace_of_a_process_gets_a_cable():
         ["unshare", "--net", *server], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as alone:
         try:
-            wait_until(
-                lambda: os.readlink(f"/proc/{alone.pid}/ns/net") != os.readlink("/proc/self/ns/net"), "it", 20
-            )
+            here = os.readlink("/proc/self/ns/net")
+            wait_until(lambda: os.readlink(f"/proc/{alone.pid}/ns/net") != here, "a network of its own", 20)
             with joined_namespace(alone.pid) as namespace:
                 wait_until(lambda: answers(namespace.address), "an answer", 20)
         finally:
