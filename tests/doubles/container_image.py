@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from doubles.network_namespaces import why_not
+
 PROGRAMS = ("podman", "runc", "debootstrap", "ip")
 SUITE, SUITE_PYTHON = "bookworm", (3, 11)
 BASE_IMAGE = "docker.io/library/debian:bare"
@@ -44,6 +46,8 @@ def skip_without_podman():
         pytest.skip(f"the image is built as root by {', '.join(PROGRAMS)}; missing: {missing or 'root'}")
     if sys.version_info[:2] != SUITE_PYTHON:
         pytest.skip(f"{SUITE}'s Python {SUITE_PYTHON} cannot import packages of this Python")
+    if (reason := why_not()) != "":
+        pytest.skip(reason)
 
 
 class Podman:
@@ -68,9 +72,11 @@ class Podman:
         return done
 
     def close(self):
-        for what in (["rm", "--all", "--force", "--time=0"], ["rmi", "--all", "--force"]):
-            self(*what, timeout=120, check=False)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Leave nothing behind; each step is taken, and then the first failure is raised."""
+        with contextlib.ExitStack() as steps:
+            steps.callback(shutil.rmtree, self.folder)
+            steps.callback(self, "rmi", "--all", "--force", timeout=120)
+            steps.callback(self, "rm", "--all", "--force", "--time=0", timeout=120)
 
 
 def import_debian(podman):
@@ -106,27 +112,3 @@ def build_image(podman, project_dir, variant="cuda"):
     build += [f"--build-arg=BASE_IMAGE={BASE_IMAGE}", f"--build-arg=VARIANT={variant}", f"--tag={IMAGE}"]
     done = podman(*build, "--file=deploy/container/Dockerfile", project_dir, timeout=500, cwd=project_dir)
     return done.stdout + done.stderr
-
-
-@contextlib.contextmanager
-def own_network():
-    """A network namespace for a container: the argument for `podman run`, and its address from here."""
-    name = f"damoyolo-{os.getpid()}"
-    # Of 198.18.0.0/15, which is set aside for tests of networks.
-    net = f"198.{18 + os.getpid() % 2}.{os.getpid() // 2 % 256}"
-    host, peer = f"dy{os.getpid() % 10**6}h", f"dy{os.getpid() % 10**6}c"
-    steps = [
-        f"netns add {name}",
-        f"link add {host} type veth peer name {peer} netns {name}",
-        f"addr add {net}.1/30 dev {host}",
-        f"link set {host} up",
-        f"-n {name} addr add {net}.2/30 dev {peer}",
-        f"-n {name} link set {peer} up",
-        f"-n {name} link set lo up",
-    ]
-    try:
-        for step in steps:
-            subprocess.run(["ip", *step.split()], check=True, timeout=20)
-        yield f"--network=ns:/run/netns/{name}", f"{net}.2"
-    finally:
-        subprocess.run(["ip", "netns", "del", name], timeout=20, check=False)

@@ -22,8 +22,9 @@ import requests
 from lib.server.java import find_java_home
 
 from doubles.manifests import container_of, in_bytes, only, pod_template, port_number
+from doubles.network_namespaces import joined_namespace, why_not
 
-PROGRAMS = ("bwrap", "ip", "nsenter", "setpriv", "ss", "tini")
+PROGRAMS = ("bwrap", "ip", "setpriv", "ss", "tini")
 # What the image has of the project (deploy/container/Dockerfile).
 CONTENT = ("handler", "scripts", "deploy", "LICENSE", "NOTICE")
 # Of the system's settings: where Java, certificates and fonts are found.
@@ -44,10 +45,8 @@ CLUSTER = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "4
 
 def missing():
     """Why pods cannot run here; empty if they can."""
-    if os.getuid() != 0:
-        return "network namespaces need root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else ""
+    return f"not installed: {', '.join(absent)}" if absent else why_not()
 
 
 def image_settings(dockerfile):
@@ -60,67 +59,38 @@ def image_settings(dockerfile):
     return json.loads(fields["ENTRYPOINT"]), variables, fields["USER"], fields["WORKDIR"]
 
 
-def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
-
-
-def addresses(number):
-    """Both ends of the cable to a pod: the host's and the pod's."""
-    network = f"10.199.{os.getpid() % 250}"
-    return f"{network}.{4 * number + 1}", f"{network}.{4 * number + 2}"
-
-
-def connect(number, namespace, path):
-    """Lay a cable into a network namespace: its name or a process in it, and its file."""
-    outside, inside = f"pod{os.getpid()}o{number}", f"pod{os.getpid()}i{number}"
-    ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", namespace)
-    host_address, address = addresses(number)
-    ip("addr", "add", f"{host_address}/30", "dev", outside)
-    ip("link", "set", outside, "up")
-    for step in (
-        ["addr", "add", f"{address}/30", "dev", inside],
-        *(["link", "set", n, "up"] for n in ("lo", inside)),
-    ):
-        subprocess.run(["nsenter", f"--net={path}", "ip", *step], check=True, timeout=30)
-
-
 class Pod:
     """One pod; `address` is its own.
 
     documents: of the overlay.
     archive: what the image's build puts into its model store.
     folder: of this pod, to be written.
-    number: different for pods that run at the same time.
     """
 
-    def __init__(self, documents, project_dir, archive, folder, number=1):
+    def __init__(self, documents, project_dir, archive, folder):
         self.documents, self.project_dir, self.archive, self.folder = documents, project_dir, archive, folder
         self.template, self.container = pod_template(documents), container_of(documents)
         self.entrypoint, self.variables, self.user, self.workdir = image_settings(
             project_dir / "deploy/container/Dockerfile"
         )
-        self.namespace = f"pod-{os.getpid()}-{number}"
-        self.address = addresses(number)[1]
-        self.number, self.process, self.started_s = number, None, 0.0
+        self.namespace = self.address = self.process = None
+        self.started_s = 0.0
 
     @contextlib.contextmanager
     def running(self):
         """The container started inside the context; nothing of it is left afterwards."""
         self.folder.mkdir()
-        try:
-            self._make_network()
+        with joined_namespace() as namespace, contextlib.ExitStack() as ended:
+            self.namespace, self.address = namespace.name, namespace.address
+            ended.callback(self._kill)
             self._start()
             yield self
-        finally:
-            if self.process is not None:
-                self.process.kill()  # bwrap; --die-with-parent ends the container
-                self.process.wait(30)
-            ip("netns", "del", self.namespace)
 
-    def _make_network(self):
-        """A namespace that reaches this host's end of a cable, and nothing else."""
-        ip("netns", "add", self.namespace)
-        connect(self.number, self.namespace, f"/run/netns/{self.namespace}")
+    def _kill(self):
+        """End what still runs."""
+        if self.process is not None:
+            self.process.kill()  # bwrap; --die-with-parent ends the container
+            self.process.wait(30)
 
     def command_line(self):
         """What the runtime starts: the image's entry point or the manifest's command, and its arguments."""

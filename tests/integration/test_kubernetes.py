@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -20,18 +21,25 @@ import yaml
 from doubles.container_image import IMAGE, PACKAGES_VOLUME
 from doubles.manifests import KUSTOMIZE, container_of, in_bytes, only, port_number, render, settings_of
 from doubles.monitoring import running_prometheus
-from doubles.pod import Endpoints, Pod, addresses, connect, missing
+from doubles.network_namespaces import joined_namespace
+from doubles.pod import Endpoints, Pod, missing
 from doubles.real_server import wait_until
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(KUSTOMIZE is None, reason="neither kustomize nor kubectl is installed"),
-    pytest.mark.skipif(missing() != "", reason=missing()),
 ]
 
 MODEL = "/predictions/damoyolo"
 TIMEOUT_S = 60.0
 # From SIGTERM until no node sends new connections to the pod any more, at worst.
 PROPAGATION_S = 3.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pods_can_run():
+    if (reason := missing()) != "":
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +146,12 @@ def test_prometheus_finds_the_pod_and_answers_what_keda_asks(pod, documents, pro
         for metric in service["spec"]["predictor"]["autoScaling"]["metrics"]
     ]
     with running_prometheus(monitoring_dir(project_dir, pod, tmp_path), tmp_path, None) as prometheus:
-        (target,) = prometheus.query("up")
-        assert target["metric"] == {
-            "__name__": "up",
-            "job": "damoyolo",
-            "instance": f"{pod.address}:8082",
-            "namespace": "damoyolo",
-            "pod": pod.namespace,
+        wait_until(lambda: len(prometheus.query("up")) == 2, "both scrapes", 30)
+        instance = {"instance": f"{pod.address}:8082", "pod": pod.namespace}
+        found = {target["metric"]["namespace"]: target["metric"] for target in prometheus.query("up")}
+        assert found == {
+            namespace: {"__name__": "up", "job": "damoyolo", "namespace": namespace, **instance}
+            for namespace in ("damoyolo", "models")
         }
         for query in queries:
             assert len(prometheus.query(query)) == 1, query
@@ -154,51 +161,60 @@ def test_prometheus_finds_the_pod_and_answers_what_keda_asks(pod, documents, pro
 
 
 def monitoring_dir(project_dir, pod, folder):
-    """The scrape job with what Prometheus would learn of the pod in a cluster written down."""
-    metadata = pod.template["metadata"]["annotations"]
-    found = {
-        "__meta_kubernetes_namespace": only(pod.documents, "Deployment")["metadata"]["namespace"],
-        "__meta_kubernetes_pod_name": pod.namespace,
-        **{
-            f"__meta_kubernetes_pod_annotation_{key.replace('.', '_').replace('/', '_')}": value
-            for key, value in metadata.items()
-        },
-    }
+    """The scrape job with what Prometheus would learn in a cluster written down.
+
+    That is the pod in the overlay's namespace, and again as KServe would make it, in the example's.
+    """
     config = yaml.safe_load((project_dir / "deploy/kubernetes/prometheus.yml").read_text())
+    runtime = yaml.safe_load((project_dir / "deploy/kserve/serving-runtime.yaml").read_text())["spec"]
     (job,) = config["scrape_configs"]
-    assert job.pop("kubernetes_sd_configs") == [{"role": "pod", "namespaces": {"names": ["damoyolo"]}}]
+    (discovery,) = job.pop("kubernetes_sd_configs")
+    assert discovery == {"role": "pod", "namespaces": {"names": ["damoyolo", "models"]}}
     del job["scrape_interval"]
-    # Prometheus finds a target for each port of a pod.
-    job["static_configs"] = [
-        {
-            "targets": [f"{pod.address}:{port['containerPort']}"],
-            "labels": {**found, "__meta_kubernetes_pod_container_port_name": port["name"]},
-        }
-        for port in pod.container["ports"]
-    ]
+    overlay = discovered(pod, "damoyolo", pod.template["metadata"]["annotations"], pod.container)
+    kserve = discovered(pod, "models", runtime["annotations"], runtime["containers"][0])
+    job["static_configs"] = overlay + kserve
     written = folder / "monitoring"
     written.mkdir()
     (written / "prometheus.yml").write_text(yaml.safe_dump({"rule_files": [], **config}))
     return written
 
 
+def discovered(pod, namespace, annotations, container):
+    """The targets that Prometheus finds for a pod: one for each port of the container."""
+    labels = {
+        "__meta_kubernetes_namespace": namespace,
+        "__meta_kubernetes_pod_name": pod.namespace,
+        **{
+            f"__meta_kubernetes_pod_annotation_{re.sub('[^a-zA-Z0-9_]', '_', key)}": value
+            for key, value in annotations.items()
+        },
+    }
+    return [
+        {
+            "targets": [f"{pod.address}:{port['containerPort']}"],
+            "labels": {**labels, "__meta_kubernetes_pod_container_port_name": port["name"]},
+        }
+        for port in container["ports"]
+    ]
+
+
 def test_the_container_for_gpus_says_what_is_missing_without_one(project_dir, archive, tmp_path):
     documents = render(project_dir / "deploy/kubernetes/overlays/gpu")
     if shutil.which("nvidia-cuda-mps-control"):
         pytest.skip("there is a GPU")
-    with Pod(documents, project_dir, archive.path, tmp_path / "pod", number=2).running() as pod:
+    with Pod(documents, project_dir, archive.path, tmp_path / "pod").running() as pod:
         assert pod.process.wait(TIMEOUT_S) == 1
         assert "nvidia-cuda-mps-control" in pod.output()
 
 
-@pytest.mark.slow
 def test_a_rolling_update_under_load_loses_nothing(documents, project_dir, archive, smear, tmp_path):
     """The update: the archive comes from a volume."""
     changed = shutil.copytree(project_dir / "deploy/kubernetes", tmp_path / "changed")
     overlay = changed / "overlays/cpu/kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("# components:", "components:"))
-    old_pod = Pod(documents, project_dir, archive.path, tmp_path / "old", number=3)
-    new_pod = Pod(render(overlay.parent), project_dir, archive.path, tmp_path / "new", number=4)
+    old_pod = Pod(documents, project_dir, archive.path, tmp_path / "old")
+    new_pod = Pod(render(overlay.parent), project_dir, archive.path, tmp_path / "new")
     endpoints = Endpoints(documents)
     with old_pod.running() as old:
         old.wait_until_started()
@@ -268,20 +284,11 @@ def played(podman, documents, tmp_path):
         podman("pod", "rm", "--force", "--time=0", f"{name}-pod-0", check=False)
 
 
-@pytest.mark.slow
 def test_podman_runs_the_deployment(podman, played, documents, smear):
     container, pod = played
     settings = json.loads(podman("inspect", container).stdout)[0]
-    pid, address = str(settings["State"]["Pid"]), addresses(5)[1]
-    connect(5, pid, f"/proc/{pid}/ns/net")
-    wait_until(lambda: status_of(f"http://{address}:8080/v2/health/ready") == 200, "readiness", 120)
-    assert status_of(f"http://{address}:8080/v2/health/live") == 200
-    assert status_of(f"http://{address}:8082/metrics") == 200
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"http://{address}:8081/models", timeout=TIMEOUT_S)
-    answer = requests.post(f"http://{address}:8080{MODEL}", data=smear, timeout=TIMEOUT_S)
-    assert (answer.status_code, answer.json()["detections"] != []) == (200, True)
-
+    with joined_namespace(settings["State"]["Pid"]) as namespace:
+        assert_only_inference_and_metrics_answer(namespace.address, smear)
     assert settings["HostConfig"]["ReadonlyRootfs"]
     limits = container_of(documents)["resources"]["limits"]
     assert settings["HostConfig"]["CpuQuota"] == int(limits["cpu"]) * 100_000
@@ -299,6 +306,16 @@ def test_podman_runs_the_deployment(podman, played, documents, smear):
     grace_s = only(documents, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     podman("pod", "stop", f"--time={grace_s}", pod, timeout=120)
     assert podman("inspect", "--format={{.State.ExitCode}}", container).stdout.strip() == "0"
+
+
+def assert_only_inference_and_metrics_answer(address, image):
+    wait_until(lambda: status_of(f"http://{address}:8080/v2/health/ready") == 200, "readiness", 120)
+    assert status_of(f"http://{address}:8080/v2/health/live") == 200
+    assert status_of(f"http://{address}:8082/metrics") == 200
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://{address}:8081/models", timeout=TIMEOUT_S)
+    answer = requests.post(f"http://{address}:8080{MODEL}", data=image, timeout=TIMEOUT_S)
+    assert (answer.status_code, answer.json()["detections"] != []) == (200, True)
 
 
 def status_of(url):

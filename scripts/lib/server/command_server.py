@@ -9,12 +9,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import requests
 
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 from lib.server.local_http import direct_session
+from lib.server.process import is_listening
 
 POLL_INTERVAL_S = 0.05
 END_TIMEOUT_S = 60.0
@@ -29,11 +31,13 @@ def running_command(
 ) -> Iterator[float]:
     """Seconds from the start of the command until `ready_url` answered 200; ended by SIGTERM afterwards.
 
-    environment: variables in addition to those of this process.
+    ready_url: on this machine, with a port. environment: variables in addition to those of this process.
 
     Raises:
-        ScriptError: it ends before, or is not ready in time; the message is the last line that it printed.
+        ScriptError: the port is taken; or the command ends before, or is not ready in time: the message is
+            then the last line that it printed.
     """
+    _check_is_free(ready_url)
     with tempfile.TemporaryFile("w+") as output:
         started_s = time.monotonic()
         process = subprocess.Popen(
@@ -45,7 +49,7 @@ def running_command(
             start_new_session=True,  # Ctrl-C is for this process, which then ends the server
         )
         try:
-            while not _answers(ready_url):
+            while process.poll() is not None or not _answers(ready_url):
                 if process.poll() is not None or time.monotonic() - started_s > timeout_s:
                     output.seek(0)
                     lines = output.read().strip().splitlines() or ["it printed nothing"]
@@ -54,6 +58,13 @@ def running_command(
             yield time.monotonic() - started_s
         finally:
             _end(process)
+
+
+def _check_is_free(url: str) -> None:
+    """Raise ScriptError if another server would answer in the place of the command."""
+    port = urlsplit(url).port
+    if port is None or is_listening(port):
+        raise ScriptError(f"the port of {url} is taken; choose a free one")
 
 
 def _answers(url: str) -> bool:

@@ -1,12 +1,12 @@
 """A worker's service opened from an unpacked archive, as every server's worker does it."""
 
 import json
-import os
 
 import pytest
 import torch
 
 from damoyolo.config import ServingConfig
+from damoyolo.cores import usable_cores
 from damoyolo.inference_answer import ModelIdentity
 from damoyolo.opening import MANIFEST_FILE, open_service, read_identity, share_machine
 from doubles.images import encode_jpeg, make_pixels
@@ -61,7 +61,7 @@ def test_without_further_words_the_archive_says_how_it_is_served(model_dir):
     assert json.loads(answer.body)["width"] == 64
     assert json.loads(card.body)["versions"]["archive"] == "1.5"
     assert service.detector.config.max_batch_seconds == 40.0  # a third of TorchServe's 120 s
-    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    assert torch.get_num_threads() == usable_cores()
 
 
 def test_the_server_may_say_more_than_the_archive(model_dir):

@@ -291,7 +291,11 @@ def test_kserve_runs_the_same_container(rendered, project_dir):
     assert theirs["volumeMounts"] == mounts
     volumes = pod_template(rendered["cpu"])["spec"]["volumes"]
     assert runtime["volumes"] == [each for each in volumes if each["name"] != "config"]
-    assert runtime["annotations"]["prometheus.kserve.io/port"] == str(port_number(ours, "metrics"))
+    # KServe would set the port of a container that there is only with Knative.
+    scraped = {**runtime["annotations"]}
+    assert scraped.pop("serving.kserve.io/enable-prometheus-scraping") == "false"
+    assert scraped == pod_template(rendered["cpu"])["metadata"]["annotations"]
+    assert scraped["prometheus.io/port"] == str(port_number(ours, "metrics"))
     assert_restricted({"containers": [theirs], "volumes": runtime["volumes"]})
 
 
@@ -312,11 +316,33 @@ def test_an_inference_service_asks_for_the_runtime(rendered, project_dir, name):
 
 
 def test_kserve_and_keda_scale_gpus_by_the_same_number(rendered, project_dir):
-    service = yaml.safe_load((project_dir / "deploy/kserve/inference-service-gpu.yaml").read_text())
-    (metric,) = service["spec"]["predictor"]["autoScaling"]["metrics"]
+    predictor = gpu_predictor(project_dir)
+    (metric,) = predictor["autoScaling"]["metrics"]
     trigger = only(rendered["gpu"], "ScaledObject")["spec"]["triggers"][0]["metadata"]
     # KServe reads `value` of an external metric, whatever the type, and gives KEDA 0 where it is missing.
     assert metric["external"]["target"] == {"type": "Value", "value": trigger["threshold"]}
-    model = service["spec"]["predictor"]["model"]
+    model = predictor["model"]
     container = container_of(rendered["gpu"])
     assert (model["args"], model["resources"]) == (container["args"], container["resources"])
+
+
+def gpu_predictor(project_dir):
+    """KServe's, on GPUs."""
+    service = yaml.safe_load((project_dir / "deploy/kserve/inference-service-gpu.yaml").read_text())
+    return service["spec"]["predictor"]
+
+
+def test_each_query_is_for_one_namespace_which_is_scraped(rendered, project_dir):
+    namespaces = {}
+    triggers = only(rendered["gpu"], "ScaledObject")["spec"]["triggers"]
+    (kserve,) = gpu_predictor(project_dir)["autoScaling"]["metrics"]
+    queries = [*(each["metadata"]["query"] for each in triggers), kserve["external"]["metric"]["query"]]
+    for query in queries:
+        namespaces[query] = re.search(r'\{namespace="([^"]+)", model_name="damoyolo"\}', query)[1]
+    assert len(namespaces) == 3
+    applied = re.search(r"kubectl apply -n (\S+)", (project_dir / "docs/kubernetes.md").read_text())[1]
+    ours = only(rendered["gpu"], "Namespace")["metadata"]["name"]
+    assert list(namespaces.values()) == [ours, ours, applied]
+    (job,) = yaml.safe_load((project_dir / "deploy/kubernetes/prometheus.yml").read_text())["scrape_configs"]
+    (discovery,) = job["kubernetes_sd_configs"]
+    assert discovery["namespaces"]["names"] == [ours, applied]
