@@ -57,11 +57,14 @@ class FrontProxy:
     def reload(self):
         """Let HAProxy read its files again."""
         self._files()
-        # The master loses a signal that comes while it starts a worker.
         wait_until(lambda: self._started_workers() > 0, "the first worker", 20.0)
         before = self._started_workers()
-        self.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: self._started_workers() > before, "the new worker", 20.0)
+        for _ in range(4):  # the master loses a signal that comes while it starts a worker
+            self.process.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: self._started_workers() > before, "the new worker", 5.0)
+                return
+        raise AssertionError(f"no new worker:\n{self.log.read_text()}")
 
     def _started_workers(self):
         return self.log.read_text().count("Loading success.")
