@@ -5,7 +5,6 @@ import csv
 import io
 import re
 import secrets
-import signal
 import socket
 import tempfile
 import threading
@@ -34,10 +33,12 @@ class Balancer(FrontProxy):
     @contextlib.contextmanager
     def running(self):
         """HAProxy inside the context, with its socket."""
-        with super().running():
-            wait_until(self.socket.exists, "the stats socket", 10.0)
-            yield self
-        self.socket.unlink(missing_ok=True)
+        try:
+            with super().running():
+                wait_until(self.socket.exists, "the stats socket", 10.0)
+                yield self
+        finally:
+            self.socket.unlink(missing_ok=True)
 
     def _files(self):
         listed = self.folder / "hosts.cfg"
@@ -45,18 +46,6 @@ class Balancer(FrontProxy):
         listed.write_text("".join(["backend torchserve from balanced\n", *lines]))
         shipped = self.project_dir / "deploy/balancer/balancer.cfg"
         return [*super()._files(), "-f", str(shipped), "-f", str(listed)]
-
-    def reload(self):
-        """Let HAProxy read its files again, `hosts` among them."""
-        self._files()
-        # The master loses a signal that comes while it starts a worker.
-        wait_until(lambda: self._started_workers() > 0, "the first worker", 20.0)
-        before = self._started_workers()
-        self.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: self._started_workers() > before, "the new worker", 20.0)
-
-    def _started_workers(self):
-        return self.log.read_text().count("Loading success.")
 
     def worker(self):
         """Process id of the worker that takes new connections."""
@@ -81,6 +70,10 @@ class Balancer(FrontProxy):
             for row in rows
             if row["pxname"] == "torchserve" and row["svname"] not in ("FRONTEND", "BACKEND")
         }
+
+    def given(self):
+        """How many requests each host was given."""
+        return [int(row["stot"]) for row in self.states().values()]
 
     def usable(self):
         """Names of the hosts that get requests."""

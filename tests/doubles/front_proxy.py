@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -52,6 +53,21 @@ class FrontProxy:
         finally:
             process.terminate()
             process.wait(20)
+
+    def reload(self):
+        """Let HAProxy read its files again."""
+        self._files()
+        wait_until(lambda: self._started_workers() > 0, "the first worker", 20.0)
+        before = self._started_workers()
+        for _ in range(4):  # the master loses a signal that comes while it starts a worker
+            self.process.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: self._started_workers() > before, "the new worker", 5.0)
+                return
+        raise AssertionError(f"no new worker:\n{self.log.read_text()}")
+
+    def _started_workers(self):
+        return self.log.read_text().count("Loading success.")
 
     def check(self):
         """What `haproxy -c` says about the configuration."""
@@ -109,9 +125,10 @@ class FrontProxy:
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
 
-    def connect(self, source="127.0.0.1", tls=True):
-        """A connection from this address of the loopback network."""
-        plain = socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S, source_address=(source, 0))
+    def connect(self, source="127.0.0.1", tls=True, port=None):
+        """A connection from this address of the loopback network, to the public port or another."""
+        address = ("127.0.0.1", port or self.port)
+        plain = socket.create_connection(address, TIMEOUT_S, source_address=(source, 0))
         return self.context.wrap_socket(plain, server_hostname="127.0.0.1") if tls else plain
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -49,8 +48,11 @@ class Host:
         self.url = f"http://{self.address}"
         self.serve = None
         ip("netns", "add", self.namespace)
+
+    def connect(self, bridge):
+        """Lay its cable to the bridge."""
         ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
-        ip("link", "set", self.cable, "master", network.bridge, "up")
+        ip("link", "set", self.cable, "master", bridge, "up")
         for arguments in (
             ["addr", "add", f"{self.ip}/24", "dev", "eth0"],
             ["link", "set", "eth0", "up"],
@@ -103,9 +105,12 @@ class Host:
 
     def kill(self):
         """SIGKILL to everything, as when the machine loses its power but not its network."""
-        while self.processes():
+
+        def are_gone():
             self.signal_all(signal.SIGKILL)
-            time.sleep(0.05)
+            return not self.processes()
+
+        wait_until(are_gone, f"the end of all processes of {self.name}", 20.0)
         if self.serve is not None:
             self.serve.wait(20)
 
@@ -149,8 +154,10 @@ class Host:
 
     def remove(self):
         """End everything and take the namespace away."""
-        self.kill()
-        ip("netns", "del", self.namespace)
+        try:
+            self.kill()
+        finally:
+            ip("netns", "del", self.namespace)
 
 
 class HostNetwork:
@@ -168,17 +175,21 @@ class HostNetwork:
     def __enter__(self):
         if (reason := why_not()) is not None:
             pytest.skip(reason)
-        ip("link", "add", self.bridge, "type", "bridge")
-        ip("addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
-        ip("link", "set", self.bridge, "up")
-        for number, name in enumerate(self.names, start=1):
-            self.hosts[name] = Host(self, name, number)
+        # All that was made is taken away, after an error, too; what cannot be removed does not keep the rest.
+        with contextlib.ExitStack() as made:
+            ip("link", "add", self.bridge, "type", "bridge")
+            made.callback(ip, "link", "del", self.bridge)
+            ip("addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
+            ip("link", "set", self.bridge, "up")
+            for number, name in enumerate(self.names, start=1):
+                host = self.hosts[name] = Host(self, name, number)
+                made.callback(host.remove)
+                host.connect(self.bridge)
+            self._made = made.pop_all()
         return self
 
-    def __exit__(self, *_):
-        for host in self.hosts.values():
-            host.remove()
-        ip("link", "del", self.bridge)
+    def __exit__(self, *error):
+        self._made.__exit__(*error)
 
     def addresses(self):
         """For the balancer: name to address and port."""

@@ -1,14 +1,18 @@
 """What deploy/balancer sends again, to whom, and what it does not: HAProxy before stand-ins for the hosts."""
 
+import contextlib
+import http.client
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from damoyolo_client.answers import ServerAnswerError
 from damoyolo_client.client import Client
 from doubles.balancer import Balancer
-from doubles.front_proxy import HAPROXY
+from doubles.front_proxy import HAPROXY, TIMEOUT_S, FrontProxy
 from doubles.real_server import wait_until
 from doubles.stand_in_server import Reply, StandInServer, failed, found
 from doubles.steady_load import SteadyLoad
@@ -30,12 +34,13 @@ class StandInHost(StandInServer):
     def __init__(self, reply=None):
         super().__init__(self._host_answer)
         self.reply = reply or found()
-        self.ready = True
+        self.ready, self.ready_after_s = True, 0.0
         self.held = threading.Event()
         self.held.set()
 
     def _host_answer(self, asked):
         if asked.method == "GET":
+            time.sleep(self.ready_after_s)
             return Reply(200 if self.ready else 503)
         self.held.wait(30.0)
         return self.reply
@@ -97,6 +102,11 @@ def test_operations_see_the_metrics_of_the_balancer_and_no_management(balancer):
     assert balancer.request("GET", "/models", token="operations", port=port)[0] == 404
 
 
+@pytest.mark.parametrize("value", ["0", ""])
+def test_only_1_makes_the_front_that_of_several_hosts(project_dir, tmp_path, value):
+    assert FrontProxy(project_dir, tmp_path, None, DAMOYOLO_BALANCER=value).check().returncode == 0
+
+
 @pytest.mark.parametrize("reply", [failed(503, "Unavailable", "full"), Reply(drop=True)], ids=["503", "drop"])
 def test_what_a_host_refuses_or_drops_is_answered_by_another(balancer, hosts, reply):
     bad, good = hosts
@@ -128,7 +138,11 @@ def test_an_error_of_an_image_is_not_tried_on_another_host(balancer, hosts):
 
 def test_only_an_unexpected_failure_is_hidden(balancer, hosts):
     """The client sends an image again whose worker died, and has to read so."""
-    for message, shown in (("Worker died.", "Worker died."), ("java.lang.Secret", "the server failed")):
+    for message, shown in (
+        ("Worker died.", "Worker died."),
+        ("java.lang.Secret", "the server failed"),
+        ("java.lang.Secret: Worker died.", "the server failed"),
+    ):
         for host in hosts:
             host.reply = failed(500, "InternalServerException", message)
         status, _, body = balancer.request("POST", MODEL, b"image")
@@ -179,6 +193,36 @@ def test_a_host_that_is_not_ready_gets_nothing_new_and_finishes_what_it_has(bala
     assert answers == [200, 200]
     draining.ready = True
     wait_until(lambda: balancer.usable() == {"a", "b"}, "the host being used again", 10.0)
+
+
+@pytest.mark.slow
+def test_a_host_whose_readiness_takes_its_time_keeps_its_requests(balancer, hosts):
+    """An idle or busy host answers after front_end_health_timeout_s (5 s) at the latest."""
+    busy, other = hosts
+    other.ready = False
+    wait_until(lambda: balancer.usable() == {"a"}, "the balancer noticing", 10.0)
+    busy.held.clear()
+    busy.ready_after_s = 5.0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(balancer.request, "POST", MODEL, b"image")
+        time.sleep(12.0)  # two checks
+        assert balancer.usable() == {"a"}
+        busy.held.set()
+        assert answer.result()[0] == 200
+    assert busy.images() == 1
+
+
+def test_a_client_of_the_old_process_is_told_that_hosts_are_ready(balancer):
+    """It sees no hosts any more, and answers the next request of each of its connections."""
+    address = ("127.0.0.1", balancer.port)
+    connection = http.client.HTTPSConnection(*address, context=balancer.context, timeout=TIMEOUT_S)
+    with contextlib.closing(connection):
+        for _ in range(2):
+            connection.request("GET", "/v2/health/ready")
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())) == (200, {"ready": True})
+            balancer.reload()
+    assert answer.headers["Connection"] == "close"  # so it was the old one
 
 
 def test_a_reload_with_another_host_costs_no_request(balancer, hosts):

@@ -168,7 +168,7 @@ def test_a_host_that_stands_still_costs_no_request(balancer, network, smear, tab
         event = Event("all processes stopped (SIGSTOP)", steady, watch)
         host.signal_all(signal.SIGSTOP)
         try:
-            wait_until(lambda: VICTIM not in balancer.usable(), "the balancer noticing", 20.0)
+            wait_until(lambda: VICTIM not in balancer.usable(), "the balancer noticing", 40.0)
             time.sleep(CALM_S)
         finally:
             host.signal_all(signal.SIGCONT)

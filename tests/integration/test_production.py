@@ -169,7 +169,7 @@ def test_a_client_that_sends_its_whole_body_first_reads_the_refusal(front, size)
 
 def test_clients_that_go_on_sending_after_their_refusal_hold_a_hundred_connections(front, smear):
     clients = [
-        SlowClient(front.connect(f"127.0.0.{10 + number % 3}"), head(front, "wrong", 1_000_000), b"a")
+        SlowClient(front.connect(f"127.0.0.{10 + number % 11}"), head(front, "wrong", 1_000_000), b"a")
         for number in range(105)
     ]
     try:
@@ -182,11 +182,43 @@ def test_clients_that_go_on_sending_after_their_refusal_hold_a_hundred_connectio
         assert sum(client.is_alive() for client in clients) == 100
         assert front.request("POST", MODEL, smear)[0] == 200
         assert front.request("GET", MODEL, token="wrong")[0] == 503  # the hundred and first at a time
+        assert front.request("GET", "/models", port=front.operations_port)[0] == 403  # counted apart
     finally:
-        for client in clients:
-            client.stopped.set()
-        for client in clients:
-            client.join(10.0)
+        end(clients)
+
+
+@pytest.mark.parametrize("operations", [False, True], ids=["public", "operations"])
+def test_one_address_holds_ten_of_them(front, operations):
+    port = front.operations_port if operations else front.port
+    clients = [
+        SlowClient(front.connect("127.0.0.30", port=port), head(front, "wrong", 1_000_000), b"a")
+        for _ in range(12)
+    ]
+    try:
+        wait_until(lambda: sum(client.seconds is not None for client in clients) == 2, "two ends", 20.0)
+        wait_until(lambda: sum(b" 401 " in client.answer[:13] for client in clients) == 10, "refusals", 20.0)
+        assert sum(client.is_alive() for client in clients) == 10
+        assert front.request("GET", MODEL, token="wrong", port=port)[0] == 401  # from another address
+    finally:
+        end(clients)
+
+
+def test_a_client_that_goes_on_sending_after_its_refusal_does_not_keep_a_process(project_dir, tmp_path):
+    with FrontProxy(project_dir, tmp_path, None, DAMOYOLO_HARD_STOP="2s").running() as proxy:
+        client = SlowClient(proxy.connect(), head(proxy, "wrong", 1_000_000), b"a")
+        try:
+            wait_until(lambda: client.answer.startswith(b"HTTP/1.1 401 "), "the refusal", 20.0)
+            proxy.reload()
+            wait_until(lambda: client.seconds is not None, "the end of the old process", 20.0)
+        finally:
+            end([client])
+
+
+def end(clients):
+    for client in clients:
+        client.stopped.set()
+    for client in clients:
+        client.join(10.0)
 
 
 def test_another_scheme_of_authorization_is_no_token(front):
@@ -367,11 +399,15 @@ def test_a_token_holds_at_most_32_requests_and_leaves_the_others_to_other_tokens
         assert all(b"\r\nretry-after: 1\r\n" in answer.lower() for answer in refused)
         for _ in range(3):
             assert front.request("POST", MODEL, smear)[0] == 200
+        # One of the 32 ends: the place is free, though the refused ones still send.
+        assert front.request("POST", MODEL, smear, token="slow")[0] == 429
+        end([next(client for client in clients if not client.answer)])
+        wait_until(
+            lambda: front.request("POST", MODEL, smear, token="slow")[0] == 200, "the place of another", 10.0
+        )
+        assert sum(client.is_alive() for client in clients) == 39
     finally:
-        for client in clients:
-            client.stopped.set()
-        for client in clients:
-            client.join(10.0)
+        end(clients)
 
 
 def test_without_the_server_clients_are_told_to_come_back(project_dir, tmp_path):
