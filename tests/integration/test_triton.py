@@ -118,6 +118,28 @@ def test_errors_are_those_of_torchserve_byte_for_byte(triton, url, images, name)
     assert found.json()["error"].encode() == expected.content
 
 
+def test_an_element_that_is_no_single_image_costs_only_its_own_request(triton, url, images):
+    """TorchServe answers these, in forms that the tensors of one element have no place for."""
+    text = base64.b64encode(images[0]).decode()
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}
+    bad = [
+        json.dumps({"inputs": [tensor]}).encode(),
+        json.dumps({"instances": [{"b64": text}, {"b64": text}]}).encode(),
+    ]
+    expected = requests.post(url, files={"data": images[0]}, timeout=TIMEOUT_S).text
+    with ThreadPoolExecutor(4) as pool:
+        # The archive waits 100 ms for a batch.
+        pending = [pool.submit(infer, triton, *binary_request([each])) for each in (*bad, images[0])]
+        pending.append(pool.submit(infer, triton, *binary_request(images[:1], body="x")))
+    *refused, good, parameter = (each.result() for each in pending)
+    assert answer_of(good) == [expected]
+    for answer in refused:
+        assert answer.status_code == 400
+        assert "accepted for each element is one image" in answer.json()["error"]
+    assert parameter.status_code == 400
+    assert "unknown field 'body'" in parameter.json()["error"]
+
+
 def test_a_drawn_image_is_that_of_torchserve(triton, url, images):
     expected = requests.post(url, data=images[0], headers={"Accept": "image/png"}, timeout=TIMEOUT_S)
     document, data = binary_request(images[:1], format="png")
