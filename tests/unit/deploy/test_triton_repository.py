@@ -140,7 +140,7 @@ def test_a_python_without_the_wheels_parts_is_named(program, tmp_path, files):
 def test_a_missing_server_or_library_is_named(program, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "INSTALLED", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScriptError, match=r"no Triton server.*scripts/test\.sh installs that"):
+    with pytest.raises(ScriptError, match=r"no Triton server.*setup_triton.* installs that"):
         program.find_program(tmp_path, tmp_path / "venv")
     monkeypatch.setattr("sysconfig.get_config_var", lambda _: None)
     monkeypatch.setattr("pathlib.Path.is_file", lambda _: False)
