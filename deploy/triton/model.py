@@ -138,8 +138,8 @@ def _of_one_image(answer: Answer) -> Answer:
         return answer
     return _refusal(
         RequestError(
-            "an element of the tensor is a JSON document with instances or inputs; accepted for each element "
-            'is one image: the encoded image, or {"image": "..."} with its base64'
+            "an element of the tensor is JSON of several images, or of a request for tensors; accepted for "
+            'each element is one image: the encoded image, or {"image": "..."} with its base64'
         )
     )
 

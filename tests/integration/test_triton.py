@@ -11,7 +11,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import requests
+import yaml
 
+from lib.archive.members import copy_archive, read_settings
+
+from damoyolo.config import SETTINGS_FILE
 from damoyolo.inference_answer import OUTPUT_TENSORS
 from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
 from doubles.real_server import wait_until
@@ -135,7 +139,7 @@ def test_an_element_that_is_no_single_image_costs_only_its_own_request(triton, u
     assert answer_of(good) == [expected]
     for answer in refused:
         assert answer.status_code == 400
-        assert "accepted for each element is one image" in answer.json()["error"]
+        assert "an element of the tensor is JSON of several images" in answer.json()["error"]
     assert parameter.status_code == 400
     assert "unknown field 'body'" in parameter.json()["error"]
 
@@ -373,6 +377,16 @@ def test_sigterm_answers_what_was_accepted(project_dir, archive, images, tmp_pat
         # One that had not arrived is refused, at once or with the status of a server that ends.
         assert len([answer for answer in answers if answer.status_code == 200]) >= 2
         assert {answer.status_code for answer in answers} <= {200, 503}
+
+
+def test_more_requests_than_may_wait_are_refused(project_dir, archive, images, tmp_path):
+    settings = {**read_settings(archive.path), "batchSize": 1, "maxBatchDelay": 1, "jobQueueSize": 1}
+    replaced = {SETTINGS_FILE: yaml.safe_dump(settings).encode()}
+    short = copy_archive(archive.path, tmp_path / "short.mar", replaced)
+    with triton_server(project_dir, short, tmp_path / "short") as triton, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: infer(triton, *binary_request(images[:1])), range(16)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert all("maximum queue size" in answer.text for answer in answers if answer.status_code == 503)
 
 
 def test_the_loss_of_a_process_ends_the_server(project_dir, archive, images, tmp_path):

@@ -116,7 +116,7 @@ def test_an_element_that_is_no_single_image_fails_alone(model, images):
     assert dict(first.tensors)["counts"].tolist() == [[0]]
     assert dict(first.tensors)["boxes"].shape == (0, 4)
     assert second.error.code == third.error.code == "INVALID_ARG"
-    assert "accepted for each element is one image" in json.loads(second.error.message)["message"]
+    assert "an element of the tensor is JSON of several images" in json.loads(second.error.message)["message"]
     assert json.loads(third.error.message)["message"].startswith("inputs[0].data[1]: an element")
     assert fourth.tensors[0][1].tolist() == [[b"{}"]]
 
