@@ -51,7 +51,8 @@ def litserve(project_dir, archive, folder, *options):
     finally:
         process.terminate()
         assert process.wait(TIMEOUT_S) == 0, output.read_text()
-        assert not still_running(children)
+        # multiprocessing's resource tracker ends after the others.
+        wait_until(lambda: not still_running(children), "the end of its processes", 10.0)
 
 
 def is_ready(url, process, output):
