@@ -23,6 +23,7 @@ what was measured. Exit code 1 if an answer was wrong or nothing was measured.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -151,9 +152,11 @@ def _facts(
     arguments: argparse.Namespace, setting: BatchingSetting, images: Sequence[bytes], device: str
 ) -> dict[str, Any]:
     """What all rows have in common."""
+    from lib.load.generator import default_processes
     from lib.measure.environment import environment
 
     return {
+        "archive_sha256": hashlib.sha256(arguments.archive.read_bytes()).hexdigest(),
         "device": device,
         "batch_size": setting.batch_size,
         "delay_ms": setting.delay_ms,
@@ -162,7 +165,9 @@ def _facts(
         "mps": arguments.mps,
         "images": len(images),
         "mean_image_bytes": sum(map(len, images)) / len(images),
+        "warm_up_s": arguments.warm_up,
         "duration_s": arguments.duration,
+        "processes": arguments.processes or default_processes(),
         **environment(),
     }
 

@@ -53,7 +53,10 @@ def measure_by_wrk(wrk: str, load: Load) -> dict[str, Any]:
         command = [wrk, "-t", str(threads), "-c", str(load.connections), "-d", f"{load.duration_s:.0f}s"]
         command += ["--timeout", f"{load.timeout_s:.0f}s", "-s", str(script), load.url]
         limit_s = load.duration_s + 2 * load.timeout_s
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise ScriptError(f"wrk did not end within {limit_s:.0f} s") from None
     return _parse(done.stdout, done.stderr)
 
 
