@@ -146,17 +146,23 @@ class Limits:
                 limit.deadline = anyio.current_time() + self.seconds
             return message
 
+        def leave() -> None:
+            nonlocal waits
+            self.waiting -= waits
+            waits = False
+
         async def noted_send(message: Message) -> None:
             nonlocal answered
             answered = True
             limit.deadline = math.inf
+            leave()
             await send(message)
 
         try:
             with anyio.CancelScope() as limit:
                 await self.app(scope, noted_receive, noted_send)
         finally:
-            self.waiting -= waits
+            leave()
         if limit.cancelled_caught and not answered:
             await error_response(504, f"no answer within {self.seconds:g} s")(scope, receive, send)
 
