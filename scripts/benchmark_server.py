@@ -181,16 +181,12 @@ def _measure(
 
 def _batching_setting(arguments: argparse.Namespace) -> BatchingSetting | None:
     """The setting to serve with: the archive's, with what the options replace; None with --url."""
-    from lib.archive.members import BatchingSetting, batching_of, read_settings
+    from lib.archive.members import batching_of, read_settings, setting_with
 
     if not arguments.archive:
         return None
     own = batching_of(read_settings(arguments.archive))
-    return BatchingSetting(
-        arguments.batch_size or own.batch_size,
-        arguments.max_batch_delay or own.delay_ms,
-        arguments.workers or own.workers,
-    )
+    return setting_with(own, arguments.batch_size, arguments.max_batch_delay, arguments.workers)
 
 
 @contextlib.contextmanager

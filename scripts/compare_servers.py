@@ -110,14 +110,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _setting(arguments: argparse.Namespace) -> BatchingSetting:
     """The archive's own, with what the options replace."""
-    from lib.archive.members import BatchingSetting, batching_of, read_settings
+    from lib.archive.members import batching_of, read_settings, setting_with
 
     own = batching_of(read_settings(arguments.archive))
-    return BatchingSetting(
-        arguments.batch_size or own.batch_size,
-        arguments.max_batch_delay or own.delay_ms,
-        arguments.workers or own.workers,
-    )
+    return setting_with(own, arguments.batch_size, arguments.max_batch_delay, arguments.workers)
 
 
 def _bench(

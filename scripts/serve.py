@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lib.cli import command_parser, positive_int, positive_number, run_command
+from lib.cli import command_parser, first_port, positive_number, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lib.server.process import TorchServeProcess
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LAST_PORT = 65535
 SAMPLE_IMAGE = "tests/data/smears/smear_3.jpg"
 
 
@@ -127,14 +126,6 @@ def _serve(
     return 1
 
 
-def _port(text: str) -> int:
-    """The first of five ports in a row."""
-    number = positive_int(text)
-    if not 1024 <= number <= LAST_PORT - 4:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a port from 1024 to {LAST_PORT - 4}")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add = parser.add_argument
@@ -152,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="archives to load, separated by commas (default: load_models of the config)",
     )
-    add("--port", type=_port, metavar="N", help="of inference; management N+1, metrics N+2, gRPC N+3 and N+4")
+    ports = "of inference; management N+1, metrics N+2, gRPC N+3 and N+4"
+    add("--port", type=first_port(5), metavar="N", help=ports)
     add("--any-port", action="store_true", help="take free ports where those, or the config's, are taken")
     add("--enable-model-api", action="store_true", help="let the management API register archives")
     add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")

@@ -94,14 +94,18 @@ install_clients() { # .venv-clients: other projects' clients, which the tests dr
 
 install_triton() { # .venv-triton: a Triton server, and NumPy 1 for its backend, which has all else from .venv.
     local requirements=deploy/triton/requirements.txt packages
-    if is_installed .venv-triton "$requirements"; then return; fi
+    # Names the Python and the folder: those of another .venv are of no use.
+    packages=$(.venv/bin/python -c '
+import os, sysconfig
+print(os.path.realpath(sysconfig.get_path("purelib")))') || return 1
+    if is_installed .venv-triton "$requirements" &&
+        [ "$(cat .venv-triton/lib/*/site-packages/project.pth 2>/dev/null)" = "$packages" ]; then return; fi
     echo "== Installing the Triton server of $requirements into .venv-triton"
     rm -rf .venv-triton
-    .venv/bin/python -m venv .venv-triton
-    packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    .venv/bin/python -m venv .venv-triton || return 1
     .venv-triton/bin/python -c '
 import pathlib, sys, sysconfig
-pathlib.Path(sysconfig.get_path("purelib"), "project.pth").write_text(sys.argv[1] + "\n")' "$packages"
+pathlib.Path(sysconfig.get_path("purelib"), "project.pth").write_text(sys.argv[1] + "\n")' "$packages" || return 1
     # The wheel's dependencies, which exclude some of ours, are those of its Python modules. They are not used.
     PIP_NO_DEPS=1 install_pins .venv-triton "$requirements"
 }
@@ -120,6 +124,16 @@ setup_clients() {
 
 setup_triton() {
     one_at_a_time install_triton
+}
+
+setup_triton_if_possible() { # The wheel is not for every machine: it needs glibc 2.35.
+    local code=0
+    setup_triton || code=$?
+    if [ "$code" -eq 130 ]; then return 130; fi # interrupted
+    if [ "$code" -ne 0 ]; then
+        echo "== Without Triton, whose tests are skipped: the packages of deploy/triton/requirements.txt cannot be" \
+            "installed; the cause is above, and docs/triton.md says what they need" >&2
+    fi
 }
 
 setup_environment() {

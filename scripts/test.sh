@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup_environment.sh
 setup_environment requirements.txt requirements-dev.txt
 setup_clients
-setup_triton
+setup_triton_if_possible
 case "$*" in
     "") set -- -m "not slow"; check=yes ;;
     --all) set --; check=yes ;;

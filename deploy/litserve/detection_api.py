@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import threading
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import litserve
 from fastapi import Depends, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +50,18 @@ class DetectionAPI(litserve.LitAPI):
     """Serves an unpacked archive; every request of a batch succeeds or fails on its own.
 
     model_dir: the unpacked archive, whose modules come first on the search path.
-    settings: the content of its model-config.yaml; batch size, delay in ms and the queue's length are taken
-        from it. workers: of all devices. api_servers: processes that share the queue's length.
+    settings: the content of its model-config.yaml; batch size, delay in ms, workers and the queue's length,
+        both of all devices, are taken from it. api_servers: processes that share the queue's length.
     """
 
-    def __init__(self, model_dir: Path, settings: dict[str, Any], workers: int, api_servers: int) -> None:
+    def __init__(self, model_dir: Path, settings: dict[str, Any], api_servers: int) -> None:
         super().__init__(max_batch_size=settings["batchSize"], batch_timeout=settings["maxBatchDelay"] / 1000)
         self.model_dir = model_dir
         self.settings = settings
-        self.workers = workers
-        self.most_waiting = max(1, settings["jobQueueSize"] // api_servers)
+        self.workers = settings["minWorkers"]
+        # What waits for an answer here is in TorchServe's queue or with one of its workers.
+        open_requests = settings["jobQueueSize"] + settings["batchSize"] * self.workers
+        self.most_waiting = math.ceil(open_requests / api_servers)
 
     def setup(self, device: str) -> None:
         """Load the network; runs in a worker, which imports PyTorch and the detector only here."""
@@ -111,7 +115,8 @@ def error_response(status: int, message: str) -> Response:
 class Limits:
     """What LitServe leaves open: how many requests may wait, and for how long a client waits for an answer.
 
-    LitServe's queue has no bound, and a request whose worker was killed would never be answered.
+    LitServe's queue has no bound, and a request whose worker was killed would never be answered. A request
+    waits from the end of its body to the start of its answer, so a slow client takes nobody's place.
     """
 
     def __init__(self, app: ASGIApp, most_waiting: int, seconds: float) -> None:
@@ -124,18 +129,60 @@ class Limits:
         """Pass a request on, or answer it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
-        elif self.waiting >= self.most_waiting:
-            message = f"{self.most_waiting} requests are waiting, the most that are accepted (jobQueueSize)"
-            await error_response(503, message)(scope, receive, send)
-        else:
-            self.waiting += 1
-            try:
-                await asyncio.wait_for(self.app(scope, receive, send), self.seconds)
-            except asyncio.TimeoutError:
-                message = f"no answer within {self.seconds:g} s"
-                await error_response(504, message)(scope, receive, send)
-            finally:
-                self.waiting -= 1
+            return
+        if self.waiting >= self.most_waiting:  # before its body is read
+            await self.refusal()(scope, receive, send)
+            return
+        waits = answered = False
+
+        async def noted_receive() -> Message:
+            nonlocal waits
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body") and not waits:
+                if self.waiting >= self.most_waiting:
+                    raise HTTPException(503, self.reason())
+                waits = True
+                self.waiting += 1
+                limit.deadline = anyio.current_time() + self.seconds
+            return message
+
+        def leave() -> None:
+            nonlocal waits
+            self.waiting -= waits
+            waits = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            limit.deadline = math.inf
+            leave()
+            await send(message)
+
+        try:
+            with anyio.CancelScope() as limit:
+                await self.app(scope, noted_receive, noted_send)
+        finally:
+            leave()
+        if limit.cancelled_caught and not answered:
+            await error_response(504, f"no answer within {self.seconds:g} s")(scope, receive, send)
+
+    def reason(self) -> str:
+        """Why a request is refused."""
+        return f"{self.most_waiting} requests wait for answers, the most that are accepted (jobQueueSize)"
+
+    def refusal(self) -> Response:
+        """The answer to a request that finds no place."""
+        return error_response(503, self.reason())
+
+
+class OpenAnswers(dict[str, Any]):
+    """LitServe's answers that requests wait for. LitServe keeps one whose request was given up for ever."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self.pop(key, None))
 
 
 def make_server(
@@ -151,6 +198,7 @@ def make_server(
         disable_openapi_url=True,  # it would not know the body
         **where,
     )
+    server.response_buffer = OpenAnswers()
     # Twice: once in the queue, which LitServe limits by `timeout`, and once in a batch.
     server.app.add_middleware(Limits, most_waiting=api.most_waiting, seconds=2 * timeout_s)
 
@@ -159,6 +207,6 @@ def make_server(
             return error_response(error.status_code, str(error.detail))
         return error_response(500, "the server failed; its log has the cause")
 
-    for status in (404, 405, 413, 500, 504):
-        server.app.add_exception_handler(status, answer_error)
+    for kind in (HTTPException, 500):
+        server.app.add_exception_handler(kind, answer_error)
     return server

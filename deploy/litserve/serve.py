@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 PROJECT_DIR = FOLDER.parents[1]
@@ -27,6 +28,7 @@ sys.path.append(str(PROJECT_DIR / "scripts"))
 from lib.cli import (  # noqa: E402
     ScriptError,
     command_parser,
+    first_port,
     positive_int,
     positive_number,
     run_command,
@@ -77,40 +79,27 @@ def _interrupt_in(process_id: int) -> Callable[[int, FrameType | None], None]:
 
 
 def _serve(arguments: argparse.Namespace, model_dir: Path) -> None:
-    from lib.archive.members import BatchingSetting, batching_of, read_settings, settings_with
+    from lib.archive.members import batching_of
     from lib.server.process import read_properties
 
     try:
         from detection_api import DetectionAPI, make_server
-        from litserve.connector import check_cuda_with_nvidia_smi
     except ModuleNotFoundError as error:
         raise ScriptError(
             f"{error}; `pip install -r deploy/litserve/requirements.txt` installs it"
         ) from error
 
-    settings = read_settings(arguments.archive)
-    own = batching_of(settings)
-    setting = BatchingSetting(
-        arguments.batch_size or own.batch_size,
-        arguments.max_batch_delay or own.delay_ms,
-        arguments.workers or own.workers,
-    )
-    gpus = 0 if arguments.device == "cpu" else check_cuda_with_nvidia_smi()
-    if arguments.device == "cuda" and not gpus:
-        raise ScriptError("--device is cuda, but nvidia-smi finds no GPU")
-    devices = min(arguments.devices or gpus, gpus) or 1
-    workers = devices * setting.workers
-    if setting != own:
-        settings = settings_with(settings, setting)
-    settings["minWorkers"] = settings["maxWorkers"] = workers
-    api_servers = arguments.api_servers or workers
+    gpus = _gpus(arguments)
+    settings = _settings(arguments, max(1, gpus))
+    setting = batching_of(settings)
+    api_servers = arguments.api_servers or setting.workers
     server = make_server(
-        DetectionAPI(model_dir, settings, workers, api_servers),
+        DetectionAPI(model_dir, settings, api_servers),
         int(read_properties(PROJECT_DIR / "config.properties")["max_request_size"]),
         arguments.timeout or float(settings["responseTimeout"]),
         accelerator="cuda" if gpus else "cpu",
-        devices=devices,
-        workers_per_device=setting.workers,
+        devices=max(1, gpus),
+        workers_per_device=setting.workers // max(1, gpus),
     )
     server.run(
         host=arguments.host,
@@ -121,11 +110,30 @@ def _serve(arguments: argparse.Namespace, model_dir: Path) -> None:
     )
 
 
-def _port(text: str) -> int:
-    number = positive_int(text)
-    if not 1024 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a port from 1024 to 65535")
-    return number
+def _gpus(arguments: argparse.Namespace) -> int:
+    """How many to use; 0 for the CPU."""
+    from lib.server.gpus import count_gpus
+
+    found = 0 if arguments.device == "cpu" else count_gpus()
+    if arguments.device == "cuda" and not found:
+        raise ScriptError("--device is cuda, but CUDA finds no GPU")
+    if arguments.devices and arguments.devices > found:
+        because = "--device is cpu" if arguments.device == "cpu" else f"CUDA finds {found} GPU(s)"
+        raise ScriptError(f"--devices is {arguments.devices}, but {because}")
+    return arguments.devices or found
+
+
+def _settings(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
+    """Those of the archive with what the options replace; workers and queue are for all devices."""
+    from lib.archive.members import batching_of, setting_with, settings_to_open, settings_with
+
+    settings = settings_to_open(arguments.archive)
+    own = batching_of(settings)
+    setting = setting_with(own, arguments.batch_size, arguments.max_batch_delay, arguments.workers)
+    if setting != own:  # the graphs of the network are for certain batch sizes
+        settings = settings_with(settings, setting)
+    total = setting_with(setting, None, None, devices * setting.workers)
+    return settings if total == own else {**settings, **total.model_settings()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--archive", type=Path, default=DEMO_ARCHIVE, metavar="MAR", help="what to serve (%(default)s)")
     add("--host", choices=["127.0.0.1", "0.0.0.0", "::"], default="127.0.0.1", help="(%(default)s)")
-    add("--port", type=_port, default=DEFAULT_PORT, metavar="N", help="(%(default)s)")
+    add("--port", type=first_port(1), default=DEFAULT_PORT, metavar="N", help="(%(default)s)")
     add(
         "--device",
         choices=["auto", "cpu", "cuda"],

@@ -22,7 +22,6 @@ from lib.paths import DEMO_ARCHIVE
 MODEL_FILE = Path(__file__).with_name("model.py")
 INSTANCE_KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 VERSION = "1"
-OPENING_MODULE = "damoyolo/opening.py"
 
 # Dimensions without the first one, which Triton adds: images for `answer` and `counts`, else detections.
 CONFIG = """\
@@ -64,26 +63,19 @@ def build_repository(
         ScriptError: the archive cannot be read, or the folder of the model holds something else.
     """
     from lib.archive.members import (
-        BatchingSetting,
         archive_with_setting,
         batching_of,
-        check_archive,
         opened_archive,
         read_manifest,
         read_settings,
+        setting_with,
+        settings_to_open,
     )
 
-    check_archive(archive)
-    with opened_archive(archive) as opened:
-        opened.getinfo(OPENING_MODULE)  # which older archives lack
+    settings = settings_to_open(archive)
     name = read_manifest(archive)["model"]["modelName"]
-    settings = read_settings(archive)
     own = batching_of(settings)
-    setting = BatchingSetting(
-        own.batch_size if batch_size is None else batch_size,
-        own.delay_ms if delay_ms is None else delay_ms,
-        own.workers if workers is None else workers,
-    )
+    setting = setting_with(own, batch_size, delay_ms, workers)
     model = folder / name
     if model.exists() and not (model / VERSION / "archive").is_dir():
         raise ScriptError(f"{model} exists and is no model of this command; name another --output-dir")
@@ -103,7 +95,7 @@ def build_repository(
             name=name,
             setting=setting,
             delay_us=1000 * setting.delay_ms,
-            queue_size=settings.get("jobQueueSize", 100),
+            queue_size=settings["jobQueueSize"],
             kind=INSTANCE_KINDS[device],
         )
     )

@@ -21,10 +21,11 @@ sys.path.insert(0, str(ARCHIVE))
 import numpy as np
 import torch
 
-from damoyolo.errors import DeviceLostError
+from damoyolo.errors import DeviceLostError, InvalidOptionError, RequestError, quoted
 from damoyolo.inference_answer import OUTPUT_TENSORS, ModelIdentity
 from damoyolo.opening import open_service, read_identity
-from damoyolo.response import format_error
+from damoyolo.request import OPTION_NAMES
+from damoyolo.response import CONTENT_TYPES, format_error
 from damoyolo.service import Answer
 from damoyolo.worker_log import protect_log
 
@@ -55,24 +56,43 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in their order."""
-        rows_of_request = [_read_rows(request) for request in requests]
-        rows = [row for rows in rows_of_request for row in rows]
         try:
-            answers = iter(self.service.answer(rows, [{}] * len(rows)))
+            return self._execute(requests)
         except DeviceLostError:
             # Every later CUDA call of this process would fail too; serve.py ends a server that lost one.
             logger.critical("the device is lost; ending this process", exc_info=True)
             logging.shutdown()
             os._exit(1)
+
+    def _execute(self, requests: Sequence[Any]) -> list[Any]:
+        read = [self._read(request) for request in requests]
+        rows = [row for rows in read if not isinstance(rows, Answer) for row in rows]
+        answers = iter(self.service.answer(rows, [{}] * len(rows)))
         return [
-            self._respond(request, [next(answers) for _ in rows])
-            for request, rows in zip(requests, rows_of_request, strict=True)
+            self._respond(request, [rows] if isinstance(rows, Answer) else [next(answers) for _ in rows])
+            for request, rows in zip(requests, read, strict=True)
         ]
 
+    def _read(self, request: Any) -> list[dict[str, Any]] | Answer:
+        """The rows of a request, or the answer to one that cannot be read."""
+        try:
+            return _read_rows(request)
+        except RequestError as error:
+            return _refusal(error)
+        except Exception as error:
+            return self.service.answer_failure(error, "reading a request")
+
     def _respond(self, request: Any, answers: list[Answer]) -> Any:
-        for index, answer in enumerate(answers):
+        """The response to a request; what goes wrong here would else fail all requests of the batch."""
+        for index, answer in enumerate(map(_of_one_image, answers)):
             if answer.error:
                 return _error_response(answer, index if len(answers) > 1 else None)
+        try:
+            return self._tensors(request, answers)
+        except Exception as error:
+            return _error_response(self.service.answer_failure(error, "writing an answer"), None)
+
+    def _tensors(self, request: Any, answers: list[Answer]) -> Any:
         asked = request.requested_output_names()
         detections = [found for answer in answers for found in answer.detections]
         bodies = np.array([[answer.body] for answer in answers], dtype=object)
@@ -91,16 +111,41 @@ class TritonPythonModel:
 
 
 def _read_rows(request: Any) -> list[dict[str, Any]]:
-    """A row for each image: options are fields beside it, as in a form."""
+    """A row for each image: options are fields beside it, as in a form.
+
+    Raises:
+        InvalidOptionError: a parameter is no option; in a row, `body` or `model_name` would pass for a field.
+    """
     images = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().ravel()
     parameters = json.loads(request.parameters() or "{}")
     is_base64 = parameters.get("content_type") == "base64" and bool(parameters.pop("content_type"))
+    for name in parameters:
+        if name not in OPTION_NAMES:
+            raise InvalidOptionError(
+                f"unknown field {quoted(name)}; known options are {', '.join(OPTION_NAMES)}"
+            )
     options = {
         name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()
     }
     if is_base64:
         return [{"body": {"image": image.decode("latin-1")}, **options} for image in images]
     return [{"body": image, **options} for image in images]
+
+
+def _of_one_image(answer: Answer) -> Answer:
+    """The answer, or an error: an element may be JSON of several images, or of a request for tensors."""
+    if answer.error or len(answer.detections) == 1:
+        return answer
+    return _refusal(
+        RequestError(
+            "an element of the tensor is JSON of several images, or of a request for tensors; accepted for "
+            'each element is one image: the encoded image, or {"image": "..."} with its base64'
+        )
+    )
+
+
+def _refusal(error: RequestError) -> Answer:
+    return Answer(format_error(error), CONTENT_TYPES["json"], error)
 
 
 def _error_response(answer: Answer, index: int | None) -> Any:

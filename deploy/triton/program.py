@@ -23,6 +23,7 @@ from pathlib import Path
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
 
+INSTALL = ". scripts/setup_environment.sh; setup_environment requirements.txt && setup_triton"
 ENVIRONMENT = PROJECT_DIR / ".venv-triton"
 INSTALLED = Path("/opt/tritonserver")
 STUB = "triton_python_backend_stub"
@@ -53,7 +54,7 @@ def find_program(folder: Path, environment: Path = ENVIRONMENT) -> Program:
     if installed is None:
         raise ScriptError(
             f"no Triton server: neither tritonserver on the path or in {INSTALLED}, nor {root}; "
-            "./scripts/test.sh installs that"
+            f"`bash -c '{INSTALL}'` installs that"
         )
     return Program(Path(installed))
 

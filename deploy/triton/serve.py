@@ -18,15 +18,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from build_repository import add_model_options, build_from
 from program import STUB, find_program
 
-from lib.cli import ScriptError, command_parser, positive_int, run_command
+from lib.cli import ScriptError, command_parser, first_port, run_command
 
+if TYPE_CHECKING:
+    from lib.server.watcher import Watcher
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.5
 EXIT_TIMEOUT_S = 30
 END_S = 5.0  # for the rest, and for a server that has lost a process
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _raise_stop)
     try:
         return _serve(arguments)
@@ -75,13 +80,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         name = build_from(arguments, repository)
         command = [str(program.path), f"--model-repository={repository}", *_server_options(ports)]
         command += [f"--backend-config=python,shm-region-prefix-name={prefix}", *program.arguments]
-        server = subprocess.Popen(
-            [*command, *arguments.tritonserver],
-            env={**os.environ, **variables, **program.environment},
-            start_new_session=True,  # Ctrl-C reaches it through `_stop` only
-        )
-        watcher.kill_group_too(server.pid)
+        server = _start([*command, *arguments.tritonserver], {**variables, **program.environment}, watcher)
         try:
+            _unblock()  # here a signal that has come meanwhile raises _StopSignal
             reason = _watch(server, ports, name)
         except _StopSignal as stopped:
             print(f"serve: {stopped}, answering what was accepted", file=sys.stderr)
@@ -91,6 +92,23 @@ def _serve(arguments: argparse.Namespace) -> int:
             subprocess.run(clean_up, stderr=subprocess.DEVNULL)
             watcher.dismiss()
     raise ScriptError(reason)
+
+
+def _start(command: Sequence[str], variables: Mapping[str, str], watcher: Watcher) -> subprocess.Popen[bytes]:
+    """The server, known to the watcher. Leaves STOP_SIGNALS blocked: one now would lose the server."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, **variables},
+        start_new_session=True,  # Ctrl-C reaches it through `_stop` only
+        preexec_fn=_unblock,
+    )
+    watcher.kill_group_too(server.pid)
+    return server
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _server_options(ports: Sequence[int]) -> list[str]:
@@ -110,6 +128,8 @@ def _server_options(ports: Sequence[int]) -> list[str]:
 
 def _watch(server: subprocess.Popen[bytes], ports: Sequence[int], name: str) -> str:
     """Returns when the server has ended, or a process of its backend; which of the two."""
+    from lib.server.local_http import answers_ok
+
     url, grpc, metrics = f"http://127.0.0.1:{ports[0]}", *(f"127.0.0.1:{port}" for port in ports[1:])
     processes: set[int] | None = None
     while True:
@@ -118,7 +138,7 @@ def _watch(server: subprocess.Popen[bytes], ports: Sequence[int], name: str) -> 
         if processes is not None:
             if lost := processes - _backend_processes(server.pid):
                 return f"the backend has lost {len(lost)} of {len(processes)} processes; ending the server"
-        elif _is_ready(url):
+        elif answers_ok(f"{url}/v2/health/ready", READY_TIMEOUT_S):
             processes = _backend_processes(server.pid)
             print(f"ready: {name}, {len(processes)} worker(s)")
             print(
@@ -138,19 +158,9 @@ def _backend_processes(server_pid: int) -> set[int]:
     return set()
 
 
-def _is_ready(url: str) -> bool:
-    import requests
-
-    from lib.server.local_http import direct_session
-
-    with contextlib.suppress(requests.RequestException), direct_session() as session:
-        return session.get(f"{url}/v2/health/ready", timeout=READY_TIMEOUT_S).status_code == 200
-    return False
-
-
 def _stop(server: subprocess.Popen[bytes], patience_s: float) -> bool:
     """End the server and all its processes; whether it ended by itself within the time."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     ended = True
     if server.poll() is None:
@@ -176,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add_model_options(parser)
     add = parser.add_argument
-    add("--port", type=positive_int, default=8000, metavar="N", help="of HTTP; gRPC N+1, metrics N+2")
+    add("--port", type=first_port(3), default=8000, metavar="N", help="of HTTP; gRPC N+1, metrics N+2")
     add("--any-port", action="store_true", help="take three free ports")
     add("--mps", action="store_true", help="let several workers use a GPU at the same time (NVIDIA MPS)")
     add("tritonserver", nargs="*", metavar="OPTION", help="of tritonserver, after --")

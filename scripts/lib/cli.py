@@ -79,6 +79,19 @@ def _check_common_options(arguments: argparse.Namespace) -> None:
         )
 
 
+def first_port(count: int) -> Callable[[str], int]:
+    """The type of an option: the first of `count` ports in a row, none of them reserved for root."""
+    last = 65535 - count + 1
+
+    def port(text: str) -> int:
+        number = positive_int(text)
+        if not 1024 <= number <= last:
+            raise argparse.ArgumentTypeError(f"{text!r} given; accepted is a port from 1024 to {last}")
+        return number
+
+    return port
+
+
 def add_local_server(parser: argparse.ArgumentParser) -> None:
     """Options that name a model of a server on this machine, whose processes the command looks at."""
     parser.add_argument("--inference-url", action=RenamedOption, present="--url")

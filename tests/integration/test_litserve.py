@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from lib.server.local_http import answers_ok
 from lib.server.process import free_ports
 
 from doubles.answers import PRECISION
@@ -49,15 +51,13 @@ def litserve(project_dir, archive, folder, *options):
     finally:
         process.terminate()
         assert process.wait(TIMEOUT_S) == 0, output.read_text()
-        assert not still_running(children)
+        # multiprocessing's resource tracker ends after the others.
+        wait_until(lambda: not still_running(children), "the end of its processes", 10.0)
 
 
 def is_ready(url, process, output):
     assert process.poll() is None, output.read_text()
-    try:
-        return requests.get(f"{url}/health", timeout=5).status_code == 200
-    except requests.ConnectionError:
-        return False
+    return answers_ok(f"{url}/health")
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,13 @@ def test_a_bad_image_in_a_batch_costs_only_its_own_request(url, served, smears):
 
 
 def test_errors_of_the_server_itself_have_the_same_form(served):
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    long, files = {"classes": "x" * 1_100_000}, {"data": b"image"}
     for answer, status, kind in (
         (requests.get(served, timeout=TIMEOUT_S), 405, "MethodNotAllowed"),
         (requests.post(f"{served}s", b"", timeout=TIMEOUT_S), 404, "NotFound"),
+        (requests.post(served, b"no form", headers=form, timeout=TIMEOUT_S), 400, "BadRequest"),
+        (requests.post(served, data=long, files=files, timeout=TIMEOUT_S), 400, "BadRequest"),
     ):
         assert (answer.status_code, answer.json()["code"], answer.json()["type"]) == (status, status, kind)
 
@@ -140,19 +144,37 @@ def test_a_body_larger_than_torchserve_takes_is_refused(served):
 def test_a_killed_worker_is_replaced_and_the_end_answers_what_was_accepted(
     project_dir, archive, smear, tmp_path
 ):
+    # The worker takes requests at once, and waits for 3 s for more.
     options = ("--workers", "1", "--api-servers", "1", "--timeout", "5")
-    with litserve(project_dir, archive, tmp_path, *options) as (url, process):
+    options += ("--batch-size", "16", "--max-batch-delay", "3000")
+
+    def post():
+        return requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S)
+
+    with litserve(project_dir, archive, tmp_path, *options) as (url, process), ThreadPoolExecutor(8) as pool:
         worker = max(psutil.Process(process.pid).children(), key=lambda each: each.memory_info().rss)
+        lost = pool.submit(post)
+        wait_until(lambda: connections(process, url) == 1, "the request being sent")
+        time.sleep(1.0)
         os.kill(worker.pid, signal.SIGKILL)
         # Twice the time-out; LitServe alone would never answer.
-        lost = requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S)
-        assert lost.status_code in (200, 504)
-        wait_until(lambda: requests.get(f"{url}/health", timeout=5).status_code == 200, "the new worker")
-        assert requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S).status_code == 200
-        with ThreadPoolExecutor(8) as pool:
-            answers = [
-                pool.submit(requests.post, f"{url}/predict", smear, timeout=TIMEOUT_S) for _ in range(8)
-            ]
-            wait_until(lambda: not any(each.done() for each in answers), "the requests being sent", 5.0)
-            process.send_signal(signal.SIGTERM)
-            assert {each.result().status_code for each in answers} == {200}
+        assert lost.result().status_code == 504
+        wait_until(lambda: post().status_code == 200, "the new worker's answers")
+        answers = [pool.submit(post) for _ in range(8)]
+        wait_until(lambda: connections(process, url) == 8, "the requests being sent")
+        time.sleep(0.5)
+        assert not any(each.done() for each in answers)
+        process.send_signal(signal.SIGTERM)
+        assert {each.result().status_code for each in answers} == {200}
+
+
+def connections(process, url):
+    """How many clients are connected to the server."""
+    port = int(url.rpartition(":")[2])
+    found = [
+        each
+        for child in psutil.Process(process.pid).children(recursive=True)
+        for each in child.net_connections("tcp")
+    ]
+    # Processes that were forked later may hold a connection of another, too.
+    return len({each.raddr for each in found if each.status == "ESTABLISHED" and each.laddr.port == port})

@@ -11,7 +11,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import requests
+import yaml
 
+from lib.archive.members import copy_archive, read_settings
+
+from damoyolo.config import SETTINGS_FILE
 from damoyolo.inference_answer import OUTPUT_TENSORS
 from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
 from doubles.real_server import wait_until
@@ -116,6 +120,28 @@ def test_errors_are_those_of_torchserve_byte_for_byte(triton, url, images, name)
     found = infer(triton, *binary_request([content], **options))
     assert found.status_code == 400
     assert found.json()["error"].encode() == expected.content
+
+
+def test_an_element_that_is_no_single_image_costs_only_its_own_request(triton, url, images):
+    """TorchServe answers these, in forms that the tensors of one element have no place for."""
+    text = base64.b64encode(images[0]).decode()
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}
+    bad = [
+        json.dumps({"inputs": [tensor]}).encode(),
+        json.dumps({"instances": [{"b64": text}, {"b64": text}]}).encode(),
+    ]
+    expected = requests.post(url, files={"data": images[0]}, timeout=TIMEOUT_S).text
+    with ThreadPoolExecutor(4) as pool:
+        # The archive waits 100 ms for a batch.
+        pending = [pool.submit(infer, triton, *binary_request([each])) for each in (*bad, images[0])]
+        pending.append(pool.submit(infer, triton, *binary_request(images[:1], body="x")))
+    *refused, good, parameter = (each.result() for each in pending)
+    assert answer_of(good) == [expected]
+    for answer in refused:
+        assert answer.status_code == 400
+        assert "an element of the tensor is JSON of several images" in answer.json()["error"]
+    assert parameter.status_code == 400
+    assert "unknown field 'body'" in parameter.json()["error"]
 
 
 def test_a_drawn_image_is_that_of_torchserve(triton, url, images):
@@ -351,6 +377,16 @@ def test_sigterm_answers_what_was_accepted(project_dir, archive, images, tmp_pat
         # One that had not arrived is refused, at once or with the status of a server that ends.
         assert len([answer for answer in answers if answer.status_code == 200]) >= 2
         assert {answer.status_code for answer in answers} <= {200, 503}
+
+
+def test_more_requests_than_may_wait_are_refused(project_dir, archive, images, tmp_path):
+    settings = {**read_settings(archive.path), "batchSize": 1, "maxBatchDelay": 1, "jobQueueSize": 1}
+    replaced = {SETTINGS_FILE: yaml.safe_dump(settings).encode()}
+    short = copy_archive(archive.path, tmp_path / "short.mar", replaced)
+    with triton_server(project_dir, short, tmp_path / "short") as triton, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: infer(triton, *binary_request(images[:1])), range(16)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert all("maximum queue size" in answer.text for answer in answers if answer.status_code == 503)
 
 
 def test_the_loss_of_a_process_ends_the_server(project_dir, archive, images, tmp_path):

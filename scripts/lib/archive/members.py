@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import zipfile
@@ -19,6 +20,8 @@ from lib.cli import ScriptError
 from damoyolo.config import SETTINGS_FILE, graph_batch_sizes_up_to
 
 MANIFEST = "MAR-INF/MANIFEST.json"
+OPENING_MODULE = "damoyolo/opening.py"
+SERVER_DEFAULTS = {"jobQueueSize": 100, "responseTimeout": 120}  # TorchServe's
 EMPTY_HANDLER = Path(__file__).with_name("empty_handler.py")
 SMALLEST_QUEUE = 256
 
@@ -146,6 +149,34 @@ def batching_of(settings: Mapping[str, Any]) -> BatchingSetting:
         if not isinstance(value, int) or isinstance(value, bool):
             raise ScriptError(f"{key} of {SETTINGS_FILE} is {value!r}; accepted is a whole number")
     return BatchingSetting(settings["batchSize"], settings["maxBatchDelay"], settings["minWorkers"])
+
+
+def settings_to_open(archive: Path) -> dict[str, Any]:
+    """The content of the model-config.yaml of an archive that another server than TorchServe is to open.
+
+    All of the archive is checked. What only a server reads has TorchServe's default where it is left out.
+
+    Raises:
+        ScriptError: it is damaged or incomplete, was built before `OPENING_MODULE`, or has a wrong value.
+    """
+    check_archive(archive)
+    with opened_archive(archive) as opened:
+        opened.getinfo(OPENING_MODULE)
+    settings = read_settings(archive)
+    for key, default in SERVER_DEFAULTS.items():
+        value = settings.get(key)
+        settings[key] = default if value is None else value
+        if not isinstance(settings[key], int) or isinstance(value, bool) or settings[key] < 1:
+            raise ScriptError(f"{key} of {SETTINGS_FILE} is {value!r}; accepted is a whole number from 1 up")
+    return settings
+
+
+def setting_with(
+    own: BatchingSetting, batch_size: int | None, delay_ms: int | None, workers: int | None
+) -> BatchingSetting:
+    """The setting with what is not None in place of its own."""
+    changes = {"batch_size": batch_size, "delay_ms": delay_ms, "workers": workers}
+    return dataclasses.replace(own, **{name: value for name, value in changes.items() if value is not None})
 
 
 def copy_archive(source: Path, target: Path, replaced: Mapping[str, bytes | None]) -> Path:

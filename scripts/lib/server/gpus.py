@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,6 +45,25 @@ def first_gpus(count: int) -> dict[str, str]:
         raise ScriptError(f"{count} GPUs were requested; found: {found}{because}")
     entries = visible_devices(os.environ) or [str(index) for index in range(found)]
     return {VISIBLE_DEVICES: ",".join(entries[:count])}
+
+
+def count_gpus() -> int:
+    """How many GPUs CUDA finds, for a command that must not load PyTorch itself because it forks.
+
+    Unlike nvidia-smi, CUDA counts by all of the forms of `CUDA_VISIBLE_DEVICES`.
+
+    Raises:
+        ScriptError: PyTorch cannot be asked.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0  # without the seconds that PyTorch takes
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ScriptError(f"cannot count the GPUs: {done.stderr.strip()}")
+    return int(done.stdout)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import requests
 
 
@@ -13,3 +15,10 @@ def direct_session() -> requests.Session:
     session = requests.Session()
     session.trust_env = False
     return session
+
+
+def answers_ok(url: str, timeout_s: float = 5.0) -> bool:
+    """Whether a GET is answered with status 200; False also where nobody listens."""
+    with contextlib.suppress(requests.RequestException), direct_session() as session:
+        return session.get(url, timeout=timeout_s).status_code == 200
+    return False

@@ -7,11 +7,13 @@ import pickle
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import pytest
 from starlette.requests import Request
 
 from lib.archive.members import BatchingSetting
+from lib.cli import ScriptError
 
 from doubles.images import encode_jpeg, make_pixels
 from doubles.tiny_archive import SETTINGS, write_tiny_archive
@@ -41,7 +43,7 @@ def api(module, tmp_path_factory):
     (folder / "MAR-INF").mkdir()
     (folder / "MAR-INF/MANIFEST.json").write_text('{"model": {"modelName": "cells"}}')
     settings = {**BatchingSetting(8, 2, 2).model_settings(), "handler": SETTINGS}
-    made = module.DetectionAPI(folder, settings, workers=2, api_servers=2)
+    made = module.DetectionAPI(folder, settings, api_servers=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.set_num_threads", lambda _: None)
         patch.setattr("damoyolo.worker_log.protect_log", lambda: None)
@@ -143,18 +145,25 @@ def test_a_worker_that_lost_its_device_answers_its_requests_and_ends(module, api
     assert ends == [(module.os._exit, (1,))]
 
 
-async def call(app):
-    """Status and JSON of an ASGI application's answer."""
+async def call(app, receive=None):
+    """Status and JSON of an ASGI application's answer, which begins once."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    await app({"type": "http", "method": "POST", "headers": []}, None, send)
-    return sent[0]["status"], json.loads(sent[1]["body"])
+    async def whole_body():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await app({"type": "http", "method": "POST", "headers": []}, receive or whole_body, send)
+    (start,) = (message for message in sent if message["type"] == "http.response.start")
+    return start["status"], json.loads(b"".join(message.get("body", b"") for message in sent) or "null")
 
 
-async def never(*_):
+async def never(_scope, receive, _send):
+    """An application that reads the body and does not answer."""
+    while (await receive())["more_body"]:
+        pass
     await asyncio.sleep(60)
 
 
@@ -168,14 +177,164 @@ def test_more_requests_than_may_wait_are_refused(module, api):
     # Those that were given up do not count any longer.
     assert [status for status, _ in answers] == [504, 504, 504, 503, 504]
     assert answers[3][1]["type"] == "ServiceUnavailable"
-    assert "3 requests are waiting" in answers[3][1]["message"]
-    assert api.most_waiting == 128  # half of jobQueueSize for each of two processes
+    assert "3 requests wait" in answers[3][1]["message"]
+    # jobQueueSize, and what two workers compute in batches of 8, for two processes.
+    assert api.most_waiting == (256 + 2 * 8) / 2
+
+
+def test_a_request_waits_from_the_end_of_its_body_to_the_start_of_its_answer(module):
+    """Slow clients take nobody's place, neither while they send nor while they read."""
+
+    async def answers(_scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.body", "body": b"1"})
+
+    async def run():
+        app = module.Limits(answers, 1, 0.1)
+        parts = [{"type": "http.request", "body": b"", "more_body": more} for more in (False, True)]
+
+        async def slow_body():
+            await asyncio.sleep(0.15)
+            return parts.pop()
+
+        # Its body takes longer than a request may wait, and ends while the answer to the other is being sent.
+        slow = asyncio.ensure_future(call(app, slow_body))
+        await asyncio.sleep(0.1)
+        quick = await call(app)
+        return quick, await slow
+
+    assert asyncio.run(run()) == ((200, 1), (200, 1))
+
+
+def test_whoever_finds_the_places_taken_at_the_end_of_the_body_is_refused(module):
+    async def run():
+        limits = module.Limits(never, 1, 0.3)
+        begun = asyncio.Event()
+
+        async def late_body():
+            begun.set()
+            await asyncio.sleep(0.1)
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        late = asyncio.ensure_future(call(limits, late_body))
+        await begun.wait()
+        first = asyncio.ensure_future(call(limits))
+        with pytest.raises(module.HTTPException) as refusal:  # which LitServe's application answers
+            await late
+        assert refusal.value.status_code == 503
+        return await first
+
+    assert asyncio.run(run())[0] == 504
 
 
 def test_a_request_whose_worker_was_killed_is_answered_in_time(module):
     status, error = asyncio.run(call(module.Limits(never, 3, 0.05)))
     assert (status, error["type"]) == (504, "GatewayTimeout")
     assert "0.05 s" in error["message"]
+
+
+def test_an_answer_that_nobody_waits_for_any_longer_is_not_kept(module):
+    async def run():
+        kept = module.OpenAnswers()
+
+        async def wait(key):
+            kept[key] = key
+            await asyncio.sleep(60)
+
+        given_up = asyncio.ensure_future(wait("a"))
+        waits = asyncio.ensure_future(wait("b"))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        await asyncio.sleep(0)
+        found = dict(kept)
+        waits.cancel()
+        return found
+
+    assert asyncio.run(run()) == {"b": "b"}
+
+
+@pytest.fixture
+def command(project_dir, monkeypatch):
+    """deploy/litserve/serve.py as a module."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("litserve_serve", project_dir / "deploy/litserve/serve.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "expected"),
+    [
+        ([], 0, 0),
+        ([], 2, 2),
+        (["--devices", "1"], 2, 1),
+        (["--device", "cpu"], 2, 0),
+        (["--devices", "4"], 2, "--devices is 4, but CUDA finds 2 GPU"),
+        (["--devices", "1"], 0, "--devices is 1, but CUDA finds 0 GPU"),
+        (["--devices", "1", "--device", "cpu"], 2, "--devices is 1, but --device is cpu"),
+        (["--device", "cuda"], 0, "--device is cuda, but CUDA finds no GPU"),
+    ],
+)
+def test_the_gpus_that_are_asked_for_are_taken_or_refused(command, monkeypatch, options, found, expected):
+    monkeypatch.setattr("lib.server.gpus.count_gpus", lambda: found)
+    arguments = command._parser().parse_args(options)
+    if isinstance(expected, int):
+        assert command._gpus(arguments) == expected
+    else:
+        with pytest.raises(ScriptError, match=expected):
+            command._gpus(arguments)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes an archive with settings, and without some of its files."""
+
+    def write(left_out=(), **settings):
+        members = {
+            "MAR-INF/MANIFEST.json": '{"model": {"modelName": "cells", "handler": "handler.py"}}',
+            "model-config.yaml": json.dumps(
+                {"batchSize": 8, "maxBatchDelay": 2, "minWorkers": 2, **settings}
+            ),
+            "handler.py": "",
+            "damoyolo/opening.py": "",
+        }
+        with zipfile.ZipFile(tmp_path / "cells.mar", "w") as archive:
+            for name in set(members) - set(left_out):
+                archive.writestr(name, members[name])
+        return ["--archive", str(tmp_path / "cells.mar")]
+
+    return write
+
+
+def test_the_queue_is_long_enough_for_the_workers_of_all_devices(command, written):
+    own = written(jobQueueSize=300, responseTimeout=60)
+
+    def settings(devices, *options):
+        found = command._settings(command._parser().parse_args([*own, *options]), devices)
+        assert found["responseTimeout"] == 60
+        return found["batchSize"], found["minWorkers"], found["jobQueueSize"]
+
+    assert settings(1) == (8, 2, 300)
+    # Four times what all workers take at once.
+    assert settings(8, "--workers", "6", "--batch-size", "64") == (64, 48, 4 * 64 * 48)
+    assert settings(8) == (8, 16, 512)
+
+
+def test_settings_that_are_left_out_have_torchserves_defaults_and_old_archives_are_refused(command, written):
+    def settings(own):
+        return command._settings(command._parser().parse_args(own), 1)
+
+    found = settings(written())
+    assert (found["jobQueueSize"], found["responseTimeout"]) == (100, 120)
+    with pytest.raises(ScriptError, match=r"jobQueueSize of .* is 'many'; accepted is a whole number"):
+        settings(written(jobQueueSize="many"))
+    with pytest.raises(ScriptError, match=r"damoyolo/opening\.py.*build_archive"):
+        settings(written(left_out=["damoyolo/opening.py"]))
 
 
 def test_the_help_of_the_command_needs_neither_litserve_nor_torch(project_dir):

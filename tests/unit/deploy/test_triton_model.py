@@ -17,9 +17,11 @@ from damoyolo.errors import (
 from damoyolo.inference_answer import ModelIdentity
 from damoyolo.response import format_error
 from damoyolo.service import Answer
+from damoyolo.structures import Detections
 from doubles.triton_server import load_module
 
 CLASS_NAMES = ("a", "b")
+OUTPUTS = ("answer", "counts", "boxes", "scores", "class_ids", "labels")
 
 
 class StandInError(SimpleNamespace):
@@ -53,11 +55,22 @@ def request(*images, parameters="", outputs=("answer",)):
     )
 
 
+NOTHING = Detections(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros(0, "i8"), (4, 4))
+
+
+def good(body=b"{}", images=1):
+    return Answer(body, "", detections=(NOTHING,) * images)
+
+
 def serving(model, answer):
     """A model whose service answers with a function of rows."""
     made = model.TritonPythonModel()
     detector = SimpleNamespace(config=SimpleNamespace(class_names=CLASS_NAMES))
-    made.service = SimpleNamespace(answer=lambda rows, _: answer(rows), detector=detector)
+    made.service = SimpleNamespace(
+        answer=lambda rows, _: answer(rows),
+        detector=detector,
+        answer_failure=lambda error, doing: failed(InternalError(f"{doing}: {error}")),
+    )
     return made
 
 
@@ -70,9 +83,7 @@ def test_requests_of_a_batch_are_answered_together_and_apart(model):
 
     def answer(rows):
         seen.append(rows)
-        return [
-            failed(CorruptImageError("x")) if row["body"] == b"bad" else Answer(b"{}", "") for row in rows
-        ]
+        return [failed(CorruptImageError("x")) if row["body"] == b"bad" else good() for row in rows]
 
     requests = [
         request(b"1", b"2", parameters='{"score_threshold":0.5,"class_agnostic":true,"classes":"a"}'),
@@ -88,6 +99,57 @@ def test_requests_of_a_batch_are_answered_together_and_apart(model):
     assert json.loads(second.error.message)["message"] == "inputs[0].data[1]: x"
     assert json.loads(third.error.message) == {"code": 422, "type": "CorruptImage", "message": "x"}
     assert fourth.error is None
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_an_element_that_is_no_single_image_fails_alone(model, images):
+    def answer(rows):
+        return [good(images=images if row["body"] == b"bad" else 1) for row in rows]
+
+    requests = [
+        request(b"1", outputs=OUTPUTS),
+        request(b"bad", outputs=OUTPUTS),
+        request(b"2", b"bad"),
+        request(b"3"),
+    ]
+    first, second, third, fourth = serving(model, answer).execute(requests)
+    assert dict(first.tensors)["counts"].tolist() == [[0]]
+    assert dict(first.tensors)["boxes"].shape == (0, 4)
+    assert second.error.code == third.error.code == "INVALID_ARG"
+    assert "an element of the tensor is JSON of several images" in json.loads(second.error.message)["message"]
+    assert json.loads(third.error.message)["message"].startswith("inputs[0].data[1]: an element")
+    assert fourth.tensors[0][1].tolist() == [[b"{}"]]
+
+
+@pytest.mark.parametrize("name", ["body", "data", "model_name", "treshold"])
+def test_a_parameter_that_is_no_option_is_refused_alone(model, name):
+    seen = []
+
+    def answer(rows):
+        seen.extend(rows)
+        return [good() for _ in rows]
+
+    requests = [request(b"1", parameters=json.dumps({name: "x"})), request(b"2")]
+    first, second = serving(model, answer).execute(requests)
+    assert json.loads(first.error.message)["message"].startswith(f"unknown field '{name}'; known options are")
+    assert second.error is None
+    assert seen == [{"body": b"2"}]
+
+
+def test_what_fails_unexpectedly_fails_one_request(model, monkeypatch):
+    def labels(found, names):
+        raise ValueError("oops")
+
+    monkeypatch.setitem(model.OUTPUT_TENSORS, "labels", ("BYTES", labels))
+    requests = [
+        request(b"1", parameters="{broken"),
+        request(b"2", outputs=["labels"]),
+        request(b"3"),
+    ]
+    first, second, third = serving(model, lambda rows: [good() for _ in rows]).execute(requests)
+    assert json.loads(first.error.message)["message"].startswith("reading a request: ")
+    assert json.loads(second.error.message)["message"] == "writing an answer: oops"
+    assert third.error is None
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Model repositories for Triton, and the Triton that serves them."""
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -97,6 +100,16 @@ def test_an_archive_of_an_older_version_is_refused_and_replaces_nothing(builder,
     assert (tmp_path / "cells/1/model.py").exists()
 
 
+@pytest.mark.parametrize("value", [None, "left out"])
+def test_keys_that_only_a_server_reads_have_torchserves_defaults(builder, tmp_path, monkeypatch, value):
+    settings = {**SETTINGS, "jobQueueSize": value}
+    if value:
+        del settings["jobQueueSize"]
+    monkeypatch.setitem(globals(), "SETTINGS", settings)
+    builder.build_repository(write_archive(tmp_path / "cells.mar"), tmp_path)
+    assert config_value(tmp_path, "max_queue_size") == "100"
+
+
 def test_the_command_says_where_the_repository_is(builder, archive, tmp_path, capsys):
     folder = tmp_path / "repository"
     assert builder.main(["--archive", str(archive), "--output-dir", str(folder), "--device", "cpu"]) == 0
@@ -140,7 +153,7 @@ def test_a_python_without_the_wheels_parts_is_named(program, tmp_path, files):
 def test_a_missing_server_or_library_is_named(program, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "INSTALLED", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScriptError, match=r"no Triton server.*scripts/test\.sh installs that"):
+    with pytest.raises(ScriptError, match=r"no Triton server.*setup_triton.* installs that"):
         program.find_program(tmp_path, tmp_path / "venv")
     monkeypatch.setattr("sysconfig.get_config_var", lambda _: None)
     monkeypatch.setattr("pathlib.Path.is_file", lambda _: False)
@@ -156,6 +169,41 @@ def test_an_installed_server_is_taken_as_it_is(program, tmp_path, monkeypatch):
     server.chmod(0o755)
     found = program.find_program(tmp_path, tmp_path / "venv")
     assert (found.path, found.arguments, found.environment) == (server, [], {})
+
+
+def test_a_signal_while_the_server_starts_finds_it_known(project_dir, monkeypatch):
+    monkeypatch.syspath_prepend(str(project_dir / "deploy/triton"))
+    serve = load_module(project_dir, "serve")
+    known = []
+
+    class Watcher:
+        def kill_group_too(self, group):
+            os.kill(os.getpid(), signal.SIGTERM)
+            known.append(group)
+
+    before = signal.signal(signal.SIGTERM, serve._raise_stop)
+    try:
+        server = serve._start(["sleep", "60"], {}, Watcher())
+        try:
+            assert known == [server.pid]
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            assert int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16) == 0
+            with pytest.raises(serve._StopSignal, match="SIGTERM"):
+                serve._unblock()
+        finally:
+            server.kill()
+            server.wait()
+    finally:
+        serve._unblock()
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("port", ["80", "65534"])
+def test_ports_without_room_for_three_are_refused(project_dir, port):
+    command = [sys.executable, str(project_dir / "deploy/triton/serve.py"), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "accepted is a port from 1024 to 65533" in done.stderr
 
 
 def test_a_taken_port_is_named(project_dir):

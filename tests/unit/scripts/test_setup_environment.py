@@ -19,7 +19,11 @@ case "$1 $2" in
         if [ -n "${PIP_FAILS:-}" ]; then echo "ERROR: no such version"; exit 1; fi
         if [ -n "${PIP_HANGS:-}" ]; then sleep 60; fi
         sleep 0.3 ;;
-    "-c "*) exit 0 ;;
+    "-c "*) case "$2" in
+            *project.pth*) packages=$(dirname "$0")/../lib/python3/site-packages
+                mkdir -p "$packages"; echo "$3" >"$packages/project.pth" ;;
+            *purelib*) echo "${PACKAGES:-/packages}" ;;
+        esac ;;
     --version*) echo "Python 3.12.0" ;;
     *java.py*) echo "$PWD/java" ;;
 esac
@@ -85,6 +89,49 @@ def test_two_that_start_at_once_make_one_environment_beside_the_other(project, e
         requirements.write_text("other==3\n")
     assert calls(project) == ["venv", "pip"] * 3
     assert (project / environment / "bin/python").exists()
+
+
+@pytest.fixture
+def triton(project):
+    """The project with the file of Triton's packages; returns the folder of the environment."""
+    path = project / "deploy/triton/requirements.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("other==2\n")
+    return project / ".venv-triton"
+
+
+def test_tritons_environment_is_made_again_for_another_python_or_folder(project, triton):
+    """Else its packages would be looked for where they are not, and its tests be skipped for that."""
+    for packages in ("/old/lib/python3.11/site-packages",) * 2 + ("/new/lib/python3.12/site-packages",):
+        process = start(project, "setup_triton", PACKAGES=packages)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        (link,) = triton.glob("lib/*/site-packages/project.pth")
+        assert link.read_text() == f"{packages}\n"
+    assert calls(project) == ["venv", "pip"] * 3
+
+
+def test_the_tests_do_without_triton_where_it_cannot_be_installed(project, triton):
+    """As on a machine with an older glibc; whoever asks for Triton alone gets the failure."""
+    first = start(project)
+    first.communicate(timeout=60)
+    process = start(project, "setup_triton_if_possible; echo going on", PIP_FAILS="yes")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.splitlines()[-1]) == (0, "going on")
+    assert err.startswith("ERROR: no such version\n== Without Triton")
+    assert not (triton / "requirements.txt.installed").exists()
+    process = start(project, "setup_triton; echo going on", PIP_FAILS="yes")
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, "going on" in out) == (1, False)
+
+
+def test_an_interrupt_while_triton_is_installed_ends_all(project, triton):
+    start(project).communicate(timeout=60)
+    process = start(project, "setup_triton_if_possible; echo going on", PIP_HANGS="yes")
+    wait_until(lambda: calls(project) == ["venv", "pip"] * 2, "pip")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err, "going on" in out) == (130, "setup: interrupted\n", False)
 
 
 @pytest.mark.parametrize("content", ["bin/keep", "a file", "a dangling link"])

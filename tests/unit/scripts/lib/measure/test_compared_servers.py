@@ -48,7 +48,7 @@ def started(monkeypatch):
         ("triton", "/v2/health/ready", "/v2/models/cells/infer"),
     ],
 )
-def test_the_other_front_doors_get_the_archive_with_the_same_settings(bench, started, name, ready, path):
+def test_the_servers_of_deploy_get_the_archive_with_the_same_settings(bench, started, name, ready, path):
     with SERVERS[name].start(bench) as running:
         command = started["command"]
         options = dict(zip(command[2::2], command[3::2], strict=True))

@@ -1,11 +1,13 @@
 """Choosing GPUs for a server, with a stand-in for MPS's control program."""
 
+import subprocess
+
 import pytest
 import torch
 
 from lib.cli import ScriptError
 from lib.server import mps
-from lib.server.gpus import first_gpus, gpu_environment, require_device_indices, workers_per_gpu
+from lib.server.gpus import count_gpus, first_gpus, gpu_environment, require_device_indices, workers_per_gpu
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -86,3 +88,24 @@ def test_without_mps_the_server_gets_the_devices_as_they_are(monkeypatch):
         assert variables == {VISIBLE: "2"}
     with gpu_environment(None, mps=False) as variables:
         assert variables == {}
+
+
+def test_gpus_are_counted_by_another_process_where_there_is_cuda(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert count_gpus() == 0
+    monkeypatch.setattr("ctypes.CDLL", lambda _: None)
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, *results.pop())
+
+    results = [(1, "", "no torch\n"), (0, "3\n", "")]
+    monkeypatch.setattr("subprocess.run", run)
+    assert count_gpus() == 3
+    assert "torch.cuda.device_count()" in asked[0]
+    with pytest.raises(ScriptError, match="cannot count the GPUs: no torch"):
+        count_gpus()

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from lib.server.local_http import direct_session
+from lib.server.local_http import answers_ok, direct_session
 from lib.server.process import describe_model
 from lib.server.served_archive import ServedModel
 
@@ -31,3 +31,9 @@ def test_local_calls_do_not_go_through_a_proxy(proxy):
             assert session.get(f"{model.base_url}/models/m", timeout=10).status_code == 200
         assert describe_model(model.base_url, "m")["batchSize"] == 4
         ServedModel(model.base_url, model.base_url, model.base_url, "m").scale(2, timeout_s=10)
+
+
+def test_a_server_answers_or_is_not_there():
+    with StandInModel() as model:
+        assert answers_ok(f"{model.base_url}/models/m")
+    assert not answers_ok(f"{model.base_url}/models/m")
