@@ -53,8 +53,8 @@ def warn_of_inexact_int8(backend: str) -> None:
     """Log a warning where the sums of an INT8 file may saturate."""
     if not cpu_sums_int8_exactly():
         logger.warning(
-            "this processor has no VNNI instructions: sums of the INT8 network can saturate in %s; compare its "
-            "accuracy with float32 on this processor (docs/quantization.md)",
+            "this processor has no VNNI instructions: sums of the INT8 network can saturate in %s; compare "
+            "its accuracy with float32 on this processor (docs/quantization.md)",
             backend,
         )
 
