@@ -85,7 +85,7 @@ def _report(
     ]
     print(format_table(rows, SENSITIVITY_COLUMNS))
     print(
-        f"always float32: {', '.join(request.float_blocks) or 'nothing'}\n"
+        f"always float32: {', '.join(result.always_float) or 'nothing'}\n"
         f"no other block kept: drift {result.all_int8.drift:.4f}, AP loss {result.all_int8.loss:.4f}\n"
         f"{len(result.kept)} of {len(rows)} blocks kept: drift {result.deviation.drift:.4f}, "
         f"AP loss {result.deviation.loss:.4f} of {request.max_loss:g} allowed"
@@ -118,7 +118,7 @@ def _write_report(
         **{name: getattr(request, name) for name in ("max_loss", "target", "ranges")},
         "calibration_images": result.calibration_count,
         "check_images": result.check_count,
-        "always_float32": request.float_blocks,
+        "always_float32": result.always_float,
         "kept_float32": result.kept,
         "all_int8": vars(result.all_int8),
         "result": vars(result.deviation),
@@ -187,9 +187,9 @@ def _add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-float",
         dest="float_blocks",
         type=name_list,
-        default=(),
         metavar="A,B",
-        help=f"blocks that always stay float32, or prefixes of their names ({NO_BLOCK}: the sweep decides)",
+        help="blocks that always stay float32, or prefixes of their names (the stem for tensorrt, else "
+        f"{NO_BLOCK}: the sweep decides about all)",
     )
 
 

@@ -18,7 +18,7 @@ from damoyolo.backends.onnx_metadata import (
     as_predictions,
     check_compatible,
 )
-from damoyolo.backends.precision import resolve_backend_precision
+from damoyolo.backends.precision import resolve_backend_precision, warn_of_inexact_int8
 from damoyolo.boxes import STRIDES
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -67,6 +67,8 @@ class OnnxRuntimeBackend:
         metadata = OnnxMetadata.from_metadata(self.session.get_modelmeta().custom_metadata_map, onnx_file)
         check_compatible(metadata, onnx_file, config, model)
         self.precision = metadata.precision
+        if self.precision == "int8" and device.type == "cpu":
+            warn_of_inexact_int8(self.name)
 
     def _open_session(self, onnxruntime: Any, onnx_file: Path, provider: str) -> Any:
         options = onnxruntime.SessionOptions()

@@ -21,7 +21,7 @@ from damoyolo.backends.onnx_metadata import (
     check_compatible,
 )
 from damoyolo.backends.openvino_import import import_openvino
-from damoyolo.backends.precision import resolve_backend_precision
+from damoyolo.backends.precision import resolve_backend_precision, warn_of_inexact_int8
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
 from damoyolo.model.damoyolo import DamoYolo
@@ -38,8 +38,9 @@ FEW_THREADS = 4
 class OpenVINOBackend:
     """The archive's ONNX file in OpenVINO; without one, the PyTorch network, converted at start-up.
 
-    Call with (B, 3, H, W) uint8 RGB on the CPU; returns float32. Another size than that of the settings is
-    compiled at its first call.
+    Call with (B, 3, H, W) uint8 RGB on the CPU; returns float32. Another size than that of the settings, and
+    with more than FEW_THREADS threads batches of several images, are compiled at their first call: a worker
+    of batch size 1 needs one network only.
 
     Raises:
         ConfigError: the library is missing, the device is not a CPU, OpenVINO does not have the precision, or
@@ -68,6 +69,8 @@ class OpenVINOBackend:
             metadata = OnnxMetadata.from_metadata(_metadata(network), onnx_file)
             check_compatible(metadata, onnx_file, config, model)
             self.precision = "int8" if metadata.precision == "int8" else float_precision
+            if self.precision == "int8":
+                warn_of_inexact_int8(self.name)
         self.properties = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINTS[float_precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -78,7 +81,8 @@ class OpenVINOBackend:
             "ENABLE_CPU_PINNING": False,
         }
         self.core, self.network = core, network
-        self.batch_request = None if torch.get_num_threads() <= FEW_THREADS else self._compile(-1, -1, -1)
+        self.takes_batches = torch.get_num_threads() > FEW_THREADS
+        self.batch_request: Any = None
         self.size_hw = config.input_size_hw or model.variant.input_size_hw
         self.request = self._compile(1, *self.size_hw)
 
@@ -91,7 +95,8 @@ class OpenVINOBackend:
     def __call__(self, pixels: Tensor) -> RawPredictions:
         # Twice as fast as Tensor.contiguous() for images that are channels last in memory.
         images = np.ascontiguousarray(pixels.numpy())
-        if self.batch_request is not None and len(images) > 1:
+        if self.takes_batches and len(images) > 1:
+            self.batch_request = self.batch_request or self._compile(-1, -1, -1)
             return _infer(self.batch_request, images)
         if images.shape[2:] != self.size_hw:
             self.size_hw = images.shape[2], images.shape[3]

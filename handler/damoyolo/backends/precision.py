@@ -7,9 +7,17 @@ computed in float32 by `boxes` and `postprocess`.
 
 from __future__ import annotations
 
+import logging
+import re
+from pathlib import Path
+
 import torch
 
 from damoyolo.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+CPUINFO = Path("/proc/cpuinfo")
 
 PRECISIONS_OF_DEVICE = {
     "cuda": ("fp32", "tf32", "amp", "fp16", "bf16"),
@@ -26,6 +34,29 @@ def cpu_computes_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); else bfloat16 is emulated."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def cpu_sums_int8_exactly() -> bool:
+    """Whether this CPU adds products of 8-bit integers in 32 bits (AVX512-VNNI, AVX-VNNI).
+
+    x86 without these instructions adds two of them in 16 bits, which can saturate. A CPU that lists no x86
+    flags counts as exact.
+    """
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return flags is None or not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags[1].split())
+
+
+def warn_of_inexact_int8(backend: str) -> None:
+    """Log a warning where the sums of an INT8 file may saturate."""
+    if not cpu_sums_int8_exactly():
+        logger.warning(
+            "this processor has no VNNI instructions: sums of the INT8 network can saturate in %s; compare "
+            "its accuracy with float32 on this processor (docs/quantization.md)",
+            backend,
+        )
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:

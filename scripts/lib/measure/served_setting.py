@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from lib.load.generator import generate_load
 from lib.load.worker import Load
 from lib.measure.batching_search import Measurement
 from lib.server.served_archive import ServedModel, serve_with_setting
+
+from damoyolo.cores import usable_cores
 
 # Concurrency of a setting's closed loops, in multiples of the images that its workers process at once. Two
 # (one batch computed, one waiting) keep all busy; where that is too slow for the budget, fewer may do.
@@ -108,7 +109,7 @@ def scales_into(current: BatchingSetting, setting: BatchingSetting) -> bool:
 
     The length of the queue and, by `cuda_sync`, how a worker waits are fixed at the start.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return (
         replace(current, workers=setting.workers) == setting
         and current.model_settings()["jobQueueSize"] == setting.model_settings()["jobQueueSize"]

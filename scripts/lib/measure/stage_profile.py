@@ -8,7 +8,6 @@ kernels come from torch.profiler in a separate pass, because profiling slows the
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from lib.cli import ScriptError
 from lib.images import cycled
 from lib.measure.timing import format_table, synchronize
 
+from damoyolo.cores import usable_cores
 from damoyolo.decode import decode_image
 from damoyolo.detector import Detector
 from damoyolo.service import DetectionService
@@ -179,7 +179,7 @@ def measure_cpu_decode(detector: Detector, images: Sequence[bytes], batch_size: 
     config = detector.config
     batch = cycled(images, batch_size)
     samples_s = []
-    with ThreadPoolExecutor(config.decode_threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(config.decode_threads or usable_cores()) as pool:
         for _ in range(batches):
             started = time.perf_counter()
             for _image in pool.map(lambda image: decode_image(image, config), batch):

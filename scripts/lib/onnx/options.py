@@ -22,7 +22,9 @@ class QuantizationRequest:
     max_loss: AP that may be lost, as lib/onnx/sensitivity.py estimates it.
     calibration_images, check_images: at most this many images are calibrated with, and compared on; no image
         is used for both.
-    float_blocks: names of blocks that always stay float32, or prefixes of such names up to a dot.
+    float_blocks: names of blocks that always stay float32, or prefixes of such names up to a dot; NO_BLOCK is
+        no block. None is the target's default: the stem for TensorRT, whose int8 has no zero points, so that
+        pixels would lose their lowest bit; otherwise none.
     progress: show a progress bar; None shows it on a terminal.
     """
 
@@ -31,5 +33,5 @@ class QuantizationRequest:
     ranges: RangeMethod = "minmax"
     calibration_images: int = 32
     check_images: int = 16
-    float_blocks: tuple[str, ...] = ()
+    float_blocks: tuple[str, ...] | None = None
     progress: bool | None = None

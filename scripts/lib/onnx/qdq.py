@@ -193,10 +193,13 @@ def _quantizer_options(network: onnx.ModelProto, target: Target) -> dict[str, An
     if target == "tensorrt":
         options["AddQDQPairToWeight"] = True
     else:
+        entry, weight = network.graph.node[_first_convolution(network)].input[:2]
         # Pixels are whole numbers from 0 to 255: a scale of 1 keeps them exact.
-        entry = network.graph.node[_first_convolution(network)].input[0]
         exact = {"scale": np.array(1.0, np.float32), "zero_point": np.array(0, np.uint8)}
-        options["TensorQuantOverrides"] = {entry: [exact]}
+        # Processors without VNNI add two products in 16 bits. Pixels reach 255, so that weights of 8 bits
+        # would saturate that sum; 64 is the largest weight that cannot (docs/quantization.md).
+        seven_bits = {"axis": 0, "reduce_range": True}
+        options["TensorQuantOverrides"] = {entry: [exact], weight: [seven_bits]}
     return options
 
 

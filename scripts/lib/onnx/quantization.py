@@ -28,12 +28,14 @@ from damoyolo.preprocess import ImagePreprocessor
 class QuantizedNetwork:
     """A network in INT8, and how it was made.
 
-    network: with metadata. ranked: the most sensitive block first. kept: blocks kept in float32 to limit the
+    network: with metadata. always_float: blocks, or prefixes of their names, that were not measured.
+    ranked: the most sensitive block first. kept: blocks kept in float32 to limit the
     loss. all_int8: deviation if none were kept. deviation: of `network`.
     calibration_count, check_count: number of images calibrated with, and compared on.
     """
 
     network: onnx.ModelProto
+    always_float: tuple[str, ...]
     ranked: tuple[Sensitivity, ...]
     kept: tuple[str, ...]
     all_int8: Deviation
@@ -53,7 +55,9 @@ def quantize(
         ScriptError: too few images, no detections in them, or nothing that may be quantised.
     """
     calibration, check = split_images(len(pixels), request)
-    candidates = _candidates(find_blocks(network), request.float_blocks)
+    blocks = find_blocks(network)
+    float_blocks = always_float(blocks, request)
+    candidates = _candidates(blocks, float_blocks)
     evaluator = QuantizationEvaluator(network, pixels[check])
     ranges = calibrate(network, pixels[calibration], request.ranges)
     disabled = None if request.progress is None else not request.progress
@@ -79,6 +83,7 @@ def quantize(
     onnx.checker.check_model(quantized)
     return QuantizedNetwork(
         quantized,
+        float_blocks,
         tuple(ranked),
         tuple(each.block.name for each in ranked[:kept]),
         attempt(0)[1],
@@ -88,6 +93,13 @@ def quantize(
     )
 
 
+def always_float(blocks: Sequence[Block], request: QuantizationRequest) -> tuple[str, ...]:
+    """The blocks, or prefixes of their names, that a request exempts from INT8."""
+    if request.float_blocks is None:
+        return (blocks[0].name,) if request.target == "tensorrt" else ()  # the first block is the stem
+    return tuple(name for name in request.float_blocks if name != NO_BLOCK)
+
+
 def _candidates(blocks: Sequence[Block], float_blocks: Sequence[str]) -> list[Block]:
     """The blocks that may be quantised."""
 
@@ -95,7 +107,7 @@ def _candidates(blocks: Sequence[Block], float_blocks: Sequence[str]) -> list[Bl
         return any(block.name == name or block.name.startswith(f"{name}.") for name in names)
 
     for name in float_blocks:
-        if name != NO_BLOCK and not any(stays_float(block, [name]) for block in blocks):
+        if not any(stays_float(block, [name]) for block in blocks):
             raise ScriptError(
                 f"no block is called {name}; accepted are {NO_BLOCK}, or names and prefixes up to a dot of "
                 f"{', '.join(block.name for block in blocks)}: change --keep-float"

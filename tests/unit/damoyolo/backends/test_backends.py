@@ -85,14 +85,23 @@ def test_openvino_takes_a_batch_in_one_call_or_image_by_image_with_equal_results
         return open_network(backend="openvino", precision="fp32", input_size_hw=[64, 96])
 
     one_by_one, at_once = open_with(torch.get_num_threads()), open_with(torch.get_num_threads() - 1)
-    assert one_by_one.batch_request is None
-    assert at_once.batch_request is not None
     channels_last = pixels_of(3, 64, 96).contiguous(memory_format=torch.channels_last)
     for pixels in (channels_last, channels_last[:1], pixels_of(2, 32, 64)):
         for found, expected in zip(one_by_one(pixels), at_once(pixels), strict=True):
             for level, other in zip(found, expected, strict=True):
                 # Float32 sums of up to some thousand products in another order.
                 torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-4)
+    assert one_by_one.batch_request is None
+    assert at_once.batch_request is not None
+
+
+def test_openvino_compiles_for_batches_only_when_one_comes(open_network, monkeypatch):
+    monkeypatch.setattr("damoyolo.backends.openvino.FEW_THREADS", 0)
+    backend = open_network(backend="openvino", precision="fp32", input_size_hw=[64, 96])
+    backend(pixels_of(1, 64, 96))
+    assert backend.batch_request is None
+    backend(pixels_of(2, 64, 96))
+    assert backend.batch_request is not None
 
 
 def openvino_multiplies_bf16():
@@ -224,6 +233,23 @@ def test_a_damaged_file_is_refused(open_network, onnx_dir, tmp_path, backend):
 def test_a_quantised_file_says_so_of_the_backend(open_network, onnx_dir, tmp_path, backend):
     rewrite(onnx_dir, tmp_path, {"precision": "int8"})
     assert open_network(tmp_path, backend=backend).precision == "int8"
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("flags", "precision", "warnings"),
+    [("avx2 avx512f", "int8", 1), ("avx2 avx_vnni", "int8", 0), ("avx2 avx512f", "fp32", 0)],
+)
+def test_a_processor_without_vnni_gets_one_warning_about_int8(
+    open_network, onnx_dir, tmp_path, monkeypatch, caplog, backend, flags, precision, warnings
+):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n" * 2)
+    monkeypatch.setattr(precisions, "CPUINFO", tmp_path / "cpuinfo")
+    rewrite(onnx_dir, tmp_path, {"precision": precision})
+    with caplog.at_level(logging.WARNING):
+        open_network(tmp_path, backend=backend)
+    found = [record for record in caplog.records if "no VNNI instructions" in record.getMessage()]
+    assert len(found) == warnings
 
 
 def test_the_backends_take_as_many_threads_as_pytorch_has(open_network, onnx_dir):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from damoyolo.backends import precision as precisions
-from damoyolo.backends.precision import resolve_precision
+from damoyolo.backends.precision import cpu_sums_int8_exactly, resolve_precision
 from damoyolo.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,3 +29,20 @@ def test_auto_takes_fp16_on_cuda():
 def test_another_kind_of_device_is_refused():
     with pytest.raises(ConfigError, match="cpu and cuda"):
         resolve_precision("auto", torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx_vnni\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vbmi\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", True),
+        (None, True),
+    ],
+)
+def test_int8_is_exact_with_vnni_and_on_processors_that_are_not_x86(monkeypatch, tmp_path, cpuinfo, expected):
+    monkeypatch.setattr(precisions, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        precisions.CPUINFO.write_text(cpuinfo)
+    assert cpu_sums_int8_exactly() is expected

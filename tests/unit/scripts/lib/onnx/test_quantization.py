@@ -6,7 +6,7 @@ from onnx import TensorProto
 from lib.cli import ScriptError
 from lib.onnx.options import QuantizationRequest
 from lib.onnx.qdq import find_blocks
-from lib.onnx.quantization import image_paths, quantize, read_pixels, split_images
+from lib.onnx.quantization import always_float, image_paths, quantize, read_pixels, split_images
 
 from doubles.fragile_network import ALL_BUT_ONE_STAGE, FRAGILE, with_fragile_block
 
@@ -67,6 +67,18 @@ def test_a_loss_out_of_reach_and_unknown_blocks_are_refused(demo_network, smear_
         quantize(demo_network, smear_pixels, QuantizationRequest(float_blocks=("nek",)))
     with pytest.raises(ScriptError, match="every block of the network is to stay float32"):
         quantize(demo_network, smear_pixels, QuantizationRequest(float_blocks=("head", "neck", "backbone")))
+
+
+def test_the_stem_stays_float32_for_tensorrt_unless_told_otherwise(demo_network):
+    blocks = find_blocks(demo_network)
+    for target, named, expected in [
+        ("tensorrt", None, ("backbone.block_list.0",)),
+        ("tensorrt", ("none",), ()),
+        ("openvino", None, ()),
+        ("onnxruntime", ("head",), ("head",)),
+    ]:
+        request = QuantizationRequest(target=target, float_blocks=named)
+        assert always_float(blocks, request) == expected
 
 
 def test_a_folder_without_readable_images_is_refused(tmp_path):
