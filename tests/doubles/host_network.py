@@ -6,7 +6,6 @@ A host shares the cores, the memory and the files of the machine; all that it se
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,25 +13,10 @@ import threading
 
 import pytest
 
+from doubles.network_namespaces import BRIDGES, ip, why_not
 from doubles.real_server import wait_until
 
 DRAIN_DELAY_S = 5
-
-
-def why_not():
-    """Why there can be no such network here, or None."""
-    if os.getuid() != 0 or shutil.which("ip") is None:
-        return "network namespaces need root and the command ip"
-    name = f"dytry{os.getpid()}"
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
-        return "this machine lets nobody make network namespaces"
-    ip("netns", "del", name)
-    return None
-
-
-def ip(*arguments):
-    """Run the command ip."""
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 class Host:
@@ -169,11 +153,11 @@ class HostNetwork:
     def __init__(self, project_dir, folder, names):
         self.project_dir, self.folder, self.names = project_dir, folder, names
         self.bridge = f"dy{os.getpid()}"
-        self.subnet = f"10.77.{os.getpid() % 250}"
+        self.subnet = BRIDGES
         self.hosts = {}
 
     def __enter__(self):
-        if (reason := why_not()) is not None:
+        if reason := why_not():
             pytest.skip(reason)
         # All that was made is taken away, after an error, too; what cannot be removed does not keep the rest.
         with contextlib.ExitStack() as made:
