@@ -53,6 +53,9 @@ def open_service(
         serving["max_response_bytes"] = min(config.max_response_bytes, max_response_bytes)
     # Before the server gives up a batch that takes too long, which costs all requests of the batch.
     serving.setdefault("max_batch_seconds", _batch_seconds(settings))
+    if int(settings.get("batchSize") or 1) > 1:
+        # A backend may compile for several images at the first batch of them: not while requests wait.
+        serving.setdefault("warmup_batch_sizes", [1, 2])
     share_machine(device, config, workers)
     if device.type == "cuda":
         use_compiled_kernels(model_dir)

@@ -89,5 +89,25 @@ def test_the_server_may_say_more_than_the_archive(model_dir):
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "warmed"),
+    [
+        ({"batchSize": 1}, (1,)),
+        ({"batchSize": 4}, (1, 2)),
+        ({"batchSize": 4, "handler": {"warmup_batch_sizes": [3]}}, (3,)),
+    ],
+)
+def test_what_batches_need_is_ready_before_the_first_one(model_dir, monkeypatch, changes, warmed):
+    runs = []
+    monkeypatch.setattr("damoyolo.detector.Detector.warm_up", lambda _, sizes: runs.append(tuple(sizes)))
+    settings = json.loads((model_dir / "model-config.yaml").read_text())
+    handler = {**settings.get("handler", {}), **changes.get("handler", {})}
+    service = open_service(
+        model_dir, torch.device("cpu"), workers=1, settings={**settings, **changes, "handler": handler}
+    )
+    service.close()
+    assert runs == [warmed]
+
+
 def test_the_manifest_names_the_model(model_dir):
     assert read_identity(model_dir) == ("cells", "1.5")
