@@ -55,8 +55,8 @@ class ServingConfig:
     image_formats: accepted image formats, named as Pillow names them.
     decode_threads: images decoded at the same time in a worker; 0 takes one per core.
     compute_threads: threads of the network on a CPU; 0 takes the cores divided by maxWorkers.
-    warmup_batch_sizes: batch sizes run once before a worker reports ready; where the archive batches requests,
-        1 and 2 by default.
+    warmup_batch_sizes: batch sizes run once before a worker reports ready; 1 and 2 by default where the
+        archive batches requests.
     cuda_graphs: on CUDA in fp16 or bf16, run the fused network and postprocessing of fixed shapes as CUDA
         graphs (docs/performance.md has the gain); off is plain PyTorch.
     graph_batch_sizes: batch sizes to capture; a batch is padded to the next, a larger one is split.
