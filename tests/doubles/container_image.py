@@ -21,7 +21,7 @@ from doubles.network_namespaces import why_not
 
 PROGRAMS = ("podman", "runc", "debootstrap", "ip")
 SUITE, SUITE_PYTHON = "bookworm", (3, 11)
-BASE_IMAGE = "docker.io/library/debian:bare"
+BASE_IMAGE = "localhost/debian:bare"
 IMAGE = "localhost/damoyolo:test"
 HOST_PACKAGES = "/host-site-packages"
 # Found before /usr/bin/python3.11. The environment's own setuptools would hide the pinned one.
