@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -48,14 +48,18 @@ def _raise_stop(number: int, _frame: FrameType | None) -> None:
     raise _StopSignal(signal.Signals(number).name)
 
 
+def _on_stop_signals(action: Callable[[int, FrameType | None], object]) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal comes."""
     return run_command(_run, _parser(), argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for number in STOP_SIGNALS:
-        signal.signal(number, _raise_stop)
+    _on_stop_signals(_raise_stop)
     try:
         return _serve(arguments)
     except _StopSignal as stopped:  # before the server started
@@ -80,9 +84,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         name = build_from(arguments, repository)
         command = [str(program.path), f"--model-repository={repository}", *_server_options(ports)]
         command += [f"--backend-config=python,shm-region-prefix-name={prefix}", *program.arguments]
+        # A signal that comes before the server is known would lose it, so it has to wait.
+        waiting: list[int] = []
+        _on_stop_signals(lambda number, _: waiting.append(number))
         server = _start([*command, *arguments.tritonserver], {**variables, **program.environment}, watcher)
         try:
-            _unblock()  # here a signal that has come meanwhile raises _StopSignal
+            _on_stop_signals(_raise_stop)
+            if waiting:
+                _raise_stop(waiting[0], None)
             reason = _watch(server, ports, name)
         except _StopSignal as stopped:
             print(f"serve: {stopped}, answering what was accepted", file=sys.stderr)
@@ -95,20 +104,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _start(command: Sequence[str], variables: Mapping[str, str], watcher: Watcher) -> subprocess.Popen[bytes]:
-    """The server, known to the watcher. Leaves STOP_SIGNALS blocked: one now would lose the server."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """The server, known to the watcher."""
     server = subprocess.Popen(
         command,
         env={**os.environ, **variables},
         start_new_session=True,  # Ctrl-C reaches it through `_stop` only
-        preexec_fn=_unblock,
     )
     watcher.kill_group_too(server.pid)
     return server
-
-
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _server_options(ports: Sequence[int]) -> list[str]:

@@ -1,7 +1,6 @@
 """Model repositories for Triton, and the Triton that serves them."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -171,31 +171,37 @@ def test_an_installed_server_is_taken_as_it_is(program, tmp_path, monkeypatch):
     assert (found.path, found.arguments, found.environment) == (server, [], {})
 
 
-def test_a_signal_while_the_server_starts_finds_it_known(project_dir, monkeypatch):
+def test_a_signal_while_the_server_starts_ends_it(project_dir, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(project_dir / "deploy/triton"))
     serve = load_module(project_dir, "serve")
-    known = []
+    server = tmp_path / "tritonserver"
+    server.write_text("#!/bin/sh\nexec sleep 60\n")
+    server.chmod(0o755)
+    started = []
 
     class Watcher:
-        def kill_group_too(self, group):
-            os.kill(os.getpid(), signal.SIGTERM)
-            known.append(group)
+        def __init__(self, *_):
+            pass
 
-    before = signal.signal(signal.SIGTERM, serve._raise_stop)
+        def kill_group_too(self, group):
+            signal.raise_signal(signal.SIGTERM)
+            started.append(group)
+
+        def dismiss(self):
+            pass
+
+    found = SimpleNamespace(path=server, arguments=[], environment={})
+    monkeypatch.setattr(serve, "find_program", lambda _: found)
+    monkeypatch.setattr(serve, "build_from", lambda *_: "damoyolo")
+    monkeypatch.setattr("lib.server.watcher.Watcher", Watcher)
+    before = {number: signal.getsignal(number) for number in serve.STOP_SIGNALS}
     try:
-        server = serve._start(["sleep", "60"], {}, Watcher())
-        try:
-            assert known == [server.pid]
-            status = Path(f"/proc/{server.pid}/status").read_text()
-            assert int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16) == 0
-            with pytest.raises(serve._StopSignal, match="SIGTERM"):
-                serve._unblock()
-        finally:
-            server.kill()
-            server.wait()
+        assert serve._run(serve._parser().parse_args(["--any-port"])) == 0
     finally:
-        serve._unblock()
-        signal.signal(signal.SIGTERM, before)
+        for number, action in before.items():
+            signal.signal(number, action)
+    assert "SIGTERM, answering" in capsys.readouterr().err
+    assert not Path(f"/proc/{started[0]}").exists()
 
 
 @pytest.mark.parametrize("port", ["80", "65534"])
