@@ -29,6 +29,7 @@ from lib.server.java import find_java_home
 from lib.server.local_http import direct_session
 from lib.server.watcher import Watcher
 
+TRACEBACK_PATIENCE_S = 5.0
 ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
 DEFAULT_ADDRESSES = dict(
     zip(ADDRESS_KEYS, map("http://127.0.0.1:{}".format, (8080, 8081, 8082)), strict=True)
@@ -287,7 +288,11 @@ class TorchServeProcess:
         expected = len(self.startup_archives())
         while True:
             if self._failed.is_set():
-                time.sleep(1.0)  # the rest of the traceback
+                # The worker's output comes by another way than the server's, on a busy machine seconds later.
+                give_up = time.monotonic() + TRACEBACK_PATIENCE_S
+                while "Traceback" not in self.last_output() and time.monotonic() < give_up:
+                    time.sleep(0.1)
+                time.sleep(1.0)  # the rest of it
                 raise ScriptError(f"a worker could not start:\n{self.last_output()}")
             if self._process is None or self._process.poll() is not None:
                 raise ScriptError(f"the server ended while it started:\n{self.last_output()}")
