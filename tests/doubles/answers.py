@@ -51,3 +51,26 @@ def iou(box_a, box_b):
     shared = max(0.0, width) * max(0.0, height)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (box_a, box_b)]
     return shared / (sum(areas) - shared)
+
+
+def assert_tensors_hold(tensors, expected):
+    """The tensors of an answer hold the detections of JSON answers, image by image, within rounding.
+
+    Detections with nearly equal scores may change places. expected: the detections of each image.
+    """
+    assert tensors["counts"] == [len(found) for found in expected]
+    rows = list(
+        zip(tensors["scores"], tensors["class_ids"], tensors["labels"], tensors["boxes"], strict=True)
+    )
+    for found in expected:
+        own, rows = rows[: len(found)], rows[len(found) :]
+        scores = [score for score, *_ in own]
+        assert scores == sorted(scores, reverse=True)
+        left = list(found)
+        for score, class_id, label, box in own:
+            match = min(left, key=lambda each: float(np.abs(np.subtract(each["bbox"], box)).max()))
+            assert (match["class_id"], match["label"]) == (class_id, label)
+            assert abs(match["score"] - score) <= SCORE_TOLERANCE
+            assert float(np.abs(np.subtract(match["bbox"], box)).max()) <= BOX_TOLERANCE_PX
+            left.remove(match)
+    assert rows == []

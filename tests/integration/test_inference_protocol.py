@@ -18,7 +18,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from damoyolo.inference_answer import OUTPUT_TENSORS
-from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
+from doubles.answers import assert_tensors_hold
 from doubles.real_server import echo_server, wait_until
 
 TIMEOUT_S = 120.0
@@ -68,24 +68,8 @@ def kserve(run_client, server):
 
 
 def assert_same(tensors, expected, most=None):
-    """Tensors hold the detections of the ordinary answers, image by image; equal scores may change places."""
-    expected = [found if most is None else found[:most] for found in expected]
-    assert tensors["counts"] == [len(found) for found in expected]
-    rows = list(
-        zip(tensors["scores"], tensors["class_ids"], tensors["labels"], tensors["boxes"], strict=True)
-    )
-    for found in expected:
-        own, rows = rows[: len(found)], rows[len(found) :]
-        scores = [score for score, *_ in own]
-        assert scores == sorted(scores, reverse=True)
-        left = list(found)
-        for score, class_id, label, box in own:
-            match = min(left, key=lambda each: float(np.abs(np.subtract(each["bbox"], box)).max()))
-            assert (match["class_id"], match["label"]) == (class_id, label)
-            assert abs(match["score"] - score) <= SCORE_TOLERANCE
-            assert float(np.abs(np.subtract(match["bbox"], box)).max()) <= BOX_TOLERANCE_PX
-            left.remove(match)
-    assert rows == []
+    """Tensors hold the detections of the ordinary answers, image by image."""
+    assert_tensors_hold(tensors, expected if most is None else [found[:most] for found in expected])
 
 
 # ----------------------------------------------------------------------------------------- tritonclient

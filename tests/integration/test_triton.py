@@ -17,7 +17,7 @@ from lib.archive.members import copy_archive, read_settings
 
 from damoyolo.config import SETTINGS_FILE
 from damoyolo.inference_answer import OUTPUT_TENSORS
-from doubles.answers import BOX_TOLERANCE_PX, SCORE_TOLERANCE
+from doubles.answers import assert_tensors_hold
 from doubles.real_server import wait_until
 from doubles.served_command import still_running
 from doubles.triton_server import triton_server
@@ -240,21 +240,11 @@ def said(triton, client_python, project_dir):
 
 
 def assert_near(tensors, expected):
-    """Tensors hold the detections, within rounding; those of nearly equal scores may change places."""
-    assert tensors["counts"] == [[len(found)] for found in expected]
-    rows = list(
-        zip(tensors["scores"], tensors["labels"], tensors["class_ids"], tensors["boxes"], strict=True)
-    )
-    for found in expected:
-        own, rows = rows[: len(found)], rows[len(found) :]
-        left = list(found)
-        for (score,), (label,), (class_id,), box in own:
-            match = min(left, key=lambda each: float(np.abs(np.subtract(each["bbox"], box)).max()))
-            assert (match["class_id"], match["label"]) == (class_id, label)
-            assert abs(match["score"] - score) <= SCORE_TOLERANCE
-            assert float(np.abs(np.subtract(match["bbox"], box)).max()) <= BOX_TOLERANCE_PX
-            left.remove(match)
-    assert rows == []
+    """Tensors hold the detections; Triton adds a dimension to those of one."""
+    flat = {
+        name: [value for (value,) in tensors[name]] for name in ("counts", "scores", "class_ids", "labels")
+    }
+    assert_tensors_hold({**flat, "boxes": tensors["boxes"]}, expected)
 
 
 def test_the_server_says_what_it_is(said):
