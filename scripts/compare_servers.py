@@ -44,7 +44,8 @@ from lib.paths import DEMO_ARCHIVE, SAMPLE_IMAGES
 
 if TYPE_CHECKING:
     from lib.archive.members import BatchingSetting
-    from lib.measure.server_rounds import Row
+    from lib.load.worker import Load
+    from lib.measure.server_rounds import Plan, Row
 
 NAMES = (
     "torchserve",
@@ -76,7 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
     device = open_device(arguments.device).type
     images = read_images(arguments.images)
     setting = _setting(arguments)
-    facts = _facts(arguments, setting, images, device)
+    plan = _plan(arguments, images)
+    facts = _facts(arguments, setting, plan.base, device)
     rows = _earlier_rows(arguments.jsonl, facts)
     reference = read_reference(arguments.archive, images, setting, device)
     print(f"network alone: {reference.network_per_s:.1f} images/s at batch {setting.batch_size}", flush=True)
@@ -92,10 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
     interrupted = False
     gpus = 1 if device == "cuda" else None
     with gpu_environment(gpus, arguments.mps) as environment, ended_like_ctrl_c():
-        bench, plan = (
-            _bench(arguments, setting, device, environment, reference.texts),
-            _plan(arguments, images),
-        )
+        bench = _bench(arguments, setting, device, environment, reference.texts)
         try:
             measure_rounds(bench, plan, reference, report)
         except KeyboardInterrupt:
@@ -129,7 +128,7 @@ def _bench(
     return Bench(arguments.archive, setting, device, environment, answer_bytes, arguments.api_servers)
 
 
-def _plan(arguments: argparse.Namespace, images: Sequence[bytes]) -> Any:
+def _plan(arguments: argparse.Namespace, images: Sequence[bytes]) -> Plan:
     from lib.load.generator import default_processes
     from lib.load.worker import Load
     from lib.measure.server_rounds import Plan
@@ -149,10 +148,9 @@ def _plan(arguments: argparse.Namespace, images: Sequence[bytes]) -> Any:
 
 
 def _facts(
-    arguments: argparse.Namespace, setting: BatchingSetting, images: Sequence[bytes], device: str
+    arguments: argparse.Namespace, setting: BatchingSetting, load: Load, device: str
 ) -> dict[str, Any]:
     """What all rows have in common."""
-    from lib.load.generator import default_processes
     from lib.measure.environment import environment
 
     return {
@@ -163,11 +161,11 @@ def _facts(
         "workers": setting.workers,
         "api_servers": arguments.api_servers or setting.workers,
         "mps": arguments.mps,
-        "images": len(images),
-        "mean_image_bytes": sum(map(len, images)) / len(images),
-        "warm_up_s": arguments.warm_up,
-        "duration_s": arguments.duration,
-        "processes": arguments.processes or default_processes(),
+        "images": len(load.bodies),
+        "mean_image_bytes": sum(map(len, load.bodies)) / len(load.bodies),
+        "warm_up_s": load.warm_up_s,
+        "duration_s": load.duration_s,
+        "processes": load.processes,
         **environment(),
     }
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from lib.cli import command_parser, first_port, positive_number, run_command
 from lib.paths import MODEL_STORE, PROJECT_DIR
+from lib.server.stop_signals import StopSignal, on_stop_signals, raise_stop
 
 if TYPE_CHECKING:
     from lib.server.dropping_output import DroppingOutput
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAMPLE_IMAGE = "tests/data/smears/smear_3.jpg"
-
-
-class _StopSignal(Exception):  # noqa: N818 (a request, not an error)
-    """The command has to end."""
-
-
-def _raise_stop(number: int, _frame: FrameType | None) -> None:
-    raise _StopSignal(signal.Signals(number).name)
-
-
-def _on_stop_signals(action: Callable[[int, FrameType | None], None]) -> None:
-    for number in STOP_SIGNALS:
-        # `nohup` has it ignored, so that the end of the terminal is not that of the server.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,10 +40,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     # Neither a closed nor a blocked output may hold the server.
     out, err = DroppingOutput(sys.stdout), DroppingOutput(sys.stderr)
-    _on_stop_signals(_raise_stop)
+    on_stop_signals(raise_stop, STOP_SIGNALS)
     try:
         return _run_server(arguments, out, err)
-    except _StopSignal as stopped:  # before the server started
+    except StopSignal as stopped:  # before the server started
         err.print(f"serve: {stopped}")
         return 0
     finally:
@@ -90,8 +75,8 @@ def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: Droppin
         )
         try:
             return _serve(server, arguments, out, err)
-        except _StopSignal as stopped:
-            _on_stop_signals(lambda *_: server.kill())
+        except StopSignal as stopped:
+            on_stop_signals(lambda *_: server.kill(), STOP_SIGNALS)
             err.print(f"serve: {stopped}, answering what was accepted; a second signal ends all at once")
             if server.stop():
                 return 0
@@ -99,7 +84,7 @@ def _run_server(arguments: argparse.Namespace, out: DroppingOutput, err: Droppin
             return 1
         finally:
             # A further signal must not leave processes behind.
-            _on_stop_signals(lambda *_: server.kill())
+            on_stop_signals(lambda *_: server.kill(), STOP_SIGNALS)
             server.stop()
 
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -132,7 +133,7 @@ def _settings(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
     setting = setting_with(own, arguments.batch_size, arguments.max_batch_delay, arguments.workers)
     if setting != own:  # the graphs of the network are for certain batch sizes
         settings = settings_with(settings, setting)
-    total = setting_with(setting, None, None, devices * setting.workers)
+    total = replace(setting, workers=devices * setting.workers)
     return settings if total == own else {**settings, **total.model_settings()}
 
 

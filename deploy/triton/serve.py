@@ -18,15 +18,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from build_repository import add_model_options, build_from
 from program import STUB, find_program
 
 from lib.cli import ScriptError, command_parser, first_port, run_command
+from lib.server.stop_signals import StopSignal, on_stop_signals, raise_stop
 
 if TYPE_CHECKING:
     from lib.server.watcher import Watcher
@@ -40,29 +40,16 @@ READY_TIMEOUT_S = 2.0
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 
 
-class _StopSignal(Exception):  # noqa: N818 (a request, not an error)
-    """The command has to end."""
-
-
-def _raise_stop(number: int, _frame: FrameType | None) -> None:
-    raise _StopSignal(signal.Signals(number).name)
-
-
-def _on_stop_signals(action: Callable[[int, FrameType | None], object]) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, action)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal comes."""
     return run_command(_run, _parser(), argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _on_stop_signals(_raise_stop)
+    on_stop_signals(raise_stop, STOP_SIGNALS)
     try:
         return _serve(arguments)
-    except _StopSignal as stopped:  # before the server started
+    except StopSignal as stopped:  # before the server started
         print(f"serve: {stopped}", file=sys.stderr)
         return 0
 
@@ -86,14 +73,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         command += [f"--backend-config=python,shm-region-prefix-name={prefix}", *program.arguments]
         # A signal that comes before the server is known would lose it, so it has to wait.
         waiting: list[int] = []
-        _on_stop_signals(lambda number, _: waiting.append(number))
+        on_stop_signals(lambda number, _: waiting.append(number), STOP_SIGNALS)
         server = _start([*command, *arguments.tritonserver], {**variables, **program.environment}, watcher)
         try:
-            _on_stop_signals(_raise_stop)
+            on_stop_signals(raise_stop, STOP_SIGNALS)
             if waiting:
-                _raise_stop(waiting[0], None)
+                raise_stop(waiting[0], None)
             reason = _watch(server, ports, name)
-        except _StopSignal as stopped:
+        except StopSignal as stopped:
             print(f"serve: {stopped}, answering what was accepted", file=sys.stderr)
             return 0 if _stop(server, EXIT_TIMEOUT_S + END_S) else 1
         finally:

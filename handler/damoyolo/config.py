@@ -12,6 +12,8 @@ from damoyolo.errors import ConfigError
 from damoyolo.structures import DetectionOptions
 
 SETTINGS_FILE = "model-config.yaml"
+MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+DEFAULT_RESPONSE_TIMEOUT_S = 120  # TorchServe's, for a model-config.yaml without one
 BACKENDS = ("auto", "pytorch", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("auto", "fp32", "tf32", "amp", "fp16", "bf16")
 CUDA_SYNCS = ("auto", "blocking", "spin")

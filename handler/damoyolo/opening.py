@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import yaml
 
-from damoyolo.config import MAX_BATCH_SECONDS, SETTINGS_FILE, ServingConfig
+from damoyolo.config import (
+    DEFAULT_RESPONSE_TIMEOUT_S,
+    MANIFEST_FILE,
+    MAX_BATCH_SECONDS,
+    SETTINGS_FILE,
+    ServingConfig,
+)
 from damoyolo.cores import usable_cores
 from damoyolo.cuda.blocking_sync import enable_blocking_sync
 from damoyolo.cuda.kernel_cache import use_compiled_kernels
@@ -21,9 +27,6 @@ from damoyolo.inference_answer import ModelIdentity
 from damoyolo.model_card import describe_model
 from damoyolo.service import DetectionService
 from damoyolo.time_budget import SHARE_OF_RESPONSE_TIMEOUT
-
-MANIFEST_FILE = "MAR-INF/MANIFEST.json"
-DEFAULT_RESPONSE_TIMEOUT_S = 120  # TorchServe's, for a model-config.yaml without one
 
 
 def open_service(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import urllib3
 import yaml
 
-from lib.archive.members import MANIFEST, archive_with_setting, copy_archive, read_settings
+from lib.archive.members import MANIFEST_FILE, archive_with_setting, copy_archive, read_settings
 
 from damoyolo.config import SETTINGS_FILE
 
@@ -117,11 +117,11 @@ def signed_archive(source, folder, setting):
     settings = read_settings(batched)
     settings["handler"] |= {"precision": "fp16", "backend": "auto"}
     with zipfile.ZipFile(batched) as opened:
-        manifest = json.loads(opened.read(MANIFEST))
+        manifest = json.loads(opened.read(MANIFEST_FILE))
     manifest["model"]["handler"] = "signing_handler.py"
     (folder / "store").mkdir()
     replaced = {
-        MANIFEST: json.dumps(manifest).encode(),
+        MANIFEST_FILE: json.dumps(manifest).encode(),
         SETTINGS_FILE: yaml.safe_dump(settings).encode(),
         "signing_handler.py": SIGNING_HANDLER.encode(),
     }

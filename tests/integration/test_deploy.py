@@ -16,7 +16,7 @@ import pytest
 import requests
 import torch
 
-from lib.archive.members import MANIFEST, copy_archive, opened_archive, read_manifest, read_settings
+from lib.archive.members import MANIFEST_FILE, copy_archive, opened_archive, read_manifest, read_settings
 from lib.archive.reader import load_detector
 from lib.packaging.builder import ArchiveRequest, build_archive
 from lib.server.process import TorchServeProcess, describe_model
@@ -50,7 +50,7 @@ def archives(first_archive, tmp_path):
     def make(version, member=None, old="", new=""):
         manifest = read_manifest(first_archive)
         manifest["model"]["modelVersion"] = version
-        replaced = {MANIFEST: json.dumps(manifest).encode()}
+        replaced = {MANIFEST_FILE: json.dumps(manifest).encode()}
         if member is not None:
             with opened_archive(first_archive) as opened:
                 content = opened.read(member).decode()

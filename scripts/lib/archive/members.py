@@ -17,11 +17,15 @@ import yaml
 
 from lib.cli import ScriptError
 
-from damoyolo.config import SETTINGS_FILE, graph_batch_sizes_up_to
+from damoyolo.config import (
+    DEFAULT_RESPONSE_TIMEOUT_S,
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    graph_batch_sizes_up_to,
+)
 
-MANIFEST = "MAR-INF/MANIFEST.json"
 OPENING_MODULE = "damoyolo/opening.py"
-SERVER_DEFAULTS = {"jobQueueSize": 100, "responseTimeout": 120}  # TorchServe's
+SERVER_DEFAULTS = {"jobQueueSize": 100, "responseTimeout": DEFAULT_RESPONSE_TIMEOUT_S}  # TorchServe's
 EMPTY_HANDLER = Path(__file__).with_name("empty_handler.py")
 SMALLEST_QUEUE = 256
 
@@ -111,12 +115,12 @@ def read_manifest(archive: Path) -> dict[str, Any]:
         ScriptError: the archive or the manifest cannot be read.
     """
     with opened_archive(archive) as opened:
-        content = opened.read(MANIFEST)
+        content = opened.read(MANIFEST_FILE)
     try:
         manifest: dict[str, Any] = json.loads(content)
         manifest["model"]["modelName"].strip(), manifest["model"]["handler"].strip()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ScriptError(f"{MANIFEST} of {archive} names no model and handler: {error!r}") from error
+        raise ScriptError(f"{MANIFEST_FILE} of {archive} names no model and handler: {error!r}") from error
     return manifest
 
 
@@ -215,7 +219,7 @@ def empty_archive(archive: Path, folder: Path, setting: BatchingSetting, answer_
     settings.pop("handler", None)
     replaced: dict[str, bytes | None] = {
         **dict.fromkeys(names),
-        MANIFEST: json.dumps(manifest).encode(),
+        MANIFEST_FILE: json.dumps(manifest).encode(),
         manifest["model"]["handler"]: EMPTY_HANDLER.read_bytes(),
         SETTINGS_FILE: _as_yaml(settings),
     }

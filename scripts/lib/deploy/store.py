@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from lib.archive.members import (
-    MANIFEST,
     copy_archive,
     opened_archive,
     queue_size,
@@ -27,7 +26,7 @@ from lib.archive.members import (
 )
 from lib.cli import ScriptError
 
-from damoyolo.config import SETTINGS_FILE
+from damoyolo.config import MANIFEST_FILE, SETTINGS_FILE
 
 # Names that TorchServe, the front end and a shell take as they are.
 PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}"
@@ -135,7 +134,7 @@ class ArchiveStore:
         target = self.path(version)
         partial = target.with_name(f".{target.name}.partial")
         replaced = {
-            MANIFEST: json.dumps(manifest).encode(),
+            MANIFEST_FILE: json.dumps(manifest).encode(),
             SETTINGS_FILE: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode(),
         }
         try:
@@ -215,7 +214,7 @@ def _contents(archive: Path) -> dict[str, int]:
 def _is_model(folder: Path, model_name: str, version: str) -> bool:
     """Whether a folder is the unpacked archive of this version, and not that of a process elsewhere."""
     try:
-        model: Any = json.loads((folder / MANIFEST).read_text())["model"]
+        model: Any = json.loads((folder / MANIFEST_FILE).read_text())["model"]
         return (model["modelName"], str(model["modelVersion"])) == (model_name, version)
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -16,7 +16,7 @@ import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from lib.archive.members import MANIFEST, queue_size
+from lib.archive.members import queue_size
 from lib.cli import ScriptError
 from lib.packaging.class_names import check_class_names, default_class_names
 from lib.packaging.verify import verify_archive
@@ -26,7 +26,7 @@ from lib.paths import DEMO_WEIGHTS, HANDLER_DIR, MODEL_STORE, SAMPLE_IMAGES
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends.onnx_metadata import check_compatible
 from damoyolo.checksums import SUMS_FILE, sums_of
-from damoyolo.config import SETTINGS_FILE, ServingConfig, graph_batch_sizes_up_to
+from damoyolo.config import MANIFEST_FILE, SETTINGS_FILE, ServingConfig, graph_batch_sizes_up_to
 from damoyolo.detector import WEIGHTS_FILE
 from damoyolo.model.checkpoint import Checkpoint, load_packaged, save_packaged
 
@@ -183,7 +183,7 @@ def content_digest(archive: Path) -> str:
     with zipfile.ZipFile(archive) as opened:
         for name in sorted(opened.namelist()):
             content = opened.read(name)
-            if name == MANIFEST:
+            if name == MANIFEST_FILE:
                 manifest = json.loads(content)
                 del manifest["createdOn"]
                 content = json.dumps(manifest, sort_keys=True).encode()

@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from lib.accuracy.tolerances import TOLERANCES
-from lib.archive.members import MANIFEST
 from lib.archive.reader import archive_environment
 from lib.cli import ScriptError
 from lib.paths import HANDLER_DIR
 
 from damoyolo.checksums import SUMS_FILE
-from damoyolo.config import SETTINGS_FILE
+from damoyolo.config import MANIFEST_FILE, SETTINGS_FILE
 from damoyolo.detector import WEIGHTS_FILE
 from damoyolo.model.checkpoint import Checkpoint, load_packaged
 from damoyolo.model.damoyolo import build_model
@@ -58,7 +57,7 @@ def verify_archive(archive: Path, checkpoint: Checkpoint, class_names: Sequence[
             for path in HANDLER_DIR.rglob("*")
             if path.suffix in (".py", ".html", ".css", ".js")
         }
-        missing = sorted((modules | {WEIGHTS_FILE, SUMS_FILE, SETTINGS_FILE, MANIFEST}) - set(names))
+        missing = sorted((modules | {WEIGHTS_FILE, SUMS_FILE, SETTINGS_FILE, MANIFEST_FILE}) - set(names))
         if missing:
             raise ScriptError(f"{archive} lacks {', '.join(missing)}")
         unpacked, scratch = Path(name) / "unpacked", Path(name) / "scratch"

@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
-import requests
-
 from lib.cli import ScriptError
 from lib.paths import PROJECT_DIR
-from lib.server.local_http import direct_session
+from lib.server.local_http import answers_ok
 from lib.server.process import is_listening
 
 POLL_INTERVAL_S = 0.05
@@ -49,7 +47,7 @@ def running_command(
             start_new_session=True,  # Ctrl-C is for this process, which then ends the server
         )
         try:
-            while process.poll() is not None or not _answers(ready_url):
+            while process.poll() is not None or not answers_ok(ready_url):
                 if process.poll() is not None or time.monotonic() - started_s > timeout_s:
                     output.seek(0)
                     lines = output.read().strip().splitlines() or ["it printed nothing"]
@@ -65,14 +63,6 @@ def _check_is_free(url: str) -> None:
     port = urlsplit(url).port
     if port is None or is_listening(port):
         raise ScriptError(f"the port of {url} is taken; choose a free one")
-
-
-def _answers(url: str) -> bool:
-    try:
-        with direct_session() as session:
-            return session.get(url, timeout=5.0).status_code == 200
-    except requests.RequestException:
-        return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

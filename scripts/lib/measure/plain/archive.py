@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from lib.archive.members import (
-    MANIFEST,
     BatchingSetting,
     copy_archive,
     read_manifest,
@@ -23,7 +22,7 @@ from lib.archive.members import (
 from lib.archive.reader import unpacked
 from lib.measure.plain.detector import PlainDetector
 
-from damoyolo.config import SETTINGS_FILE, ServingConfig
+from damoyolo.config import MANIFEST_FILE, SETTINGS_FILE, ServingConfig
 from damoyolo.detector import WEIGHTS_FILE
 from damoyolo.model.checkpoint import load_packaged
 
@@ -58,7 +57,7 @@ def plain_archive(archive: Path, folder: Path, setting: BatchingSetting) -> Path
     settings.pop("handler")
     arguments = (detector.network.variant.name, len(class_names), detector.input_size_hw)
     replaced: dict[str, bytes | None] = {
-        MANIFEST: json.dumps(manifest).encode(),
+        MANIFEST_FILE: json.dumps(manifest).encode(),
         SETTINGS_FILE: yaml.safe_dump(settings).encode(),
         WEIGHTS_FILE: None,
         STATE_FILE: state.getvalue(),

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from lib.archive.members import (
-    MANIFEST,
+    MANIFEST_FILE,
     batching_of,
     check_archive,
     copy_archive,
@@ -65,7 +65,7 @@ def test_settings_that_are_not_settings_are_refused_in_one_line(tmp_path, text):
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"model": {}}', b"[" * 500_000])
 def test_a_manifest_without_a_model_is_refused(tmp_path, text):
     with zipfile.ZipFile(tmp_path / "a.mar", "w") as archive:
-        archive.writestr(MANIFEST, text)
+        archive.writestr(MANIFEST_FILE, text)
     with pytest.raises(ScriptError, match="names no model"):
         read_manifest(tmp_path / "a.mar")
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import yaml
 
-from lib.archive.members import MANIFEST, read_manifest, read_settings
+from lib.archive.members import MANIFEST_FILE, read_manifest, read_settings
 from lib.cli import ScriptError
 from lib.deploy import rollout, waiting
 from lib.deploy.golden import Golden
@@ -23,7 +23,7 @@ def write_archive(path, version="1.0", name="m", workers=1):
     manifest = {"model": {"modelName": name, "modelVersion": version, "handler": "h.py"}}
     settings = {"batchSize": 2, "minWorkers": workers, "maxWorkers": workers, "handler": {}}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MANIFEST, json.dumps(manifest))
+        archive.writestr(MANIFEST_FILE, json.dumps(manifest))
         archive.writestr("model-config.yaml", yaml.safe_dump(settings))
     return path
 

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import yaml
 
-from lib.archive.members import MANIFEST, read_manifest, read_settings
+from lib.archive.members import MANIFEST_FILE, read_manifest, read_settings
 from lib.cli import ScriptError
 from lib.deploy.store import ArchiveStore, Record, free_version
 
@@ -18,7 +18,7 @@ from lib.deploy.store import ArchiveStore, Record, free_version
 def write_archive(path, version="1.0", **settings):
     manifest = {"model": {"modelName": "m", "modelVersion": version, "handler": "h.py"}}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MANIFEST, json.dumps(manifest))
+        archive.writestr(MANIFEST_FILE, json.dumps(manifest))
         archive.writestr("model-config.yaml", yaml.safe_dump({"batchSize": 8, "handler": {}, **settings}))
         archive.writestr("weights", b"w" * 1000)
     return path

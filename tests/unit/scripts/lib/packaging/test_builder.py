@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib.archive.members import MANIFEST, copy_archive
+from lib.archive.members import MANIFEST_FILE, copy_archive
 from lib.cli import ScriptError
 from lib.packaging.builder import ArchiveRequest, build_archive, content_digest
 from lib.packaging.class_names import DEMO_CLASS_NAMES
@@ -33,7 +33,7 @@ def test_the_archive_holds_every_module_the_settings_and_the_weights(report, pro
         sums = opened.read("SHA256SUMS").decode()
         weights = opened.read("damoyolo.pth")
         settings = yaml.safe_load(opened.read("model-config.yaml"))
-        manifest = json.loads(opened.read(MANIFEST))
+        manifest = json.loads(opened.read(MANIFEST_FILE))
     handler = project_dir / "handler"
     assert {str(path.relative_to(handler)) for path in handler.rglob("*.py")} <= names
     assert "damoyolo.onnx" not in names  # only on request
@@ -57,9 +57,9 @@ def test_equal_inputs_give_an_equal_digest_and_others_another(report, tmp_path):
 
 def test_the_digest_does_not_depend_on_when_it_was_packed(report, tmp_path):
     with zipfile.ZipFile(report.path) as opened:
-        manifest = json.loads(opened.read(MANIFEST))
+        manifest = json.loads(opened.read(MANIFEST_FILE))
     manifest["createdOn"] = "01/01/2000 00:00:00"
-    later = copy_archive(report.path, tmp_path / "x.mar", {MANIFEST: json.dumps(manifest).encode()})
+    later = copy_archive(report.path, tmp_path / "x.mar", {MANIFEST_FILE: json.dumps(manifest).encode()})
     assert content_digest(later) == report.digest
 
 

@@ -60,7 +60,7 @@ def test_another_server_on_the_port_is_not_taken_for_the_command(tmp_path):
 
 def test_a_command_that_has_ended_is_not_ready_whoever_answers(monkeypatch):
     """Another server may take the port after the check."""
-    monkeypatch.setattr("lib.server.command_server._answers", lambda url: True)
+    monkeypatch.setattr("lib.server.command_server.answers_ok", lambda url: True)
     (port,) = free_ports(1)
     command = [sys.executable, "-c", "raise SystemExit('address in use')"]
     ended = subprocess.Popen.poll
