@@ -27,14 +27,12 @@ from lib.cli import (
     DEFAULT_MODEL,
     DEFAULT_URL,
     ScriptError,
-    add_model,
-    add_retry,
-    add_url,
+    add_client,
     command_parser,
     fraction,
     name_list,
+    open_client,
     positive_int,
-    positive_number,
     printable,
     run_command,
 )
@@ -168,11 +166,9 @@ def _open_server(
     """A predictor of the running server, and what the record says about it."""
     from lib.accuracy.predictors import server_predictor
 
-    from damoyolo_client.client import Client, RequestOptions
+    from damoyolo_client.client import RequestOptions
 
-    client = stack.enter_context(
-        Client(arguments.url, arguments.model, arguments.timeout, arguments.retry_seconds)
-    )
+    client = stack.enter_context(open_client(arguments))
     client.require_server()
 
     def report_repeated() -> None:
@@ -254,17 +250,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("running server")
-    add_url(server)
-    add_model(server)
+    add_client(server)
     server.add_argument("--in-flight", type=positive_int, metavar="N", help="concurrent requests (8)")
-    server.add_argument(
-        "--timeout",
-        type=positive_number,
-        default=60.0,
-        metavar="S",
-        help="longest wait for a response (%(default)s)",
-    )
-    add_retry(server)
 
     detector = parser.add_argument_group("in-process detector, instead of a server")
     source = detector.add_mutually_exclusive_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import socket
 import threading
 import time
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 MAX_CONNECT_S = 5.0  # a reachable server accepts a connection at once
 MAX_CONNECTIONS = 256  # kept open for the next request
+TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Client:
     ca_file: authority of the server's certificate, PEM; None takes those that certifi knows.
 
     repeated: how many requests were sent again so far.
+
+    Raises:
+        ClientError: `url` is no HTTP address of a port alone, `token` has characters that none has, or
+            `ca_file` is not a file.
     """
 
     def __init__(
@@ -128,6 +134,10 @@ class Client:
         ca_file: str | Path | None = None,
     ) -> None:
         self._host_port = _host_and_port(url)
+        if token is not None and not TOKEN.fullmatch(token):  # not shown: it may be right but for a line end
+            raise ClientError("the token has characters that no token has, blanks or line ends, say")
+        if ca_file is not None and not Path(ca_file).is_file():
+            raise ClientError(f"the certificate authority is {str(ca_file)!r}, which is not a file")
         self.url = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}"
         self.timeout_s = timeout_s
         self.retry_s = retry_s

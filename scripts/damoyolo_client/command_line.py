@@ -10,14 +10,18 @@ import argparse
 import contextlib
 import io
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from damoyolo_client.errors import ClientError
+
+if TYPE_CHECKING:
+    from damoyolo_client.client import Client
 
 MAX_SHOWN = 2000
 FILE_OPTIONS = ("output", "json", "jsonl", "plot", "results")
@@ -27,6 +31,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_MODEL = "damoyolo"
 DEFAULT_RETRY_S = 120.0  # a server needs less to start again
+TOKEN_VARIABLE = "DAMOYOLO_TOKEN"
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -144,14 +149,45 @@ def add_model(parser: Options) -> None:
     )
 
 
-def add_retry(parser: Options) -> None:
-    """How long requests are sent again."""
+def add_client(parser: Options) -> None:
+    """The server and how to ask it: what `open_client` reads."""
+    add_url(parser)
+    add_model(parser)
+    parser.add_argument(
+        "--timeout",
+        type=positive_number,
+        default=60.0,
+        metavar="S",
+        help="longest wait for an answer in each attempt (%(default)s)",
+    )
     parser.add_argument(
         "--retry-seconds",
         type=seconds,
         default=DEFAULT_RETRY_S,
         metavar="S",
         help="how long an image is sent again while the server is full or starts again (%(default)s)",
+    )
+    parser.add_argument(
+        "--ca-file",
+        type=Path,
+        metavar="PEM",
+        help=f"authority of the server's certificate; its token is read from {TOKEN_VARIABLE}",
+    )
+
+
+def open_client(arguments: argparse.Namespace) -> Client:
+    """A client of the server that the options of `add_client` name. The token is in the environment, because
+    every user of the machine can read command lines.
+    """
+    from damoyolo_client.client import Client
+
+    return Client(
+        arguments.url,
+        arguments.model,
+        arguments.timeout,
+        arguments.retry_seconds,
+        token=os.environ.get(TOKEN_VARIABLE) or None,
+        ca_file=arguments.ca_file,
     )
 
 

@@ -34,15 +34,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from damoyolo_client.command_line import (
-    add_model,
-    add_retry,
-    add_url,
+    add_client,
     command_parser,
     ended_like_ctrl_c,
     fraction,
     name_list,
+    open_client,
     positive_int,
-    positive_number,
     printable,
     run_command,
 )
@@ -186,15 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from damoyolo_client.client import Client
     from damoyolo_client.images import find_sources
 
     kind = _output_kind(arguments)
     sources = find_sources(arguments.images, arguments.recursive)
     with ended_like_ctrl_c(), ExitStack() as stack:
-        client = stack.enter_context(
-            Client(arguments.url, arguments.model, arguments.timeout, arguments.retry_seconds)
-        )
+        client = stack.enter_context(open_client(arguments))
         client.require_server()
         writer = None
         if kind == "jsonl":
@@ -291,11 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="file, folder, pattern, http(s) address, or -")
     add("--recursive", action="store_true", help="search sub-folders too")
-    add_url(parser)
-    add_model(parser)
+    add_client(parser)
     add("--in-flight", type=positive_int, default=8, metavar="N", help="concurrent requests (%(default)s)")
-    add("--timeout", type=positive_number, default=60.0, metavar="S", help="of each attempt (%(default)s)")
-    add_retry(parser)
 
     add = parser.add_argument_group("detection (the server's own settings where not given)").add_argument
     add("--score-threshold", type=fraction, metavar="0..1", help="lowest score of a detection")

@@ -19,13 +19,14 @@ from damoyolo_client.command_line import DEFAULT_URL as DEFAULT_URL
 from damoyolo_client.command_line import INTERRUPTED as INTERRUPTED
 from damoyolo_client.command_line import Options, add_address
 from damoyolo_client.command_line import RenamedOption as RenamedOption
+from damoyolo_client.command_line import add_client as add_client
 from damoyolo_client.command_line import add_model as add_model
-from damoyolo_client.command_line import add_retry as add_retry
 from damoyolo_client.command_line import add_url as add_url
 from damoyolo_client.command_line import command_parser as command_parser
 from damoyolo_client.command_line import ended_like_ctrl_c as ended_like_ctrl_c
 from damoyolo_client.command_line import fraction as fraction
 from damoyolo_client.command_line import name_list as name_list
+from damoyolo_client.command_line import open_client as open_client
 from damoyolo_client.command_line import positive_int as positive_int
 from damoyolo_client.command_line import positive_number as positive_number
 from damoyolo_client.command_line import printable as printable

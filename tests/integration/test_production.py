@@ -12,6 +12,7 @@ import time
 import pytest
 import requests
 
+from damoyolo_client import detect
 from doubles.front_proxy import HAPROXY, FrontProxy, SlowClient
 from doubles.real_server import wait_until
 
@@ -131,6 +132,17 @@ def test_an_image_with_a_token_gets_the_servers_own_answer(front, url, smear):
         assert front.request("GET", path)[0] == 200
     status, _, body = front.request("POST", f"{MODEL}?max_detections=1", smear)
     assert (status, len(json.loads(body)["detections"])) == (200, 1)
+
+
+def test_detect_takes_the_token_from_the_environment(front, project_dir, monkeypatch, capfd):
+    image, ca = project_dir / "tests/data/smears/smear_3.jpg", front.folder / "certificate/ca.pem"
+    options = [str(image), "--url", f"https://127.0.0.1:{front.port}", "--ca-file", str(ca)]
+    monkeypatch.setenv("DAMOYOLO_TOKEN", front.tokens["inference"])
+    assert detect.main(options) == 0
+    assert "1 images, 0 failed" in capfd.readouterr().out
+    monkeypatch.delenv("DAMOYOLO_TOKEN")
+    assert detect.main(options) == 1
+    assert "401" in capfd.readouterr().err
 
 
 def test_what_is_wrong_with_an_image_is_answered_by_the_server(front):

@@ -50,6 +50,36 @@ def test_the_model_is_named_in_the_path_below_any_prefix():
     ]
 
 
+def test_a_token_is_sent_with_each_request_and_with_no_other():
+    with StandInServer(lambda asked: found()) as server:
+        for token in ("aZ09-._~+/=", None):
+            with Client(server.base_url, token=token) as client:
+                client.detect(b"image")
+    assert [asked.headers.get("Authorization") for asked in server.asked] == ["Bearer aZ09-._~+/=", None]
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line end\n", "\r\nX-Detect-Format: jpeg", "naïve"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token):
+    with pytest.raises(ClientError, match="the token has characters") as refused:
+        Client(token=token)
+    assert not token or token not in str(refused.value)
+
+
+def test_a_certificate_authority_that_is_not_a_file_is_named(tmp_path):
+    with pytest.raises(ClientError, match=r"missing\.pem', which is not a file"):
+        Client(ca_file=tmp_path / "missing.pem")
+
+
+def test_a_certificate_authority_without_a_certificate_ends_the_request_at_once(tmp_path):
+    authority = tmp_path / "ca.pem"
+    authority.write_text("text")
+    with StandInServer(lambda asked: found()) as server:
+        url = server.base_url.replace("http", "https")
+        with Client(url, ca_file=authority) as client, pytest.raises(ClientError, match="certificate"):
+            client.detect(b"image")
+        assert not client.repeated
+
+
 def test_answers_become_arrays():
     second = {**CELL, "class_id": 0, "label": "WBC", "score": 0.5}
     with StandInServer(lambda asked: found(CELL, second)) as server, Client(server.base_url) as client:
