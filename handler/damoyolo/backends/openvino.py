@@ -20,7 +20,7 @@ from damoyolo.backends.onnx_metadata import (
     as_predictions,
     check_compatible,
 )
-from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.openvino_import import import_openvino, openvino_core
 from damoyolo.backends.precision import resolve_backend_precision, warn_of_inexact_int8
 from damoyolo.config import ServingConfig
 from damoyolo.errors import ConfigError
@@ -60,12 +60,11 @@ class OpenVINOBackend:
             raise missing_library("openvino", self.name, error) from error
         float_precision = resolve_backend_precision(config.precision, self.name)
         self.device = device
-        core = openvino.Core()
         if onnx_file is None:
             self.precision = float_precision
             network = _convert(openvino, model)
         else:
-            network = _read(core, onnx_file)
+            network = _read(onnx_file)
             metadata = OnnxMetadata.from_metadata(_metadata(network), onnx_file)
             check_compatible(metadata, onnx_file, config, model)
             self.precision = "int8" if metadata.precision == "int8" else float_precision
@@ -80,7 +79,7 @@ class OpenVINOBackend:
             # Workers do not know of one another and would all pin their threads to the first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        self.core, self.network = core, network
+        self.network = network
         self.takes_batches = torch.get_num_threads() > FEW_THREADS
         self.batch_request: Any = None
         self.size_hw = config.input_size_hw or model.variant.input_size_hw
@@ -89,7 +88,7 @@ class OpenVINOBackend:
     def _compile(self, batch_size: int, height: int, width: int) -> Any:
         """A request for one shape of the pixels; -1 is a side of any length."""
         self.network.reshape({INPUT_NAME: [batch_size, 3, height, width]})
-        return self.core.compile_model(self.network, "CPU", self.properties).create_infer_request()
+        return openvino_core().compile_model(self.network, "CPU", self.properties).create_infer_request()
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> RawPredictions:
@@ -127,9 +126,9 @@ def _convert(openvino: Any, model: DamoYolo) -> Any:
     return network
 
 
-def _read(core: Any, onnx_file: Path) -> Any:
+def _read(onnx_file: Path) -> Any:
     try:
-        return core.read_model(onnx_file)
+        return openvino_core().read_model(onnx_file)
     except RuntimeError as error:
         raise ConfigError(
             f"{onnx_file.name} cannot be read by openvino: {error}; rebuild the archive"

@@ -5,6 +5,7 @@ Importing this module is enough to switch both off; it does not import the packa
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import Any
@@ -27,3 +28,18 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one Core of the process, which is never released.
+
+    A Core's CPU plugin gives the thread that loads it another signal stack, and unmaps that with the Core.
+    After two Cores released in the order of their making, or one released in another thread, the first thread
+    is left with a stack that is gone: the next signal with a Python handler, of Ctrl-C or SIGTERM, say, ends
+    the process with SIGSEGV (OpenVINO 2026.4).
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()

@@ -12,7 +12,7 @@ import torch
 from damoyolo import backends
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends import precision as precisions
-from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.openvino_import import openvino_core
 from damoyolo.backends.precision import PRECISIONS_OF_DEVICE
 from damoyolo.boxes import decode_predictions
 from damoyolo.config import ServingConfig
@@ -105,7 +105,7 @@ def test_openvino_compiles_for_batches_only_when_one_comes(open_network, monkeyp
 
 
 def openvino_multiplies_bf16():
-    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.mark.parametrize(("name", "precision", "has_file", "device"), REDUCED)
@@ -278,3 +278,36 @@ def test_openvino_reports_nothing_and_leaves_no_files_in_the_home_folder(project
     )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "intel").exists()
+
+
+CLOSE_TWO_NETWORKS = """
+import gc
+import signal
+
+import torch
+
+from damoyolo.backends.openvino import OpenVINOBackend
+from damoyolo.config import ServingConfig
+from damoyolo.model.damoyolo import build_model
+from damoyolo.model.variants import VARIANTS
+
+config = ServingConfig.from_mapping({"variant": "T", "class_names": ["one"], "input_size_hw": [64, 64]})
+network = build_model(VARIANTS["T"], 1, folded=True).requires_grad_(False)
+backends = [OpenVINOBackend(network, config, torch.device("cpu")) for _ in range(2)]
+while backends:
+    backends.pop(0)  # the first to be opened is the first to be closed
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_process_that_has_closed_two_openvino_networks_survives_a_signal(project_dir):
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSE_TWO_NETWORKS],
+        env={"PYTHONPATH": str(project_dir / "handler"), "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -12,7 +12,7 @@ from lib.onnx.sensitivity import open_session
 
 from damoyolo.backends import ONNX_FILE
 from damoyolo.backends.onnx_metadata import INPUT_NAME, OUTPUT_NAMES, as_predictions
-from damoyolo.backends.openvino_import import import_openvino
+from damoyolo.backends.openvino_import import openvino_core
 from damoyolo.boxes import decode_predictions
 
 # Largest difference of a score with every block in INT8.
@@ -143,7 +143,7 @@ def run_onnxruntime(network, pixels):
 
 
 def run_openvino(network, pixels):
-    core = import_openvino().Core()
+    core = openvino_core()
     found = core.compile_model(core.read_model(network.SerializeToString()), "CPU")(pixels)
     return [found[name].copy() for name in OUTPUT_NAMES]
 
