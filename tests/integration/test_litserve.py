@@ -144,13 +144,13 @@ def test_a_killed_worker_is_replaced_and_the_end_answers_what_was_accepted(
     project_dir, archive, smear, tmp_path
 ):
     # The worker takes requests at once, and waits for 3 s for more.
-    options = ("--workers", "1", "--api-servers", "1", "--timeout", "5")
+    options = ("--workers", "1", "--api-servers", "1", "--timeout", "8")
     options += ("--batch-size", "16", "--max-batch-delay", "3000")
 
     def post():
         return requests.post(f"{url}/predict", smear, timeout=TIMEOUT_S)
 
-    with litserve(project_dir, archive, tmp_path, *options) as (url, process), ThreadPoolExecutor(2) as pool:
+    with litserve(project_dir, archive, tmp_path, *options) as (url, process), ThreadPoolExecutor(8) as pool:
         lost = pool.submit(post)
         wait_until(lambda: clients(url), "the request being sent")
         time.sleep(1.0)
@@ -161,11 +161,12 @@ def test_a_killed_worker_is_replaced_and_the_end_answers_what_was_accepted(
         worker = worker_of(process)
         worker.suspend()
         before = clients(url)  # the server closes an idle connection after 5 s
-        answers = [pool.submit(post) for _ in range(2)]
-        wait_until(lambda: len(clients(url) - before) == 2, "the requests being sent")
+        answers = [pool.submit(post) for _ in range(8)]
+        wait_until(lambda: len(clients(url) - before) == 8, "the requests being sent")
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
+        assert not any(each.done() for each in answers)
         worker.resume()
         assert {each.result().status_code for each in answers} == {200}
 
