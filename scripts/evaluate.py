@@ -305,10 +305,15 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
                     f"--{name.replace('_', '-')} is for --archive and --weights; a server has its own "
                     "(model-config.yaml)"
                 )
-    elif arguments.in_flight is not None or (arguments.url, arguments.model) != (DEFAULT_URL, DEFAULT_MODEL):
+    elif (arguments.url, arguments.model, arguments.in_flight, arguments.ca_file) != (
+        DEFAULT_URL,
+        DEFAULT_MODEL,
+        None,
+        None,
+    ):
         parser.error(
-            "--url, --model and --in-flight are for a server; --archive and --weights evaluate in this "
-            "process"
+            "--url, --model, --in-flight and --ca-file are for a server; --archive and --weights evaluate in "
+            "this process"
         )
 
 

@@ -222,6 +222,7 @@ def test_without_a_server_the_message_says_what_to_start(data, capsys):
         ["--voc", "dir", "--variant", "S"],
         ["--voc", "dir", "--archive", "a.mar", "--weights", "a.pth"],
         ["--voc", "dir", "--archive", "a.mar", "--in-flight", "4"],
+        ["--voc", "dir", "--archive", "a.mar", "--ca-file", "ca.pem"],
         ["--voc", "dir", "--score-threshold", "2"],
         ["--coco", "a.json", "--pictures", "dir"],
     ],
